@@ -1,0 +1,23 @@
+"""How a command ends: one line for an expected error, a traceback only for a bug."""
+
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from open_lm.errors import OpenLMError
+
+
+def run(main: Callable[[], Any]) -> NoReturn:
+    """Call `main` and leave the process: 0 when it returns, the error's own code, or 130 after Ctrl-C."""
+    try:
+        main()
+    except OpenLMError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted.", file=sys.stderr, flush=True)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output (head, less) has left
+        sys.stderr.close()
+        sys.exit(1)
+    sys.exit(0)

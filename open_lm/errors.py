@@ -1,0 +1,41 @@
+"""What can go wrong, by kind: every error OpenLM raises on purpose is one of these."""
+
+
+class OpenLMError(Exception):
+    """Base of all errors raised at OpenLM's borders: flags, files, shards, checkpoints, the network.
+
+    A message has three parts: the flag or path, what was found there, and what to do.
+    `exit_code` is what a command returns to the shell when the error ends it.
+    """
+
+    exit_code = 1
+
+
+class ConfigError(OpenLMError, ValueError):
+    """A flag, a config file or a combination of them cannot be honoured."""
+
+    exit_code = 2
+
+
+class DataError(OpenLMError):
+    """A text file, shard or manifest does not hold what it should."""
+
+    exit_code = 65
+
+
+class CheckpointError(OpenLMError):
+    """A checkpoint is missing, damaged, or belongs to another model."""
+
+    exit_code = 66
+
+
+class StorageError(OpenLMError):
+    """A file could not be read or written: missing, forbidden, no space left, or the network gave up."""
+
+    exit_code = 74
+
+
+class TrainingDiverged(OpenLMError):
+    """The loss or the gradients are no longer finite; the last good checkpoint is kept."""
+
+    exit_code = 77

@@ -1,0 +1,169 @@
+"""How a frozen dataclass becomes a group of command-line flags, and flags become the dataclass again."""
+
+import difflib
+import types
+import typing
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, field, fields
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from open_lm.errors import ConfigError
+
+C = TypeVar("C")
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    choices: Iterable[str] | None = None,
+    aliases: Sequence[str] = (),
+    metavar: str | None = None,
+) -> Any:
+    """Declare one flag; `help` is its only documentation and names the unit and what special values mean.
+
+    `aliases` are further spellings, written as on the command line (`"--input-glob"`).
+    """
+    metadata = {"help": help, "choices": tuple(choices) if choices else None, "aliases": aliases, "metavar": metavar}
+    return field(default=default, metadata=metadata)
+
+
+class Parser(ArgumentParser):
+    """An ArgumentParser that raises `ConfigError`, and names the nearest known flag for an unknown one."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(formatter_class=RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}. See {self.prog} --help.")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Namespace | None = None) -> Namespace:  # type: ignore[override]
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unknown {unknown[0]!r}{self._nearest(unknown[0])}")
+        return parsed
+
+    def _nearest(self, spelled: str) -> str:
+        if not spelled.startswith("-"):
+            return ": a value without a flag before it"
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        close = difflib.get_close_matches(spelled.split("=")[0].replace("_", "-"), known, n=1, cutoff=0.6)
+        return f": did you mean {close[0]}?" if close else ""
+
+
+def add_group(parser: ArgumentParser, config: type, *, separator: str = "-") -> None:
+    """Add one titled group of flags, one per field of `config`; the title is the first line of its docstring.
+
+    `separator="_"` spells the flags with underscores (and accepts dashes), as the Ray tool always did.
+    """
+    group, hints = parser.add_argument_group((config.__doc__ or "").splitlines()[0]), typing.get_type_hints(config)
+    for f in fields(config):
+        if "help" not in f.metadata:
+            continue
+        kind, many = value_type(hints[f.name])
+        names = _spellings(f.name, separator, f.metadata["aliases"])
+        text = f.metadata["help"].replace("%", "%%")
+        default = f.default if f.default is not MISSING else SUPPRESS
+        if kind is bool:
+            group.add_argument(*names, action=BooleanOptionalAction, default=default, help=text)
+            continue
+        shown = "" if default in (None, (), "") else " (default: %(default)s)"
+        group.add_argument(
+            *names,
+            type=kind,
+            default=default,
+            nargs="+" if many else None,
+            choices=f.metadata["choices"],
+            metavar=f.metadata["metavar"] or (None if f.metadata["choices"] else kind.__name__.upper()),
+            help=text + shown,
+        )
+
+
+def _spellings(name: str, separator: str, aliases: Sequence[str]) -> list[str]:
+    spelled = "--" + name.replace("_", separator)
+    also = ["--" + name.replace("_", "-")] if separator == "_" and "_" in name else []
+    return [spelled, *also, *aliases]
+
+
+def value_type(hint: Any) -> tuple[type, bool]:
+    """The type of one value of a flag, and whether the flag takes several.
+
+    `int | None` is (int, False); `tuple[float, ...]` is (float, True).
+    """
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (hint,) = [option for option in typing.get_args(hint) if option is not type(None)]
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True
+    return hint, False
+
+
+def read_group(args: Namespace, config: type[C]) -> C:
+    """Build `config` from parsed flags; its `__post_init__` checks the values."""
+    values = {f.name: getattr(args, f.name) for f in fields(config) if "help" in f.metadata}  # type: ignore[arg-type]
+    return config(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def as_flags(config: Any) -> dict[str, Any]:
+    """The flags of one group as plain `name: value` pairs, tuples as lists: what `params.txt` and checkpoints keep."""
+    plain = {f.name: getattr(config, f.name) for f in fields(config) if "help" in f.metadata}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in plain.items()}
+
+
+def read_config_file(path: str) -> dict[str, Any]:
+    """The `flag: value` pairs of a YAML or JSON file, dashes or underscores alike.
+
+    Raises:
+        ConfigError: the file is missing, does not parse, or is not one mapping.
+    """
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path}: {error}. Give a readable YAML or JSON file of flags.") from error
+    if not isinstance(loaded, Mapping):
+        found = type(loaded).__name__
+        raise ConfigError(f"--config {path}: holds a {found}, not `flag: value` pairs. Write one flag a line.")
+    return {str(key).replace("-", "_"): value for key, value in loaded.items()}
+
+
+def set_defaults_from(parser: ArgumentParser, values: Mapping[str, Any], origin: str) -> None:
+    """Make `values` the defaults of `parser`, each checked as if it had been typed on the command line.
+
+    Raises:
+        ConfigError: a key is no flag, or a value has the wrong type or is not among the flag's choices.
+    """
+    actions = {action.dest: action for action in parser._actions}
+    for name, value in values.items():
+        if name not in actions or name == "help":
+            close = difflib.get_close_matches(name, actions, n=1)
+            hint = f": did you mean {close[0]}?" if close else "."
+            raise ConfigError(f"{origin}: unknown flag {name!r}{hint}")
+        parser.set_defaults(**{name: _checked(actions[name], value, f"{origin}: {name}")})
+
+
+def _checked(action: Any, value: Any, origin: str) -> Any:
+    if value is None:
+        return None
+    if isinstance(action, BooleanOptionalAction):
+        if not isinstance(value, bool):
+            raise ConfigError(f"{origin}: found {value!r}, need true or false.")
+        return value
+    if action.nargs == "+":
+        items = value if isinstance(value, list) else [value]
+        return [_checked_one(action, item, origin) for item in items]
+    return _checked_one(action, value, origin)
+
+
+def _checked_one(action: Any, value: Any, origin: str) -> Any:
+    if isinstance(value, bool | list | dict):
+        raise ConfigError(f"{origin}: found {value!r}, need one {action.type.__name__}.")
+    try:
+        converted = action.type(value if isinstance(value, str) else repr(value))
+    except ValueError as error:
+        raise ConfigError(f"{origin}: found {value!r}, need one {action.type.__name__}.") from error
+    if action.choices and converted not in action.choices:
+        raise ConfigError(f"{origin}: found {value!r}, choose one of {', '.join(map(str, action.choices))}.")
+    return converted

@@ -1,0 +1,209 @@
+"""The one door to files: local paths, s3://, http(s):// and hf:// read and written alike, writes all-or-nothing."""
+
+import contextlib
+import glob as local_glob
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+from open_lm.errors import StorageError
+
+
+def is_remote(url: str) -> bool:
+    """Whether `url` has a scheme such as s3:// (file:// counts as local)."""
+    return "://" in url and not url.startswith("file://")
+
+
+def local_path(url: str) -> Path:
+    """The path a local url names, with ~ expanded."""
+    return Path(url.removeprefix("file://")).expanduser()
+
+
+def join(folder: str, name: str) -> str:
+    """`name` inside `folder`, which may be a url."""
+    return f"{folder.rstrip('/')}/{name}" if is_remote(folder) else os.path.join(folder, name)
+
+
+def parent(url: str) -> str:
+    """The folder that holds `url`."""
+    return url.rstrip("/").rpartition("/")[0] if is_remote(url) else str(local_path(url).parent)
+
+
+def shown(url: str) -> str:
+    """`url` as it may be printed: without user, password or query."""
+    if not is_remote(url):
+        return url
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def open_read(url: str) -> IO[bytes]:
+    """Open `url` for reading bytes.
+
+    Raises:
+        StorageError: it is missing, is a folder, or cannot be reached.
+    """
+    try:
+        if is_remote(url):
+            return _filesystem(url).open(url, "rb")
+        return open(local_path(url), "rb")
+    except (OSError, ValueError, ImportError) as error:
+        raise _storage_error("read", url, error) from error
+
+
+def read_bytes(url: str) -> bytes:
+    """The whole content of `url`."""
+    with open_read(url) as file:
+        return file.read()
+
+
+def read_text(url: str) -> str:
+    """The whole content of `url` as UTF-8 text."""
+    try:
+        return read_bytes(url).decode()
+    except UnicodeDecodeError as error:
+        raise StorageError(f"{shown(url)}: not UTF-8 text ({error}).") from error
+
+
+def exists(url: str) -> bool:
+    """Whether there is a file or folder at `url`."""
+    return _filesystem(url).exists(url) if is_remote(url) else local_path(url).exists()
+
+
+def size_bytes(url: str) -> int:
+    """How many bytes the file at `url` holds."""
+    try:
+        return int(_filesystem(url).size(url)) if is_remote(url) else local_path(url).stat().st_size
+    except OSError as error:
+        raise _storage_error("read", url, error) from error
+
+
+def glob(pattern: str) -> list[str]:
+    """The files that match `pattern` (`**` crosses folders), sorted; a url without wildcards is returned as it is, if it exists."""
+    if is_remote(pattern):
+        filesystem, scheme = _filesystem(pattern), pattern.split("://")[0]
+        return sorted(f"{scheme}://{path}" if "://" not in path else path for path in filesystem.glob(pattern))
+    found = local_glob.glob(str(local_path(pattern)), recursive=True)
+    literal = [str(local_path(pattern))] if local_path(pattern).exists() else []
+    return sorted(set(found) or set(literal))
+
+
+@contextlib.contextmanager
+def open_atomic(url: str) -> Iterator[IO[bytes]]:
+    """Open `url` for writing bytes; it appears whole when the block ends, or not at all when the block raises.
+
+    Local files are written beside their final name, synced to disk and renamed; remote ones are one upload.
+
+    Raises:
+        StorageError: the folder cannot be written, or no space is left; nothing stays behind.
+    """
+    if is_remote(url):
+        with _remote_atomic(url) as file:
+            yield file
+        return
+    path = local_path(url)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise _storage_error("write", url, error) from error
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise _storage_error("write", url, error) from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def write_bytes(url: str, content: bytes) -> None:
+    """Write `content` to `url`, all or nothing."""
+    with open_atomic(url) as file:
+        file.write(content)
+
+
+def write_text(url: str, content: str) -> None:
+    """Write `content` to `url` as UTF-8, all or nothing."""
+    write_bytes(url, content.encode())
+
+
+def remove(url: str) -> None:
+    """Delete the file at `url`; a missing one is fine."""
+    with contextlib.suppress(FileNotFoundError):
+        _filesystem(url).rm(url) if is_remote(url) else local_path(url).unlink()
+
+
+def free_bytes(folder: str) -> int | None:
+    """The space left for `folder`; None where the store does not say."""
+    if is_remote(folder):
+        return None
+    stats = os.statvfs(_nearest_existing(local_path(folder)))
+    return stats.f_bavail * stats.f_frsize
+
+
+def require_writable(folder: str, flag_name: str) -> None:
+    """Make local `folder` if needed and check that files can be made in it, before any work is done for it."""
+    if is_remote(folder):
+        return
+    try:
+        local_path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=local_path(folder)):
+            pass
+    except OSError as error:
+        raise StorageError(f"{flag_name} {folder}: cannot write there ({error.strerror}). Choose another folder.") from error
+
+
+def _nearest_existing(path: Path) -> Path:
+    return path if path.exists() else _nearest_existing(path.absolute().parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _filesystem(url: str) -> Any:
+    import fsspec
+
+    try:
+        return fsspec.filesystem(url.split("://")[0])
+    except (ImportError, ValueError) as error:
+        raise _storage_error("open", url, error) from error
+
+
+@contextlib.contextmanager
+def _remote_atomic(url: str) -> Iterator[IO[bytes]]:
+    """One upload: the object is made when the file closes; an error before that discards what was sent."""
+    filesystem = _filesystem(url)
+    with tempfile.TemporaryFile() as buffer:
+        yield buffer
+        buffer.seek(0)
+        try:
+            with filesystem.open(url, "wb") as target:
+                while block := buffer.read(8 << 20):
+                    target.write(block)
+        except OSError as error:
+            raise _storage_error("write", url, error) from error
+
+
+def _storage_error(action: str, url: str, error: Exception) -> StorageError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return StorageError(f"cannot {action} {shown(url)}: {reason}.")

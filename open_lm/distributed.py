@@ -1,0 +1,134 @@
+"""Who takes part in the run: the `World` of ranks, its devices, and the few things ranks tell each other."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from open_lm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a run as one of them sees it. With one process every method works without communication."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_master(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of `values` over all ranks, on this rank's device."""
+        total = values.detach().to(self.device, copy=True)
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def any(self, claim: bool) -> bool:
+        """Whether `claim` holds on at least one rank; every rank gets the same answer."""
+        if self.size == 1:
+            return claim
+        return bool(self.sum(torch.tensor(int(claim))).item())
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The `value` of every rank, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.size > 1:
+            self.sum(torch.zeros(()))
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+
+
+def ranks_from_environment(env: Mapping[str, str]) -> tuple[int, int, int]:
+    """`(rank, world size, local rank)` as torchrun, SLURM or OpenMPI told this process; (0, 1, 0) when none did."""
+    for rank, size, local in (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ):
+        if rank in env and size in env:
+            return int(env[rank]), int(env[size]), int(env.get(local, 0))
+    return 0, 1, 0
+
+
+def pick_device(name: str, local_rank: int, *, by_rank: bool = True) -> torch.device:
+    """The device of this rank: `name` is auto (a GPU when there is one), cpu or cuda.
+
+    Raises:
+        ConfigError: `cuda` was asked for and there is none, or there are fewer GPUs than local ranks.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU here. Use --device cpu, or install a CUDA build of torch.")
+    index = local_rank if by_rank else 0
+    if index >= torch.cuda.device_count():
+        n_gpus = torch.cuda.device_count()
+        raise ConfigError(f"local rank {local_rank} has no GPU: {n_gpus} found. Set --nproc-per-node to at most {n_gpus}.")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+@contextlib.contextmanager
+def start_world(
+    device: str = "auto",
+    backend: str | None = None,
+    *,
+    init_method: str = "env://",
+    timeout_seconds: float = 600,
+    device_by_rank: bool = True,
+    force_group: bool = False,
+) -> Iterator[World]:
+    """Join the ranks that were launched together and leave them when the block ends.
+
+    `backend` None means nccl for GPUs and gloo for CPUs; `force_group` makes a process group even for one rank.
+    """
+    rank, size, local_rank = ranks_from_environment(os.environ)
+    world = World(rank, size, local_rank, pick_device(device, local_rank, by_rank=device_by_rank))
+    if size == 1 and not force_group:
+        yield world
+        return
+    if init_method == "env://":
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500")
+    dist.init_process_group(
+        backend or ("nccl" if world.device.type == "cuda" else "gloo"),
+        init_method=init_method,
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=timeout_seconds),
+        device_id=world.device if world.device.type == "cuda" else None,
+    )
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()

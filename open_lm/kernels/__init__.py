@@ -1,0 +1,1 @@
+"""Operators worth writing by hand, one function each, each with a plain torch reference it is tested against."""

@@ -1,0 +1,65 @@
+"""In which number formats a step computes: autocast, the type of the weights, and loss scaling behind one interface."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+_AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_bfloat16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Precision:
+    """How one precision name computes on one kind of device.
+
+    * `fp32`: everything in fp32.
+    * `amp_bf16`, `amp_bfloat16`: fp32 weights, bf16 autocast.
+    * `amp`: fp32 weights; fp16 autocast with loss scaling on a GPU, bf16 autocast on a CPU.
+    * `fp16`: fp32 weights, fp16 autocast with loss scaling.
+    * `bf16`: weights, gradients and optimizer moments in bf16; no autocast.
+    """
+
+    def __init__(self, name: str, device_type: str):
+        self.name = name
+        self.device_type = device_type
+        amp = torch.float16 if device_type == "cuda" else torch.bfloat16
+        self.autocast_dtype: torch.dtype | None = _AUTOCAST.get(name, amp if name == "amp" else None)
+        self.weight_dtype = torch.bfloat16 if name == "bf16" else torch.float32
+        scales = self.autocast_dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(device_type) if scales else None
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The context in which a forward pass runs."""
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device_type, dtype=self.autocast_dtype)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of `loss`, scaled where fp16 needs it."""
+        (self.scaler.scale(loss) if self.scaler else loss).backward()
+
+    def step(self, model: nn.Module, optimizer: Optimizer, clip: Callable[[nn.Module], Tensor]) -> Tensor:
+        """Clip, take the optimizer step and clear the gradients; returns the gradient norm before clipping."""
+        if self.scaler is None:
+            norm = clip(model)
+            optimizer.step()
+        else:
+            self.scaler.unscale_(optimizer)
+            norm = clip(model)
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive a restart: the loss scale; empty without one."""
+        return self.scaler.state_dict() if self.scaler else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`; the empty one of a run without loss scaling is fine."""
+        if self.scaler and state:
+            self.scaler.load_state_dict(state)

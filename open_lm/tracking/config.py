@@ -1,0 +1,48 @@
+"""Where the figures of a run go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from open_lm.errors import ConfigError
+from open_lm.flags import flag
+from open_lm.registry import Registry
+
+SINKS = Registry(
+    "sink",
+    {
+        "jsonl": "open_lm.tracking.jsonl:JsonlSink",
+        "tensorboard": "open_lm.tracking.tensorboard:TensorboardSink",
+        "wandb": "open_lm.tracking.wandb:WandbSink",
+    },
+)
+OPTIONAL_SINKS = tuple(name for name in SINKS if name != "jsonl")
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Run folder, logs and metrics"""
+
+    name: str | None = flag(None, "Name of the run: one path component. None: made from the time and the settings.")
+    logs: str = flag("./logs/", "Folder that holds a folder for each run.")
+    log_local: bool = flag(False, "Every rank writes a log of its own (out-RANK.log).")
+    log_every_n_steps: int = flag(100, "Optimizer steps between two reports.")
+    report_to: str = flag("", "Where metrics go besides metrics.jsonl: wandb, tensorboard, both with a comma, or all.")
+    wandb_project_name: str = flag("open-lm", "Project on Weights & Biases.")
+    wandb_notes: str = flag("", "Notes of the run on Weights & Biases.")
+    debug: bool = flag(False, "Log in detail.")
+
+    def __post_init__(self) -> None:
+        unknown = set(self.sinks) - set(SINKS)
+        if unknown:
+            raise ConfigError(f"--report-to {self.report_to}: unknown {', '.join(unknown)}; choose of {', '.join(OPTIONAL_SINKS)}, all.")
+        if self.log_every_n_steps < 1:
+            raise ConfigError(f"--log-every-n-steps {self.log_every_n_steps} must be at least 1.")
+        if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name or "\0" in self.name):
+            raise ConfigError(f"--name {self.name!r} must be one path component; set the folder with --logs.")
+
+    @property
+    def sinks(self) -> tuple[str, ...]:
+        """The sinks to open: metrics.jsonl always, then those of --report-to."""
+        asked = OPTIONAL_SINKS if self.report_to == "all" else self.report_to.split(",")
+        return ("jsonl", *(name.strip() for name in asked if name.strip()))

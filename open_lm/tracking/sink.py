@@ -1,0 +1,38 @@
+"""What a sink is: a place that metrics are written to, opened for one run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from open_lm.tracking.config import SINKS, TrackingConfig
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a sink may know of the run it writes for."""
+
+    name: str
+    folder: str
+    flags: Mapping[str, Any]
+    tracking: TrackingConfig
+
+
+class Sink(Protocol):
+    """One way to write metrics down; made with the facts of the run."""
+
+    def __init__(self, run: RunFacts): ...
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the metrics of `step`, all at once."""
+        ...
+
+    def close(self) -> None:
+        """Write whatever is still held back."""
+        ...
+
+
+def open_sinks(run: RunFacts) -> list[Sink]:
+    """The sinks that the flags ask for."""
+    return [SINKS.load(name)(run) for name in run.tracking.sinks]

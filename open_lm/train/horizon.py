@@ -1,0 +1,52 @@
+"""How many steps a run takes and at which of them a checkpoint interval ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from open_lm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """The steps of a run. `interval_ends[k - 1]` is the number of steps taken when interval k ends; the last is the run's end."""
+
+    interval_ends: tuple[int, ...]
+    tokens_per_step: int
+
+    @property
+    def total_steps(self) -> int:
+        return self.interval_ends[-1]
+
+    @property
+    def total_tokens(self) -> int:
+        return self.total_steps * self.tokens_per_step
+
+    def intervals_done(self, step: int) -> int:
+        """How many intervals have ended after `step` steps."""
+        return sum(end <= step for end in self.interval_ends)
+
+    def cooldown_steps(self, n_intervals: int | None) -> int:
+        """The steps of the last `n_intervals` intervals."""
+        if not n_intervals:
+            return 0
+        before = len(self.interval_ends) - n_intervals
+        return self.total_steps - (self.interval_ends[before - 1] if before > 0 else 0)
+
+
+def horizon(total_tokens: int, n_intervals: int, tokens_per_step: int) -> Horizon:
+    """Cut `total_tokens` into `n_intervals` equal intervals, each end rounded down to whole steps on its own.
+
+    Rounding the ends, not the lengths, keeps every interval end within one batch of the tokens asked for.
+
+    Raises:
+        ConfigError: an interval is shorter than one step.
+    """
+    ends = tuple(total_tokens * k // (n_intervals * tokens_per_step) for k in range(1, n_intervals + 1))
+    if any(end == start for start, end in zip((0, *ends), ends, strict=False)):
+        raise ConfigError(
+            f"{total_tokens} tokens in {n_intervals} checkpoint intervals leave an interval without a step: a step takes "
+            f"{tokens_per_step} tokens. Raise --train-tokens (or --train-num-samples), or lower --global-batch-size "
+            "or the number of intervals."
+        )
+    return Horizon(ends, tokens_per_step)

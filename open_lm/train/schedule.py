@@ -1,0 +1,77 @@
+"""Which learning rate a step has: a pure function of the step, so that a resumed run follows the same curve."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Span:
+    """The part of a run after warm-up: `step` of `n_steps` steps, the last `n_cooldown` of which may decay."""
+
+    step: int
+    n_steps: int
+    n_cooldown: int
+    power: float
+
+    @property
+    def progress(self) -> float:
+        """0 at the first step after warm-up, towards 1 at the end."""
+        return self.step / max(self.n_steps, 1)
+
+
+def cosine(span: Span) -> float:
+    """Half a cosine from 1 to 0 (Loshchilov & Hutter, 2017)."""
+    return 0.5 * (1 + math.cos(math.pi * span.progress))
+
+
+def const(span: Span) -> float:
+    """Always 1."""
+    return 1.0
+
+
+def linear(span: Span) -> float:
+    """A straight line from 1 to 0."""
+    return 1 - span.progress
+
+
+def const_cooldown(span: Span) -> float:
+    """1, then `(1 - t) ** power` over the last `n_cooldown` steps."""
+    into = span.step - (span.n_steps - span.n_cooldown)
+    return 1.0 if into < 0 else (1 - into / max(span.n_cooldown, 1)) ** span.power
+
+
+SCHEDULES: dict[str, Callable[[Span], float]] = {
+    "cosine": cosine,
+    "const": const,
+    "const-cooldown": const_cooldown,
+    "linear": linear,
+}
+"""Shapes by name: each gives the share of the way from the end rate (0) to the peak (1)."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of a run of `total_steps` steps; call it with a step counted from 0.
+
+    Warm-up is linear: step s of W has `peak * (s + 1) / W`.
+    """
+
+    shape: str
+    peak: float
+    end: float
+    warmup_steps: int
+    total_steps: int
+    cooldown_steps: int = 0
+    cooldown_power: float = 1.0
+    floor: float = 0.0
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        n_steps = self.total_steps - self.warmup_steps
+        span = Span(step - self.warmup_steps, n_steps, min(self.cooldown_steps, n_steps), self.cooldown_power)
+        end = self.peak if self.shape == "const" else self.end
+        return max(end + SCHEDULES[self.shape](span) * (self.peak - end), self.floor)

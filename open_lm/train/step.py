@@ -1,0 +1,63 @@
+"""How one optimizer step is computed: one path for every accumulation count, precision and task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from open_lm.data.batch import Batch
+from open_lm.train.optim import set_lr
+from open_lm.train.parallel import clip_grad_norm, grad_sync
+from open_lm.train.state import TrainState
+from open_lm.train.timing import Timing
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step's figures. The tensors stay on the device, so that no step waits to be read.
+
+    `loss` and `z_loss` are this rank's share of the mean over all ranks' targets: sum them over ranks to read them.
+    """
+
+    loss: Tensor
+    z_loss: Tensor
+    grad_norm: Tensor
+    lr: float
+
+
+def train_step(state: TrainState, batch: Batch, *, accum: int, clip: float | None, timing: Timing) -> StepReport:
+    """Take one optimizer step on this rank's `batch`, computed in `accum` micro-batches.
+
+    The loss is the mean over the unmasked targets of all ranks, so neither `accum` nor the world size changes it.
+    """
+    lr = set_lr(state.optimizer, state.lr_at(state.step))
+    n_targets = state.world.sum(batch.n_targets).clamp(min=1)
+    sums = torch.zeros(2, device=batch.device)
+    for micro, is_last in with_last(batch.split(accum)):
+        with grad_sync(state.model, enabled=is_last):
+            with timing("forward"), state.precision.autocast():
+                losses = state.task.loss_sums(state.model, micro)
+            with timing("backward"):  # DDP and FSDP average gradients over ranks: undo that, the loss is a sum
+                state.precision.backward(losses.total / n_targets * state.world.size)
+        sums += torch.stack((losses.cross_entropy, losses.squared_log_z)).detach()
+    with timing("optim_step"):
+        grad_norm = state.precision.step(state.model, state.optimizer, lambda model: clip_grad_norm(model, clip))
+    state.step += 1
+    loss, z_loss = sums / n_targets
+    return StepReport(loss, z_loss, grad_norm, lr)
+
+
+def with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+    """Each item, and whether it is the last one."""
+    iterator = iter(items)
+    current = next(iterator)
+    for following in iterator:
+        yield current, False
+        current = following
+    yield current, True

@@ -1,10 +1,11 @@
 """How a command ends: one line for an expected error, a traceback only for a bug."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from open_lm.errors import OpenLMError
+from open_lm.errors import ConfigError, OpenLMError
 
 
 def run(main: Callable[[], Any]) -> NoReturn:
@@ -12,7 +13,8 @@ def run(main: Callable[[], Any]) -> NoReturn:
     try:
         main()
     except OpenLMError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":  # all ranks read the same flags
+            print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted.", file=sys.stderr, flush=True)

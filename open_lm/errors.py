@@ -39,3 +39,9 @@ class TrainingDiverged(OpenLMError):
     """The loss or the gradients are no longer finite; the last good checkpoint is kept."""
 
     exit_code = 77
+
+
+class Preempted(OpenLMError):
+    """The run was told to stop, and did so after saving; start it again with `--resume latest`."""
+
+    exit_code = 85

@@ -60,6 +60,17 @@ def read_bytes(url: str) -> bytes:
         return file.read()
 
 
+def read_range(url: str, start: int, stop: int) -> bytes:
+    """Bytes `start` to `stop` of `url`; fewer only where the file ends."""
+    try:
+        if is_remote(url):
+            return _filesystem(url).cat_file(url, start=start, end=stop)
+        with open(local_path(url), "rb", buffering=0) as file:
+            return os.pread(file.fileno(), stop - start, start)
+    except (OSError, ValueError) as error:
+        raise _storage_error("read", url, error) from error
+
+
 def read_text(url: str) -> str:
     """The whole content of `url` as UTF-8 text."""
     try:

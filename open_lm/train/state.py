@@ -28,8 +28,5 @@ class TrainState:
     world: World
     step: int = 0
     """Optimizer steps taken so far; the data follow from it too."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens trained on so far."""
-        return self.step * self.horizon.tokens_per_step
+    tokens: int = 0
+    """Tokens trained on so far."""

@@ -49,6 +49,7 @@ def train_step(state: TrainState, batch: Batch, *, accum: int, clip: float | Non
     with timing("optim_step"):
         grad_norm = state.precision.step(state.model, state.optimizer, lambda model: clip_grad_norm(model, clip))
     state.step += 1
+    state.tokens += state.horizon.tokens_per_step
     loss, z_loss = sums / n_targets
     return StepReport(loss, z_loss, grad_norm, lr)
 

@@ -1,0 +1,142 @@
+"""How the parts of a run are made from its configuration: the data, then the state that trains on them."""
+
+from __future__ import annotations
+
+import torch
+
+from open_lm.data.loader import Loader, build_loader, validation_batches
+from open_lm.distributed import World
+from open_lm.errors import ConfigError
+from open_lm.evaluate.held_out import ValidationSet
+from open_lm.model import create_model
+from open_lm.model.config import ModelConfig
+from open_lm.params import RunConfig
+from open_lm.precision import Precision
+from open_lm.train.config import ScheduleConfig
+from open_lm.train.horizon import Horizon, horizon
+from open_lm.train.optim import build_optimizer
+from open_lm.train.parallel import wrap
+from open_lm.train.schedule import Schedule
+from open_lm.train.state import TrainState
+from open_lm.train.tasks import NextToken
+
+
+def global_batch_size(config: RunConfig, world_size: int) -> int:
+    """Sequences per optimizer step over all ranks.
+
+    Raises:
+        ConfigError: they do not divide evenly among ranks and micro-batches.
+    """
+    train = config.train
+    if train.batch_size is not None:
+        n_sequences, spelled = train.batch_size * world_size, f"--batch-size {train.batch_size} on {world_size} ranks"
+    else:
+        n_sequences, spelled = train.global_batch_size, f"--global-batch-size {train.global_batch_size}"
+    share = world_size * train.accum_freq
+    if n_sequences % share:
+        nearest = max(share, round(n_sequences / share) * share)
+        raise ConfigError(
+            f"{spelled} does not divide among {world_size} ranks x --accum-freq {train.accum_freq} micro-batches. "
+            f"The nearest batch that does is {nearest}."
+        )
+    return n_sequences
+
+
+def build_loader_and_horizon(
+    config: RunConfig, architecture: ModelConfig, world: World
+) -> tuple[Loader | None, Horizon]:
+    """The data, opened and checked to be enough, and the steps to take over them; none of both to evaluate only."""
+    if not config.trains:
+        return None, Horizon((0,), tokens_per_step=0)
+    batch = global_batch_size(config, world.size)
+    loader = build_loader(
+        config.data,
+        vocab_size=architecture.vocab_size,
+        seq_len=architecture.seq_len,
+        global_batch=batch,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.train.seed,
+    )
+    steps = run_horizon(config, batch * architecture.seq_len, loader.n_sequences, architecture.seq_len)
+    loader.require_enough(steps.total_steps)
+    return loader, steps
+
+
+def run_horizon(config: RunConfig, tokens_per_step: int, n_sequences: int | None, seq_len: int) -> Horizon:
+    """The steps of the run: --train-tokens in --num-checkpoints intervals, or --epochs of --train-num-samples tokens."""
+    train = config.train
+    if train.train_tokens is not None:
+        return horizon(train.train_tokens, train.num_checkpoints or 1, tokens_per_step)
+    tokens = train.train_num_samples
+    if tokens is None:
+        if n_sequences is None:
+            raise ConfigError("how much data there is is not known without a manifest: give --train-tokens, or make one with "
+                              "`python -m open_lm.utils.make_wds_manifest --data-dir DIR`.")
+        tokens = n_sequences * seq_len
+    return horizon(tokens * train.epochs, train.epochs, tokens_per_step)
+
+
+def build_schedule(config: ScheduleConfig, steps: Horizon) -> Schedule:
+    """The learning rate of every step."""
+    return Schedule(
+        shape="const" if config.skip_scheduler else config.lr_scheduler,
+        peak=config.lr,
+        end=config.lr_cooldown_end,
+        warmup_steps=0 if config.skip_scheduler else config.warmup,
+        total_steps=steps.total_steps,
+        cooldown_steps=steps.cooldown_steps(config.epochs_cooldown),
+        cooldown_power=config.lr_cooldown_power,
+        floor=config.force_min_lr,
+    )
+
+
+def build_state(config: RunConfig, architecture: ModelConfig, world: World, steps: Horizon) -> TrainState:
+    """The model with the weights of --seed, wrapped for the ranks, and what trains it."""
+    parallel = config.parallel
+    precision = Precision(parallel.precision, world.device.type)
+    torch.manual_seed(config.train.seed)
+    model = create_model(architecture).to(world.device, precision.weight_dtype)
+    wrapped = wrap(
+        model,
+        world,
+        checkpoint_blocks=parallel.grad_checkpointing,
+        compile_blocks=parallel.torchcompile,
+        static_graph=parallel.ddp_static_graph,
+    )
+    return TrainState(
+        model=wrapped,
+        optimizer=build_optimizer(wrapped, config.optimizer, config.schedule.lr),
+        precision=precision,
+        lr_at=build_schedule(config.schedule, steps),
+        horizon=steps,
+        task=NextToken(config.train.z_loss_coefficient),
+        world=world,
+    )
+
+
+def build_validation_sets(config: RunConfig, architecture: ModelConfig, world: World) -> list[ValidationSet]:
+    """The sets of --val-data, each readable any number of times."""
+    flags = config.validation
+    batch = flags.global_val_batch_size or global_batch_size(config, world.size)
+    if flags.val_batch_size:
+        batch = flags.val_batch_size * world.size
+    if batch % world.size:
+        raise ConfigError(f"--global-val-batch-size {batch} does not divide among {world.size} ranks.")
+
+    def one(index: int, url: str) -> ValidationSet:
+        def batches():  # type: ignore[no-untyped-def]
+            return validation_batches(
+                url,
+                key=flags.key_of(index),
+                vocab_size=architecture.vocab_size,
+                seq_len=architecture.seq_len,
+                batch=batch // world.size,
+                rank=world.rank,
+                world_size=world.size,
+                max_sequences=flags.val_num_samples // architecture.seq_len if flags.val_num_samples else None,
+            )
+
+        return ValidationSet(flags.name_of(index), url, batches)
+
+    return [one(index, url) for index, url in enumerate(flags.val_data)]

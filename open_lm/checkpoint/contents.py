@@ -1,0 +1,66 @@
+"""What of a run goes into its checkpoint files, whole tensors by name however the model is spread over ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from open_lm.errors import CheckpointError
+
+
+def gather(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Weights and optimizer state on the CPU, keyed by parameter name, complete on rank 0; every rank must call this."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options), get_optimizer_state_dict(model, optimizer, options=options)
+
+
+def load_weights(model: nn.Module, weights: dict[str, Any], origin: str, *, broadcast: bool) -> None:
+    """Put `weights` (needed on rank 0 only, with `broadcast`) into `model` on every rank.
+
+    Raises:
+        CheckpointError: a weight is missing, left over, or has another shape.
+    """
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast, strict=True)
+    try:
+        set_model_state_dict(model, weights, options=options)
+    except (RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{origin} does not fit the model: {error}. Give the --model it was trained with.") from error
+
+
+def load_optimizer(model: nn.Module, optimizer: Optimizer, saved: dict[str, Any], *, broadcast: bool) -> None:
+    """Put the optimizer state `saved` (needed on rank 0 only, with `broadcast`) into `optimizer` on every rank."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast)
+    set_optimizer_state_dict(model, optimizer, saved, options=options)
+
+
+def by_name(saved: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Optimizer state keyed by parameter name, from a file that may number the parameters, as OpenLM's do.
+
+    torch numbers parameters through the groups in order; OpenLM has them in the order of `model.named_parameters()`.
+
+    Raises:
+        CheckpointError: the file holds another number of parameters than the model.
+    """
+    state = {_plain(name): moments for name, moments in saved["state"].items()}
+    if not any(isinstance(name, int) for name in state):
+        groups = [{**group, "params": [_plain(name) for name in group["params"]]} for group in saved["param_groups"]]
+        return {"state": state, "param_groups": groups}
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    if len(names) != len(numbers):
+        raise CheckpointError(f"the optimizer file holds {len(numbers)} parameters, the model has {len(names)}: another model.")
+    name_of = dict(zip(numbers, names, strict=True))
+    return {"state": {name_of[number]: moments for number, moments in state.items()}, "param_groups": []}
+
+
+def _plain(name: Any) -> Any:
+    return name.replace("module.", "").replace("_orig_mod.", "") if isinstance(name, str) else name

@@ -1,0 +1,46 @@
+"""`torchrun -m open_lm.main`: train a language model on shards, or evaluate a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from open_lm.params import RunConfig, command_line, parse_args, read_config
+
+if TYPE_CHECKING:
+    from open_lm.run import RunResult
+
+
+def main(argv: Sequence[str] | None = None) -> RunResult:
+    """Train, or evaluate a checkpoint, as the flags ask.
+
+    Raises:
+        OpenLMError: a flag, a file or the training went wrong; the message says what to do.
+    """
+    config = read_config(parse_args(argv))
+    return execute(config, command_line(argv))
+
+
+def execute(config: RunConfig, command: str) -> RunResult:
+    """Carry out `config`; `command` is what the log says was typed."""
+    from open_lm.build import build_loader_and_horizon, build_state, build_validation_sets
+    from open_lm.run import start_run
+    from open_lm.train.loop import train
+
+    architecture = config.architecture
+    with start_run(config, command) as run:
+        loader, steps = build_loader_and_horizon(config, architecture, run.world)
+        val_sets = build_validation_sets(config, architecture, run.world)
+        state = build_state(config, architecture, run.world, steps)
+        run.checkpoints.restore(state, loader)
+        run.begin(state, loader, val_sets)
+        if loader is not None:
+            batches = loader.batches(state.step, steps.total_steps)
+            train(state, batches, run, accum=config.train.accum_freq, clip=config.optimizer.grad_clip_norm)
+        return run.finish(state)
+
+
+if __name__ == "__main__":
+    from open_lm.command import run as run_command
+
+    run_command(main)

@@ -1,0 +1,113 @@
+"""All flags of `open_lm.main` put together, and the checks that concern more than one group."""
+
+from __future__ import annotations
+
+import shlex
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from open_lm import flags
+from open_lm.checkpoint.config import CheckpointConfig
+from open_lm.data.config import DataConfig
+from open_lm.errors import ConfigError
+from open_lm.evaluate.config import ValidationConfig
+from open_lm.flags import Parser
+from open_lm.model.config import ModelConfig, ModelFlags, resolve
+from open_lm.tracking.config import TrackingConfig
+from open_lm.train.config import OptimizerConfig, ParallelConfig, ScheduleConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run was asked to do: one field per group of flags."""
+
+    data: DataConfig
+    validation: ValidationConfig
+    model: ModelFlags
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    parallel: ParallelConfig
+    checkpoint: CheckpointConfig
+    tracking: TrackingConfig
+
+    @property
+    def trains(self) -> bool:
+        """Whether the run trains; with --val-data alone it evaluates."""
+        return self.data.gives_data
+
+    @property
+    def architecture(self) -> ModelConfig:
+        """The architecture that --model and its flags resolve to."""
+        return resolve(self.model)
+
+    def as_flags(self) -> dict[str, Any]:
+        """Every flag by name, as plain values."""
+        return {name: value for f in fields(self) for name, value in flags.as_flags(getattr(self, f.name)).items()}
+
+
+GROUPS: dict[str, type] = {
+    "data": DataConfig,
+    "validation": ValidationConfig,
+    "model": ModelFlags,
+    "train": TrainConfig,
+    "optimizer": OptimizerConfig,
+    "schedule": ScheduleConfig,
+    "parallel": ParallelConfig,
+    "checkpoint": CheckpointConfig,
+    "tracking": TrackingConfig,
+}
+
+
+def build_parser() -> Parser:
+    """The parser of `open_lm.main`."""
+    parser = Parser(prog="open_lm.main", description="Train a language model on shards, or evaluate a checkpoint (--val-data alone).")
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of flags; the command line wins over it.")
+    for group in GROUPS.values():
+        flags.add_group(parser, group)
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    """The parsed flags; those of a `--config` file are defaults under those of the command line.
+
+    Raises:
+        ConfigError: an unknown flag (the nearest known one is named), a value of the wrong type, a bad config file.
+    """
+    parser = build_parser()
+    config_only = Parser(add_help=False, allow_abbrev=False)
+    config_only.add_argument("--config")
+    path = config_only.parse_known_args(argv)[0].config
+    if path:
+        flags.set_defaults_from(parser, flags.read_config_file(path), f"--config {path}")
+    return parser.parse_args(argv)
+
+
+def read_config(args: Namespace) -> RunConfig:
+    """The flags as one checked configuration.
+
+    Raises:
+        ConfigError: a value is out of range, or two flags contradict each other.
+    """
+    config = RunConfig(**{name: flags.read_group(args, group) for name, group in GROUPS.items()})
+    check(config)
+    return config
+
+
+def check(config: RunConfig) -> None:
+    """Refuse flags of different groups that cannot be honoured together."""
+    if not config.trains and not config.validation.val_data:
+        raise ConfigError("nothing to do: give --train-data or --dataset-manifest to train, or --val-data to evaluate.")
+    if not config.trains and not (config.checkpoint.resume or config.checkpoint.pretrained):
+        raise ConfigError("--val-data alone evaluates a checkpoint: name it with --resume or --pretrained.")
+    if config.trains and config.data.has_no_end and not (config.train.train_tokens or config.train.train_num_samples):
+        raise ConfigError("the data have no end: say how long to train with --train-tokens or --train-num-samples.")
+
+
+def command_line(argv: Sequence[str] | None) -> str:
+    """The command as a person would type it, for logs."""
+    import sys
+
+    return shlex.join(["python", "-m", "open_lm.main", *(sys.argv[1:] if argv is None else argv)])

@@ -1,0 +1,145 @@
+"""What is written down about a run while it trains: the progress line, every sink, results.jsonl."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from open_lm import text
+from open_lm.distributed import World
+from open_lm.errors import TrainingDiverged
+from open_lm.evaluate.held_out import HeldOut
+from open_lm.tracking.meter import Meter, peak_memory_gib
+from open_lm.tracking.sink import Sink
+from open_lm.train.state import TrainState
+from open_lm.train.step import StepReport
+from open_lm.train.timing import Timing
+
+
+class Recorder:
+    """Adds up the reports of steps and writes them out when asked. `sinks` is empty on every rank but 0."""
+
+    def __init__(self, world: World, state: TrainState, sinks: Sequence[Sink]):
+        self._world = world
+        self._sinks = sinks
+        self._meter = Meter(world, state.horizon.tokens_per_step)
+        self._bar: tqdm | None = None
+        self._total_steps = state.horizon.total_steps
+        if world.is_master and os.isatty(2) and state.step < self._total_steps:
+            self._bar = tqdm(total=self._total_steps, initial=state.step, unit="step", dynamic_ncols=True, smoothing=0.05)
+
+    def add(self, report: StepReport) -> None:
+        """Count one step, without waiting for its figures."""
+        self._meter.add(torch.stack((report.loss, report.z_loss)), report.grad_norm.reshape(1).to(report.loss.dtype))
+        if self._bar is not None:
+            self._bar.update()
+
+    def write(self, state: TrainState, lr: float, timing: Timing, *, with_z_loss: bool) -> None:
+        """Write the means over the steps since the last call; every rank must call this.
+
+        Raises:
+            TrainingDiverged: the loss or the gradient norm is not finite; all ranks raise together.
+        """
+        n_steps = self._meter.n_steps
+        if not n_steps:
+            return
+        times = {f"train/{name}_time": total / n_steps for name, total in timing.read().items()}
+        (loss, z_loss, grad_norm), seconds = self._meter.read()
+        metrics = {
+            "train/loss": loss,
+            **({"train/z_loss": z_loss} if with_z_loss else {}),
+            "train/grad_norm": grad_norm,
+            "train/lr": lr,
+            "train/tokens": state.tokens,
+            **self._meter.rates(seconds),
+            "train/batch_time": seconds,
+            **times,
+            "train/peak_memory_gib": peak_memory_gib(self._world.device),
+        }
+        self.log(state.step, metrics)
+        self._say(state.step, metrics)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise TrainingDiverged(
+                f"loss {loss}, gradient norm {grad_norm} within the {n_steps} steps up to step {state.step}. The checkpoints "
+                "written before are good: lower --lr or raise --warmup, and continue from one with --resume."
+            )
+
+    def _say(self, step: int, metrics: Mapping[str, float]) -> None:
+        logging.info(
+            "step %d/%d | loss %.4f | lr %.3g | grad norm %.2f | %s tokens/s | %s tokens | %.2f GiB | %s left",
+            step, self._total_steps, metrics["train/loss"], metrics["train/lr"], metrics["train/grad_norm"],
+            text.count(metrics["train/tokens_per_second"]), text.count(metrics["train/tokens"]),
+            metrics["train/peak_memory_gib"], text.duration((self._total_steps - step) * metrics["train/batch_time"]),
+        )  # fmt: skip
+
+    def write_held_out(self, step: int, results: Sequence[HeldOut]) -> None:
+        """Write the held-out losses: `valid/loss` of the first set, `valid/NAME/loss` of each further one."""
+        metrics: dict[str, float] = {}
+        for index, result in enumerate(results):
+            prefix = "valid" if index == 0 else f"valid/{result.name}"
+            metrics |= {f"{prefix}/loss": result.loss, f"{prefix}/tokens": result.tokens}
+            logging.info(
+                "held-out %s | loss %.4f | perplexity %.2f | %s sequences, %s tokens",
+                result.name, result.loss, result.perplexity, text.count(result.sequences), text.count(result.tokens),
+            )  # fmt: skip
+        self.log(step, metrics)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Give `metrics` to every sink, each at once; a sink that cannot write does not end the run."""
+        for sink in self._sinks:
+            try:
+                sink.log(step, metrics)
+            except OSError as error:
+                logging.warning("%s could not write step %d: %s", type(sink).__name__, step, error)
+
+    def aside(self, work: Callable[[], Any]) -> Any:
+        """Do `work` (a validation, a save) without counting its time as training."""
+        began = time.perf_counter()
+        try:
+            return work()
+        finally:
+            self._meter.skip(time.perf_counter() - began)
+
+    def close(self) -> None:
+        """Close the bar and the sinks; a sink that fails to close does not hide how the run ended."""
+        if self._bar is not None:
+            self._bar.close()
+        for sink in self._sinks:
+            try:
+                sink.close()
+            except Exception as error:
+                logging.warning("%s did not close: %s", type(sink).__name__, error)
+
+
+def result_rows(results: Sequence[HeldOut], *, step: int, tokens: int, model: str, checkpoint: str | None) -> list[dict[str, Any]]:
+    """One row per validation set under OpenLM's keys; -1.0 stands for an interval that was not asked for."""
+    bounds = [f"loss_{kind}_{side}_95" for kind in ("sequences", "tokens") for side in ("lower", "upper")]
+    return [
+        {
+            "loss": result.loss,
+            **dict.fromkeys(bounds, -1.0),
+            "sequences": result.sequences,
+            "tokens": result.tokens,
+            "train_tokens": tokens,
+            "step": step,
+            "name": result.name,
+            "val_data": [result.url],
+            "model": model,
+            "checkpoint_path": checkpoint,
+        }
+        for result in results
+    ]
+
+
+def append_json_line(path: str, value: Any) -> None:
+    """Add `value` as one line to the file at `path`."""
+    with open(path, "a") as file:
+        file.write(json.dumps(value) + "\n")

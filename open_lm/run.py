@@ -1,0 +1,177 @@
+"""A run while it is open: what is due after each step, and how everything is closed on any exit."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from open_lm.checkpoint.manager import Checkpoints, DataOrder
+from open_lm.distributed import World, start_world
+from open_lm.errors import Preempted
+from open_lm.evaluate.held_out import HeldOut, ValidationSet, evaluate
+from open_lm.params import RunConfig
+from open_lm.recorder import Recorder, append_json_line, result_rows
+from open_lm.run_folder import open_folder
+from open_lm.signals import StopRequests
+from open_lm.tracking.log import text_log
+from open_lm.tracking.sink import RunFacts, Sink, open_sinks
+from open_lm.train.state import TrainState
+from open_lm.train.step import StepReport
+from open_lm.train.timing import Timing
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run gives back: its folder, the steps taken and the last held-out losses."""
+
+    folder: str
+    step: int
+    held_out: tuple[HeldOut, ...]
+
+
+class Run:
+    """One open run on one rank. The loop calls it after every step, and it decides what is due."""
+
+    def __init__(self, config: RunConfig, world: World, folder: str, stop: StopRequests, sinks: list[Sink]):
+        self.config = config
+        self.world = world
+        self.folder = folder
+        self.checkpoints = Checkpoints(
+            os.path.join(folder, "checkpoints"),
+            config.checkpoint,
+            name=os.path.basename(folder),
+            config={"model": config.architecture.to_dict(), "flags": config.as_flags()},
+        )
+        self._stop = stop
+        self._sinks = sinks
+        self._held_out: tuple[HeldOut, ...] = ()
+        self._validated_at: int | None = None
+
+    def begin(self, state: TrainState, loader: DataOrder | None, val_sets: list[ValidationSet]) -> None:
+        """Take what the run works on, once it is built and restored."""
+        self._loader = loader
+        self._val_sets = val_sets
+        self._recorder = Recorder(self.world, state, self._sinks)
+        self._saved_at = state.step
+
+    def record(self, report: StepReport, state: TrainState, timing: Timing) -> None:
+        """Count one step; write the figures every --log-every-n-steps, before each save, and at the end."""
+        self._recorder.add(report)
+        every = self.config.tracking.log_every_n_steps
+        if state.step % every == 0 or state.step == state.horizon.total_steps or self._save_due(state):
+            self._recorder.write(state, report.lr, timing, with_z_loss=self.config.train.z_loss_coefficient > 0)
+
+    def validate_if_due(self, state: TrainState) -> None:
+        """Measure the held-out loss at the ends of intervals, or every --val-every-steps."""
+        flags, steps = self.config.validation, state.horizon
+        if flags.val_every_steps:
+            due = state.step % flags.val_every_steps == 0 or state.step == steps.total_steps
+        else:
+            ends = state.step in steps.interval_ends and flags.val_frequency > 0
+            due = ends and steps.intervals_done(state.step) % flags.val_frequency == 0
+        if due:
+            self.validate(state)
+
+    def validate(self, state: TrainState) -> None:
+        """Measure and record the held-out loss, unless this step has been measured."""
+        if not self._val_sets or self._validated_at == state.step:
+            return
+        results = self._recorder.aside(lambda: evaluate(state.model, self._val_sets, self.world, state.precision))
+        self._held_out, self._validated_at = tuple(results), state.step
+        self._recorder.write_held_out(state.step, results)
+        if self.world.is_master:
+            append_json_line(os.path.join(self.checkpoints.folder, "results.jsonl"), self._result_rows(state))
+
+    def _result_rows(self, state: TrainState) -> list[dict[str, Any]]:
+        flags = self.config.checkpoint
+        path = flags.resume or flags.pretrained
+        return result_rows(self._held_out, step=state.step, tokens=state.tokens, model=self.config.model.model, checkpoint=path)
+
+    def save_if_due(self, state: TrainState) -> None:
+        """Write a checkpoint at the ends of intervals, as --save-frequency says."""
+        if self._save_due(state):
+            self._save(state, label=str(state.horizon.intervals_done(state.step)))
+
+    def _save_due(self, state: TrainState) -> bool:
+        steps = state.horizon
+        is_last = state.step == steps.total_steps
+        return state.step in steps.interval_ends and self.checkpoints.wants(steps.intervals_done(state.step), is_last=is_last)
+
+    def _save(self, state: TrainState, *, label: str) -> None:
+        assert self._loader is not None
+        is_last = state.step == state.horizon.total_steps
+        stats = {
+            "evaluation_metrics": self._result_rows(state),
+            "samples_seen": state.tokens // self.config.architecture.seq_len,
+            "percentage_of_data_seen": state.step / state.horizon.total_steps,
+            "shard_shuffle_seed": self.config.train.seed,
+            "train_data_string": " ".join((*self.config.data.train_data, *self.config.data.dataset_manifest)),
+            "next_shard_per_source": None,
+        }
+        saved = self._recorder.aside(
+            lambda: self.checkpoints.save(state, self._loader, label=label, is_final=is_last, stats=stats)
+        )
+        self._saved_at = state.step if saved else self._saved_at
+
+    def stop_if_asked(self, state: TrainState) -> None:
+        """After a stop signal on any rank: save and leave.
+
+        Raises:
+            Preempted: the run stopped; the checkpoint just written holds everything.
+        """
+        if not self.world.any(self._stop.received is not None) or state.step == state.horizon.total_steps:
+            return
+        if self._saved_at != state.step:
+            self._save(state, label=f"{state.horizon.intervals_done(state.step)}-step{state.step}")
+        reason = next(name for name in self.world.gather(self._stop.received) if name)
+        raise Preempted(f"stopped by {reason} after step {state.step}, saved. Continue with --resume latest.")
+
+    def finish(self, state: TrainState) -> RunResult:
+        """The last validation, where there is anything to validate on, and what the run came to."""
+        self.validate(state)
+        logging.info("done: %s", self.folder)
+        return RunResult(self.folder, state.step, self._held_out)
+
+    def close(self) -> None:
+        """Close what writes."""
+        recorder = getattr(self, "_recorder", None)
+        if recorder is not None:
+            recorder.close()
+
+
+@contextlib.contextmanager
+def start_run(config: RunConfig, command: str) -> Iterator[Run]:
+    """Open the run that `config` describes; on any exit log, sinks and process group are closed.
+
+    Raises:
+        ConfigError: the run's folder holds a run and --resume is not given.
+        StorageError: the folder cannot be written.
+    """
+    flags, tracking = config.parallel, config.tracking
+    with contextlib.ExitStack() as stack:
+        world = stack.enter_context(
+            start_world(
+                flags.device,
+                flags.dist_backend,
+                init_method=flags.dist_url,
+                timeout_seconds=flags.dist_timeout,
+                device_by_rank=not flags.no_set_device_rank,
+                force_group=flags.force_distributed,
+            )
+        )
+        stop = stack.enter_context(StopRequests())
+        folder = open_folder(config, world)
+        stack.enter_context(text_log(folder, world.rank, every_rank=tracking.log_local, debug=tracking.debug))
+        logging.info("%s", command)
+        facts = RunFacts(os.path.basename(folder), folder, config.as_flags(), tracking)
+        run = Run(config, world, folder, stop, open_sinks(facts) if world.is_master else [])
+        stack.callback(run.close)
+        try:
+            yield run
+        except BaseException as error:
+            logging.error("the run ended with %s: %s", type(error).__name__, error)
+            raise

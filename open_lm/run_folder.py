@@ -1,0 +1,56 @@
+"""Where a run lives on disk: `<logs>/<name>/` with params.txt, out.log and checkpoints/."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import yaml
+
+from open_lm import storage
+from open_lm.distributed import World
+from open_lm.errors import ConfigError, OpenLMError
+from open_lm.params import RunConfig
+
+
+def open_folder(config: RunConfig, world: World) -> str:
+    """Make the run's folder on rank 0 and write params.txt into it; every rank gets its path, or the same error.
+
+    Raises:
+        ConfigError: the folder holds a run and --resume is not given.
+        StorageError: the folder cannot be written.
+    """
+    outcome = world.broadcast(_try_open(config) if world.is_master else None)
+    if isinstance(outcome, OpenLMError):
+        raise outcome
+    return outcome
+
+
+def _try_open(config: RunConfig) -> str | OpenLMError:
+    try:
+        return _open(config)
+    except OpenLMError as error:
+        return error
+
+
+def _open(config: RunConfig) -> str:
+    name = config.tracking.name or default_name(config)
+    folder = os.path.join(str(storage.local_path(config.tracking.logs)), name)
+    params = os.path.join(folder, "params.txt")
+    if os.path.exists(params) and config.trains and not config.checkpoint.resume:
+        raise ConfigError(f"--name {name}: {folder} already holds a run. Continue it with --resume latest, or choose another --name.")
+    storage.require_writable(os.path.join(folder, "checkpoints"), "--logs")
+    storage.write_text(params, "".join(f"{key}: {_one_line(value)}\n" for key, value in config.as_flags().items()))
+    return folder
+
+
+def _one_line(value: object) -> str:
+    """`value` as YAML that fits behind `key: ` on one line."""
+    return yaml.safe_dump([value], default_flow_style=True, width=1 << 30).strip()[1:-1]
+
+
+def default_name(config: RunConfig) -> str:
+    """A name made from the time and the settings people compare."""
+    model = os.path.splitext(os.path.basename(str(config.model.model)))[0]
+    settings = f"model_{model}-lr_{config.schedule.lr}-b_{config.train.global_batch_size}-p_{config.parallel.precision}"
+    return f"{time.strftime('%Y_%m_%d-%H_%M_%S')}-{settings}"

@@ -1,0 +1,46 @@
+"""What happens while a model trains, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+from open_lm.data.batch import Batch
+from open_lm.train.state import TrainState
+from open_lm.train.step import StepReport, train_step
+from open_lm.train.timing import Timing
+
+
+class Run(Protocol):
+    """What the loop asks of the run it trains in; each method decides by itself whether anything is due."""
+
+    def record(self, report: StepReport, state: TrainState, timing: Timing) -> None: ...
+
+    def validate_if_due(self, state: TrainState) -> None: ...
+
+    def save_if_due(self, state: TrainState) -> None: ...
+
+    def stop_if_asked(self, state: TrainState) -> None: ...
+
+
+def train(state: TrainState, batches: Iterable[Batch], run: Run, *, accum: int, clip: float | None) -> None:
+    """Train on `batches`, one optimizer step each, from `state.step` on."""
+    state.model.train()
+    timing = Timing(state.world.device)
+    for batch in timed(batches, timing):
+        report = train_step(state, batch.to(state.world.device), accum=accum, clip=clip, timing=timing)
+        run.record(report, state, timing)
+        run.validate_if_due(state)
+        run.save_if_due(state)
+        run.stop_if_asked(state)
+
+
+def timed(batches: Iterable[Batch], timing: Timing) -> Iterator[Batch]:
+    """`batches`, with the wait for each counted as `data`."""
+    iterator = iter(batches)
+    while True:
+        with timing("data", on_host=True):
+            batch = next(iterator, None)
+        if batch is None:
+            return
+        yield batch

@@ -1,0 +1,77 @@
+"""The fused output layer and loss against its definition, in values and gradients."""
+
+import pytest
+import torch
+
+from open_lm.kernels import linear_cross_entropy as module
+from open_lm.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_LOGITS", 5 * 37)
+
+
+def tensors(n=23, d=8, v=37, dtype=torch.float64):
+    torch.manual_seed(0)
+    hidden = torch.randn(n, d, dtype=dtype, requires_grad=True)
+    weight = torch.randn(v, d, dtype=dtype, requires_grad=True)
+    targets = torch.randint(0, v, (n,))
+    targets[::4] = -100
+    return hidden, weight, targets
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_values_and_gradients_equal_the_definition(z_loss):
+    hidden, weight, targets = tensors()
+    got = linear_cross_entropy(hidden, weight, targets, z_loss)
+    expected = linear_cross_entropy_reference(hidden, weight, targets, z_loss)
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine.float(), theirs.float(), rtol=1e-5, atol=1e-5)
+    mine = torch.autograd.grad(3 * got.total, (hidden, weight))
+    theirs = torch.autograd.grad(3 * expected.total, (hidden, weight))
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_gradients_pass_torchs_own_numerical_check():
+    hidden, weight, targets = tensors(n=6, d=3, v=5)
+
+    def loss(h, w):
+        return linear_cross_entropy_reference(h, w, targets, 0.1).total - linear_cross_entropy(h, w, targets, 0.1).total
+
+    difference = loss(hidden, weight)
+    assert abs(difference.item()) < 1e-4
+
+
+def test_a_batch_without_targets_costs_nothing_and_moves_nothing():
+    hidden, weight, _ = tensors()
+    got = linear_cross_entropy(hidden, weight, torch.full((23,), -100))
+    assert got.total.item() == 0
+    for gradient in torch.autograd.grad(got.total, (hidden, weight)):
+        assert gradient.abs().max() == 0
+
+
+def test_backward_twice_gives_the_same_gradient():
+    hidden, weight, targets = tensors(dtype=torch.float32)
+    total = linear_cross_entropy(hidden, weight, targets).total
+    first = torch.autograd.grad(2 * total, hidden, retain_graph=True)[0]
+    second = torch.autograd.grad(2 * total, hidden)[0]
+    torch.testing.assert_close(first, second)
+
+
+def test_bf16_autocast_stays_near_fp32():
+    hidden, weight, targets = tensors(n=64, d=16, dtype=torch.float32)
+    exact = linear_cross_entropy(hidden, weight, targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = linear_cross_entropy(hidden, weight, targets)
+    assert rounded.cross_entropy.dtype == torch.float32
+    torch.testing.assert_close(rounded.cross_entropy, exact.cross_entropy, rtol=2e-2, atol=0)
+
+
+def test_the_sums_are_not_rounded_to_the_type_of_the_weights():
+    hidden, weight, targets = tensors(n=64, d=16, dtype=torch.bfloat16)
+    got = linear_cross_entropy(hidden, weight, targets)
+    assert got.total.dtype == torch.float32
+    assert torch.autograd.grad(got.total, weight)[0].dtype == torch.bfloat16

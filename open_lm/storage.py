@@ -93,7 +93,7 @@ def size_bytes(url: str) -> int:
 
 
 def glob(pattern: str) -> list[str]:
-    """The files that match `pattern` (`**` crosses folders), sorted; a url without wildcards is returned as it is, if it exists."""
+    """The files that match `pattern` (`**` crosses folders), sorted; one without wildcards is itself, if it exists."""
     if is_remote(pattern):
         filesystem, scheme = _filesystem(pattern), pattern.split("://")[0]
         return sorted(f"{scheme}://{path}" if "://" not in path else path for path in filesystem.glob(pattern))
@@ -170,7 +170,9 @@ def require_writable(folder: str, flag_name: str) -> None:
         with tempfile.TemporaryFile(dir=local_path(folder)):
             pass
     except OSError as error:
-        raise StorageError(f"{flag_name} {folder}: cannot write there ({error.strerror}). Choose another folder.") from error
+        raise StorageError(
+            f"{flag_name} {folder}: cannot write there ({error.strerror}). Choose another folder."
+        ) from error
 
 
 def _nearest_existing(path: Path) -> Path:

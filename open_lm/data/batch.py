@@ -19,8 +19,8 @@ class Batch:
     `inputs_BT` are token ids; `targets_BT` the ids that follow them, or `IGNORED`.
     """
 
-    inputs_BT: Tensor
-    targets_BT: Tensor
+    inputs_BT: Tensor  # noqa: N815
+    targets_BT: Tensor  # noqa: N815
 
     @classmethod
     def from_samples(cls, samples_BS: Tensor) -> Batch:

@@ -1,0 +1,298 @@
+"""What a run trains on: batch k is a function of the data, the weights, the seed and k, whoever reads it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from open_lm.data.batch import IGNORED, Batch
+from open_lm.data.config import DataConfig
+from open_lm.data.pipeline import StepSource, run_pipeline
+from open_lm.data.plan import (
+    DEFAULT_LANES,
+    DEFAULT_WINDOW,
+    ORDER,
+    LaneStream,
+    Plan,
+    ResampledStream,
+    Stream,
+    choose_lanes,
+    key,
+    mix,
+    share_columns,
+)
+from open_lm.data.reader import SampleReader
+from open_lm.data.sources import Source, open_sources
+from open_lm.data.validation import validation_batches
+from open_lm.errors import CheckpointError, ConfigError, DataError
+
+__all__ = ["Loader", "build_loader", "validation_batches"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where batches begin in the stream, and which slice of each is this rank's."""
+
+    global_batch: int
+    rank: int
+    world_size: int
+    skipped: tuple[tuple[int, int], ...] = ()
+    first_step: int = 0
+    first_position: int = 0
+
+    def __post_init__(self) -> None:
+        if self.global_batch % self.world_size:
+            raise ConfigError(
+                f"--global-batch-size {self.global_batch} does not divide among {self.world_size} ranks. "
+                "Choose a multiple of the number of processes."
+            )
+
+    @property
+    def local_batch(self) -> int:
+        return self.global_batch // self.world_size
+
+    def consumed(self, step: int) -> int:
+        """Sequences of the stream that steps before `step` have used."""
+        return self.first_position + (step - self.first_step) * self.global_batch
+
+    def positions_of(self, step: int) -> np.ndarray:
+        """The places in the stream of this rank's samples of `step`."""
+        start = self.consumed(step) + self.rank * self.local_batch
+        return self.shifted(np.arange(start, start + self.local_batch))
+
+    def shifted(self, positions: np.ndarray) -> np.ndarray:
+        """`positions` with the skipped ranges [first, end) left out."""
+        for first, end in self.skipped:
+            positions = np.where(positions >= first, positions + end - first, positions)
+        return positions
+
+
+class Loader:
+    """One rank's batches. Close to a function: the only thing it holds is which data there is."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        sources: list[Source],
+        fill: Any,
+        geometry: Geometry,
+        *,
+        config: DataConfig,
+        seed: int,
+        n_sequences: int | None,
+    ):
+        self.plan, self.sources, self.geometry = plan, sources, geometry
+        self.n_sequences = n_sequences
+        self.holes: list[dict[str, Any]] = []
+        self._fill, self._config, self._seed = fill, config, seed
+
+    def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
+        """This rank's share of the batches of steps `start_step` to `stop_step`, on the CPU, int64.
+
+        Raises:
+            DataError: the data ends before `stop_step`, or a sample cannot be read and --ignore-parse-errors is off.
+        """
+        self.require(stop_step)
+        source = StepSource(self.geometry.positions_of, self.plan.reader_of, start_step, stop_step)
+        steps = run_pipeline(source, self._fill, n_workers=self._config.workers, batch=self.geometry.local_batch)
+        for step, (tokens_BS, holes) in enumerate(steps, start_step):
+            yield self._masked(tokens_BS, holes, step)
+
+    def require(self, n_steps: int) -> None:
+        """Check that there is data for `n_steps` steps.
+
+        Raises:
+            DataError: there is not; the message has both numbers.
+        """
+        needed = int(self.geometry.shifted(np.array([self.geometry.consumed(n_steps) - 1]))[0]) + 1
+        if self.n_sequences is not None and not self._config.multiple_data_passes and needed > self.n_sequences:
+            raise DataError(
+                f"too little data: {n_steps} steps of {self.geometry.global_batch} need {needed} sequences, "
+                f"{', '.join(source.name for source in self.sources)} gives {self.n_sequences} before it repeats. "
+                "Train on fewer tokens, add data, or give --multiple-data-passes."
+            )
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Where the data stands when `step` optimizer steps are done, and what its order depends on. Plain JSON."""
+        consumed = self.geometry.consumed(step)
+        counts = self._consumed_by_source(consumed)
+        return {
+            "version": 1,
+            "order": ORDER,
+            "seed": self._seed,
+            "global_batch": self.geometry.global_batch,
+            "steps": step,
+            "samples_consumed": consumed,
+            "resampled": self._config.dataset_resampled,
+            "pattern": len(self.plan.pattern),
+            "skips": [list(span) for span in self.geometry.skipped],
+            "holes": len(self.holes),
+            "sources": [
+                self._source_state(k, source) | {"consumed": int(counts[k])} for k, source in enumerate(self.sources)
+            ],
+        }
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Check that a saved `state` continues here.
+
+        Raises:
+            CheckpointError: the data, the seed or another setting of the order is not the one the run began with.
+        """
+        here = self.state(int(state.get("steps", 0)))
+        for name in ("version", "order", "seed", "global_batch", "samples_consumed", "resampled", "pattern"):
+            if state.get(name) != here[name]:
+                raise CheckpointError(_differs(name, state.get(name), here[name]))
+        saved, mine = state.get("sources", []), here["sources"]
+        if len(saved) != len(mine):
+            raise CheckpointError(_differs("number of sources", len(saved), len(mine)))
+        for before, now in zip(saved, mine, strict=True):
+            for name in ("fingerprint", "sequences", "columns", "lanes", "window", "consumed"):
+                if before.get(name) != now[name]:
+                    raise CheckpointError(_differs(f"{name} of source {now['name']}", before.get(name), now[name]))
+
+    def _source_state(self, number: int, source: Source) -> dict[str, Any]:
+        stream = self.plan.streams[number]
+        return {
+            "name": source.name,
+            "fingerprint": source.fingerprint,
+            "sequences": source.n_sequences,
+            "columns": int(self.plan.columns[number]),
+            "lanes": getattr(stream, "lanes", 1),
+            "window": getattr(stream, "window", 1),
+        }
+
+    def _consumed_by_source(self, consumed: int) -> np.ndarray:
+        end = int(self.geometry.shifted(np.array([consumed - 1]))[0]) + 1 if consumed else 0
+        rows, rest = divmod(end, len(self.plan.pattern))
+        return rows * self.plan.columns + np.bincount(self.plan.pattern[:rest], minlength=len(self.plan.streams))
+
+    def _masked(self, tokens_BS: torch.Tensor, holes: list[tuple[int, str]], step: int) -> Batch:
+        """The batch; the rows of holes are masked, or end the run."""
+        batch = Batch.from_samples(tokens_BS)
+        if not holes:
+            return batch
+        if not self._config.ignore_parse_errors:
+            raise DataError(
+                f"{holes[0][1]} Repair the shard, or go on without such samples with --ignore-parse-errors."
+            )
+        inputs_BT, targets_BT = batch.inputs_BT.clone(), batch.targets_BT.clone()
+        for row, reason in holes:
+            inputs_BT[row], targets_BT[row] = 0, IGNORED
+            position = int(self.geometry.positions_of(step)[row])
+            self.holes.append({"step": step, "position": position, "reason": reason})
+            log.warning("step %d: %s It is masked; %d so far on this rank.", step, reason, len(self.holes))
+        return Batch(inputs_BT, targets_BT)
+
+
+def _differs(what: str, before: object, now: object) -> str:
+    return (
+        f"the checkpoint's data differs: {what} was {before!r}, is now {now!r}. "
+        "Give the data, weights, seed and batch the run began with."
+    )
+
+
+def build_loader(
+    config: DataConfig,
+    *,
+    vocab_size: int,
+    seq_len: int,
+    global_batch: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    n_steps: int | None = None,
+) -> Loader:
+    """The loader of one rank. `n_steps`, when given, is checked against the data now, not in the middle of the run.
+
+    Raises:
+        ConfigError: no data was named, or the batch does not divide among the ranks.
+        DataError: a shard or manifest is damaged, or there are fewer sequences than `n_steps` need.
+    """
+    if config.data_tolerate_error_p != 0.09 or config.data_tolerate_num_ckpts:
+        log.warning("--data-tolerate-*: ignored, every step gets its whole batch. See --ignore-parse-errors.")
+    skipped = tuple((first * global_batch, (last + 1) * global_batch) for first, last in config.skipped_ranges())
+    geometry = Geometry(global_batch, rank, world_size, skipped)
+    if config.dataset_type == "synthetic":
+        random_ids = SyntheticSamples(vocab_size, seq_len, seed)
+        nowhere = [Source(f"synthetic {vocab_size} {seq_len}", ())]
+        return Loader(Plan((random_ids,)), nowhere, random_ids, geometry, config=config, seed=seed, n_sequences=None)
+    if not (config.train_data or config.dataset_manifest):
+        raise ConfigError("--train-data or --dataset-manifest: neither was given. Name the training shards.")
+    sources = open_sources(config)
+    plan = make_plan(sources, config, seed=seed, global_batch=global_batch)
+    if len(sources) > 1:
+        shares = ", ".join(f"{source.name} {share:.4f}" for source, share in zip(sources, plan.shares, strict=True))
+        log.info("share of each source in every batch: %s", shares)
+    n_sequences = None if config.dataset_resampled else plan.length([source.n_sequences for source in sources])
+    fill = PlannedSamples(plan, SampleReader([s.shards for s in sources], data_key=config.data_key,
+                                             vocab_size=vocab_size, seq_len=seq_len, seed=seed))  # fmt: skip
+    loader = Loader(plan, sources, fill, geometry, config=config, seed=seed, n_sequences=n_sequences)
+    if n_steps is not None:
+        loader.require(n_steps)
+    return loader
+
+
+def make_plan(sources: list[Source], config: DataConfig, *, seed: int, global_batch: int) -> Plan:
+    """The order of the samples of `sources`."""
+    if len(sources) == 1:
+        return Plan((_stream(sources[0], config, seed=seed, salt=0, columns=global_batch),))
+    weights = config.train_data_mix_weights or tuple(source.n_sequences * source.factor for source in sources)
+    pattern = share_columns(weights, max(_row(global_batch), len(sources)))
+    columns = np.bincount(pattern).tolist()
+    streams = (_stream(source, config, seed=seed, salt=k, columns=columns[k]) for k, source in enumerate(sources))
+    return Plan(tuple(streams), pattern)
+
+
+def _row(columns: int) -> int:
+    """The smallest multiple of `columns` that makes a good number of lanes."""
+    return columns * -(-DEFAULT_LANES // columns)
+
+
+def _stream(source: Source, config: DataConfig, *, seed: int, salt: int, columns: int) -> Stream:
+    names, counts = [shard.name for shard in source.shards], [shard.n_sequences for shard in source.shards]
+    lanes, window = choose_lanes(source.n_sequences, columns)
+    kind: type[LaneStream | ResampledStream] = LaneStream
+    if config.dataset_resampled:
+        kind, lanes, window = ResampledStream, _row(columns), DEFAULT_WINDOW
+    lanes = config.shuffle_lanes or lanes
+    window = 1 if config.disable_buffer else config.shuffle_window or window
+    return kind(names, counts, seed=seed, salt=salt, lanes=lanes, window=window)
+
+
+@dataclass(frozen=True)
+class PlannedSamples:
+    """Samples by position: the plan says which, the reader gets them."""
+
+    plan: Plan
+    reader: SampleReader
+
+    def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, list[tuple[int, str]]]:
+        found = self.plan.locate(positions)
+        return self.reader.read(found.source, found.shard, found.place, positions)
+
+
+@dataclass(frozen=True)
+class SyntheticSamples:
+    """Random ids, a hash of seed and place: for measuring speed and trying settings without data."""
+
+    vocab_size: int
+    seq_len: int
+    seed: int
+
+    def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, list[tuple[int, str]]]:
+        places = positions[:, None] * (self.seq_len + 1) + np.arange(self.seq_len + 1)
+        hashes = mix(places.astype(np.uint64) ^ key("synthetic", self.seed))
+        return (hashes % np.uint64(self.vocab_size)).astype(np.int32), []
+
+    def lane_of(self, positions: np.ndarray) -> np.ndarray:
+        return positions
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros_like(positions), positions

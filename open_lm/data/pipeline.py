@@ -1,0 +1,142 @@
+"""How planned steps become batches: a webdataset pipeline in each worker; the main process joins their parts."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import webdataset as wds
+from torch.utils.data import get_worker_info
+
+from open_lm.errors import DataError, OpenLMError
+
+_HUNG_SECONDS = 900
+_PR_SET_PDEATHSIG = 1
+
+
+class Request(NamedTuple):
+    """The part of one step that one worker reads: the places `slots` of this rank's batch hold `positions`."""
+
+    step: int
+    worker: int
+    slots: np.ndarray
+    positions: np.ndarray
+
+
+Fill = Callable[[np.ndarray], tuple[np.ndarray, list[tuple[int, str]]]]
+"""From positions to their samples (n, seq_len + 1) and the holes among them."""
+
+
+@dataclass(frozen=True)
+class StepSource:
+    """The first stage: this worker's requests for steps `start` to `stop`, straight from the plan."""
+
+    positions_of: Callable[[int], np.ndarray]
+    reader_of: Callable[[np.ndarray, int], np.ndarray]
+    start: int
+    stop: int
+
+    def __call__(self) -> Iterator[Request]:
+        info = get_worker_info()
+        worker, n_workers = (info.id, info.num_workers) if info else (0, 1)
+        for step in range(self.start, self.stop):
+            positions = self.positions_of(step)
+            slots = np.flatnonzero(self.reader_of(positions, n_workers) == worker)
+            yield Request(step, worker, slots, positions[slots])
+
+
+@dataclass(frozen=True)
+class ReadStage:
+    """The second stage: requests become parts, plain dicts of tensors. An expected error travels as a part."""
+
+    fill: Fill
+
+    def __call__(self, requests: Iterable[Request]) -> Iterator[dict[str, Any]]:
+        for request in requests:
+            part: dict[str, Any] = {"step": request.step, "worker": request.worker}
+            try:
+                tokens, holes = self.fill(request.positions)
+            except OpenLMError as error:
+                yield part | {"error": error}
+                return
+            holes = [(int(request.slots[row]), reason) for row, reason in holes]
+            yield part | {"slots": torch.from_numpy(request.slots), "tokens": torch.from_numpy(tokens), "holes": holes}
+
+
+class StepParts(NamedTuple):
+    """One rank's samples of one step (B, seq_len + 1) as int64, and (row, reason) of its holes."""
+
+    tokens: torch.Tensor
+    holes: list[tuple[int, str]]
+
+
+def run_pipeline(source: StepSource, fill: Fill, *, n_workers: int, batch: int) -> Iterator[StepParts]:
+    """The steps of `source` in order, read by `n_workers` processes (0: by this one).
+
+    Raises:
+        DataError: a worker died, hung or ended early; errors of the workers are raised here as they are.
+    """
+    pipeline = wds.DataPipeline(source, ReadStage(fill))
+    if not n_workers:
+        yield from (_together([part], source.start + k, batch) for k, part in enumerate(iter(pipeline)))
+        return
+    loader = wds.WebLoader(
+        pipeline,
+        batch_size=None,
+        num_workers=n_workers,
+        worker_init_fn=_start_worker if threading.current_thread() is threading.main_thread() else _one_thread,
+        generator=torch.Generator(),  # else the loader would draw from the generator of the training
+        timeout=_HUNG_SECONDS,
+    )
+    parts = iter(loader)
+    for step in range(source.start, source.stop):
+        yield _together([_next(parts, step) for _ in range(n_workers)], step, batch)
+
+
+def _next(parts: Iterator[dict[str, Any]], step: int) -> dict[str, Any]:
+    try:
+        return next(parts)
+    except StopIteration:
+        raise DataError(
+            f"--workers: a data worker ended before step {step}. This is a bug; run with --workers 0."
+        ) from None
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"--workers: a data worker failed at step {step} ({reason}). Check memory; or use --workers 0."
+        ) from error
+
+
+def _together(parts: list[dict[str, Any]], step: int, batch: int) -> StepParts:
+    """The parts of one step in the plan's order; each worker must have sent exactly one."""
+    for worker, part in enumerate(parts):
+        if (part["step"], part["worker"]) != (step, worker):
+            raise DataError(f"--workers: worker {worker} sent no part of step {step}: it has ended. Use --workers 0.")
+        if "error" in part:
+            raise part["error"]
+    holes = sorted(hole for part in parts for hole in part["holes"])
+    if len(parts) == 1:
+        return StepParts(parts[0]["tokens"].long(), holes)
+    tokens = torch.empty((batch, parts[0]["tokens"].shape[1]), dtype=torch.int64)
+    for part in parts:
+        tokens[part["slots"]] = part["tokens"].long()
+    return StepParts(tokens, holes)
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer; it stops the workers
+
+
+def _start_worker(worker: int) -> None:
+    """One thread, and an end together with the parent, however that ends."""
+    _one_thread(worker)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

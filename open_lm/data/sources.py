@@ -1,0 +1,169 @@
+"""Which shards the data flags mean: urls, braces, globs and manifests turned into sources with known counts."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from open_lm import storage
+from open_lm.data.config import DataConfig
+from open_lm.data.manifest import FILENAME, Shard, fingerprint, read_manifest
+from open_lm.data.shards import ShardIndex, read_index, regular_index, shard_name
+from open_lm.errors import ConfigError, DataError, StorageError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Shards that are mixed as one; `factor` is how much oftener than by its size it is read."""
+
+    name: str
+    shards: tuple[Shard, ...]
+    factor: float = 1.0
+
+    @property
+    def n_sequences(self) -> int:
+        return sum(shard.n_sequences for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.shards)
+
+
+def open_sources(config: DataConfig) -> list[Source]:
+    """The sources the flags name. Without weights or factors they are pooled into one.
+
+    Raises:
+        DataError: a manifest or shard is damaged, or a source holds no samples.
+        StorageError: something does not exist.
+    """
+    if config.dataset_manifest:
+        sources = [Source(storage.shown(url), tuple(read_manifest(url))) for url in config.dataset_manifest]
+    elif config.train_data_upsampling_factors:
+        sources = _parts_with_factors(config)
+    else:
+        sources = [open_source(value, config.data_key) for value in config.train_data]
+    for source in sources:
+        if not source.n_sequences:
+            raise DataError(f"source {source.name}: holds no sequences. Check the path.")
+    weighted = config.train_data_mix_weights or config.train_data_upsampling_factors
+    return sources if weighted or len(sources) == 1 else [_pooled(sources)]
+
+
+def _parts_with_factors(config: DataConfig) -> list[Source]:
+    parts = [part for value in config.train_data for part in value.split("::")]
+    texts = str(config.train_data_upsampling_factors).split("::")
+    try:
+        factors = [float(text) for text in texts]
+    except ValueError:
+        factors = []
+    if len(factors) != len(parts) or min(factors) <= 0:
+        raise ConfigError(
+            f"--train-data-upsampling-factors {config.train_data_upsampling_factors}: need one number above 0 "
+            f"for each of the {len(parts)} parts of --train-data, joined by `::`."
+        )
+    sources = [open_source(part, config.data_key) for part in parts]
+    return [replace(source, factor=factor) for source, factor in zip(sources, factors, strict=True)]
+
+
+def _pooled(sources: Sequence[Source]) -> Source:
+    """All sources as one; a shard keeps its source's number in its name, so equal names do not clash."""
+    shards = [replace(shard, name=f"{k}/{shard.name}") for k, source in enumerate(sources) for shard in source.shards]
+    return Source(" + ".join(source.name for source in sources), tuple(shards))
+
+
+def open_source(value: str, key: str = "auto") -> Source:
+    """The shards one --train-data or --val-data value means: `::` joins urls, each with braces or a glob.
+
+    Counts come from a manifest.jsonl beside the shards where it names them all, else from the shards' headers.
+    """
+    urls = [url for part in value.split("::") for url in expand(part)]
+    if duplicate := next((url for url in urls if urls.count(url) > 1), None) if len(urls) < 1000 else None:
+        raise DataError(
+            f"{value}: names {storage.shown(duplicate)} twice. Use --train-data-upsampling-factors to repeat data."
+        )
+    names = _names(urls)
+    listed = {folder: _manifest_beside(folder) for folder in dict.fromkeys(storage.parent(url) for url in urls)}
+    known = [listed[storage.parent(url)].get(shard_name(url)) for url in urls]
+    missing = [k for k, shard in enumerate(known) if shard is None]
+    if missing and any(storage.is_remote(urls[k]) for k in missing):
+        log.warning("%s: no manifest, so the headers of %d remote shards are read first. "
+                    "open_lm.utils.make_wds_manifest saves this.", storage.shown(value), len(missing))  # fmt: skip
+    with ThreadPoolExecutor(8) as pool:
+        counted = dict(zip(missing, pool.map(lambda k: count_shard(urls[k], key), missing), strict=True))
+    shards = [replace(known[k] or counted[k], name=names[k], url=url) for k, url in enumerate(urls)]
+    return Source(storage.shown(value), tuple(shards))
+
+
+def expand(part: str) -> list[str]:
+    """The urls of one part: braces expanded, globs searched, every local file checked.
+
+    Raises:
+        ConfigError: the part is empty or a `pipe:` command.
+        StorageError: nothing is there.
+    """
+    import braceexpand
+
+    if not part.strip():
+        raise ConfigError("--train-data: an empty url. Remove the `::` too many.")
+    if part.startswith("pipe:"):
+        raise ConfigError(
+            f"{part}: `pipe:` would run a shell command. Give the url itself: s3://, http(s)://, hf:// or a path."
+        )
+    urls: list[str] = []
+    for url in braceexpand.braceexpand(part):
+        if not any(sign in url for sign in "*?["):
+            urls.append(url)
+            continue
+        found = storage.glob(url)
+        if not found:
+            raise StorageError(f"{storage.shown(url)}: no file matches. Check the path.")
+        urls += found
+    folders = [url for url in urls if not storage.is_remote(url) and os.path.isdir(storage.local_path(url))]
+    if folders:
+        raise StorageError(
+            f"{folders[0]}: is a folder. Name its shards ({folders[0].rstrip('/')}/*.tar) or use --dataset-manifest."
+        )
+    if missing := [url for url in urls if not storage.is_remote(url) and not storage.local_path(url).exists()]:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise StorageError(f"{missing[0]}{more}: no such shard. Check --train-data.")
+    return urls
+
+
+def _names(urls: Sequence[str]) -> list[str]:
+    """Names by which shards are ordered: paths below their common folder, so that moving a data set changes nothing."""
+    folders = [storage.parent(url).split("/") for url in urls]
+    common = next((k for k, parts in enumerate(zip(*folders)) if len(set(parts)) > 1), min(map(len, folders)))  # noqa: B905
+    return ["/".join([*folder[common:], shard_name(url)]) for folder, url in zip(folders, urls, strict=True)]
+
+
+def _manifest_beside(folder: str) -> dict[str, Shard]:
+    url = storage.join(folder, FILENAME)
+    return {shard.name.removesuffix(".tar"): shard for shard in read_manifest(url)} if storage.exists(url) else {}
+
+
+def count_shard(url: str, key: str) -> Shard:
+    """Name, count and layout of a shard without a manifest, from its headers."""
+    index = index_shard(url, key)
+    layout = index.layout
+    return Shard(shard_name(url), url, len(index), index.key, (layout[0], layout[1], layout[2]) if layout else None)
+
+
+def index_shard(url: str, key: str) -> ShardIndex:
+    """Where the samples of a shard lie; a regular npy shard is not read for it."""
+    shown, n_bytes = storage.shown(url), storage.size_bytes(url)
+    if n_bytes == 0:
+        raise DataError(f"shard {shown}: an empty file. Write it again, or remove it from the manifest.")
+    if key in ("auto", "npy") and (
+        quick := regular_index(lambda start, stop: storage.read_range(url, start, stop), n_bytes)
+    ):
+        return quick
+    if storage.is_remote(url):
+        return read_index(storage.read_bytes(url), shown, key)
+    with storage.open_read(url) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return read_index(content, shown, key)

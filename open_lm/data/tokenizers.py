@@ -1,0 +1,107 @@
+"""How text becomes token ids and back: any Hugging Face tokenizer, exactly, in bounded memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from open_lm.errors import ConfigError
+
+END_OF_TEXT_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
+PADDING_NAMES = ("<|padding|>", "<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
+
+
+class Tokenizer:
+    """A tokenizer with its end-of-text and padding ids. Encoding adds no special tokens and cuts nothing off."""
+
+    def __init__(self, backend: Any, name: str, *, eot_token: str | None = None, pad_token: str | None = None):
+        self.name, self._backend = name, backend
+        backend.no_truncation()
+        backend.no_padding()
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.eot_id = self._end_of_text(eot_token)
+        self.pad_id = self._first_known([pad_token, *PADDING_NAMES], self.eot_id)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, on all cores (TOKENIZERS_PARALLELISM=false: on one)."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of one text."""
+        return self.encode_batch([text])[0]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens included."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def token_of(self, token_id: int) -> str | None:
+        """How the vocabulary writes one id."""
+        return self._backend.id_to_token(token_id)
+
+    def to_json(self) -> str:
+        """The whole tokenizer as the text of a tokenizer.json."""
+        return self._backend.to_str()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A short text that two tokenizers share only if they are the same."""
+        return "b2:" + hashlib.blake2b(self.to_json().encode(), digest_size=16).hexdigest()
+
+    def _end_of_text(self, named: str | None) -> int:
+        found = self._first_known([named, *END_OF_TEXT_NAMES], -1)
+        if found < 0:
+            raise ConfigError(
+                f"--tokenizer {self.name}: no end-of-text token (looked for {', '.join(END_OF_TEXT_NAMES)}). "
+                "Add one to the tokenizer."
+            )
+        return found
+
+    def _first_known(self, tokens: Sequence[str | None], otherwise: int) -> int:
+        ids = (self._backend.token_to_id(token) for token in tokens if token)
+        return next((i for i in ids if i is not None), otherwise)
+
+
+def load_tokenizer(name_or_path: str) -> Tokenizer:
+    """The tokenizer of a hub id, a local Hugging Face folder, or a tokenizer.json file.
+
+    Raises:
+        ConfigError: there is none, it is not a fast tokenizer, or it has no end-of-text token.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        return _from_file(path, name_or_path)
+    if path.is_dir() and not (path / "tokenizer_config.json").exists() and (path / "tokenizer.json").exists():
+        return _from_file(path / "tokenizer.json", name_or_path)
+    if not path.is_dir() and (name_or_path.endswith(".json") or name_or_path.startswith((".", "/", "~"))):
+        raise ConfigError(f"--tokenizer {name_or_path}: no such file. Give a tokenizer.json, a folder or a hub id.")
+    return _from_transformers(name_or_path)
+
+
+def _from_file(path: Path, name: str) -> Tokenizer:
+    import tokenizers
+
+    try:
+        return Tokenizer(tokenizers.Tokenizer.from_file(str(path)), name)
+    except ConfigError:
+        raise
+    except Exception as error:  # the Rust library raises bare Exception
+        raise ConfigError(f"--tokenizer {name}: not a tokenizer.json ({error}). Check the file.") from None
+
+
+def _from_transformers(name: str) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(name, use_fast=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"--tokenizer {name}: cannot be loaded ({reason}). Give a hub id that can be reached, "
+            "a local folder, or a tokenizer.json file."
+        ) from error
+    if not getattr(loaded, "is_fast", False):
+        raise ConfigError(f"--tokenizer {name}: has no fast (Rust) form. Give one with a tokenizer.json.")
+    return Tokenizer(loaded.backend_tokenizer, name, eot_token=loaded.eos_token, pad_token=loaded.pad_token)

@@ -1,0 +1,66 @@
+"""Held-out data: every sequence scored exactly once, the same number of batches on every rank."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from open_lm.data.batch import IGNORED
+from open_lm.data.loader import validation_batches
+from open_lm.errors import DataError
+
+
+def flat(lists):
+    return list(itertools.chain.from_iterable(lists))
+
+
+def read(url, batch, rank, world_size, **kwargs):
+    return list(
+        validation_batches(url, vocab_size=60_000, seq_len=4, batch=batch, rank=rank, world_size=world_size, **kwargs)
+    )
+
+
+def scored(batches):
+    return [
+        first
+        for batch in batches
+        for first, targets in zip(batch.inputs_BT[:, 0].tolist(), batch.targets_BT, strict=True)
+        if (targets != IGNORED).any()
+    ]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    import numpy as np
+
+    from open_lm.data.shards import write_shard
+
+    made = {}
+    for total in range(1, 20):
+        made[total] = tmp_path_factory.mktemp(f"set{total}")
+        for k, numbers in enumerate(np.array_split(np.arange(total), 3)):
+            with open(made[total] / f"{k}.tar", "wb") as file:
+                write_shard(file, np.tile(numbers[:, None].astype("<u2"), (1, 5)), "json") if len(numbers) else None
+    return made
+
+
+@given(st.integers(3, 19), st.integers(1, 5), st.sampled_from([1, 2, 3, 4]), st.none() | st.integers(1, 25))
+@settings(max_examples=60, deadline=None)
+def test_each_sequence_is_scored_exactly_once_at_any_world_size(folders, total, batch, world_size, most):
+    url = f"{folders[total]}/*.tar"
+    ranks = [read(url, batch, rank, world_size, max_sequences=most) for rank in range(world_size)]
+    assert len({len(batches) for batches in ranks}) == 1
+    assert all(len(b) == batch for batches in ranks for b in batches)
+    assert sorted(flat(map(scored, ranks))) == list(range(min(total, most or total)))
+
+
+def test_rows_without_a_sequence_are_masked_whole(folders):
+    last = read(f"{folders[19]}/*.tar", 8, 1, 2)[-1]
+    assert (last.targets_BT == IGNORED).all() and last.inputs_BT.shape == torch.Size([8, 4])
+
+
+def test_an_empty_validation_set_is_an_error(folders):
+    with pytest.raises(DataError, match="--val-num-samples"):
+        read(f"{folders[3]}/*.tar", 8, 0, 1, max_sequences=0)

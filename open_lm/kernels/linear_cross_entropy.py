@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_LOGITS = 1 << 25
-"""Logits of one chunk (128 MB in fp32): large enough for full matrix-product speed, small enough to stay in reused memory."""
+CHUNK_LOGITS = 1 << 22
+"""Logits one chunk aims at (16 MB in fp32)."""
+MAX_CHUNK_LOGITS = 1 << 27
+"""Logits one chunk never exceeds (512 MB in fp32)."""
 
 
 class LossSums(NamedTuple):
@@ -58,22 +60,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         needs_grad = any(ctx.needs_input_grad[:2])
         hidden, weight = hidden_ND.to(dtype), weight_VD.to(dtype)
-        n_rows = max(1, CHUNK_LOGITS // weight.shape[0])
-        sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
+        chunk = _Chunk(rows_per_chunk(*hidden.shape, weight.shape[0]), weight, z_loss)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
-        for start in range(0, hidden.shape[0], n_rows):
-            rows = slice(start, start + n_rows)
-            logits_CV = F.linear(hidden[rows], weight)
-            grad_CV = _chunk(logits_CV, targets_N[rows], z_loss, sums, needs_grad)
+        for start in range(0, hidden.shape[0], chunk.n_rows):
+            rows = slice(start, start + chunk.n_rows)
+            grad_CV = chunk.add(hidden[rows], targets_N[rows], needs_grad)
             if grad_hidden is not None and grad_weight is not None and grad_CV is not None:
                 torch.mm(grad_CV, weight, out=grad_hidden[rows])
-                grad_weight += grad_CV.t() @ hidden[rows]
+                _accumulate(grad_weight, grad_CV, hidden[rows])
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden.to(hidden_ND.dtype), grad_weight.to(weight_VD.dtype))
-        total = sums[0] + z_loss * sums[1]
-        ctx.mark_non_differentiable(sums)
-        return total, sums[0].clone(), sums[1].clone()
+        cross_entropy, squared_log_z = chunk.sums
+        return cross_entropy + z_loss * squared_log_z, cross_entropy.clone(), squared_log_z.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
@@ -81,17 +80,48 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad_total, grad_weight * grad_total, None, None, None
 
 
-def _chunk(logits_CV: Tensor, targets_C: Tensor, z_loss: float, sums: Tensor, needs_grad: bool) -> Tensor | None:
-    """Add one chunk's sums to `sums`; returns the gradient of its logits, in their type, when asked for."""
-    counted_C = targets_C >= 0
-    index_C1 = targets_C.clamp(min=0)[:, None]
-    log_z_C = torch.logsumexp(logits_CV.float(), dim=-1)
-    target_logit_C = logits_CV.gather(1, index_C1)[:, 0].float()
-    sums[0] += ((log_z_C - target_logit_C) * counted_C).sum()
-    sums[1] += (log_z_C.square() * counted_C).sum()
-    if not needs_grad:
-        return None
-    softmax_CV = torch.exp(logits_CV.float() - log_z_C[:, None])
-    grad_CV = softmax_CV.mul_((counted_C * (1 + 2 * z_loss * log_z_C))[:, None])
-    grad_CV.scatter_add_(1, index_C1, -counted_C.float()[:, None])
-    return grad_CV.to(logits_CV.dtype)
+def rows_per_chunk(n_positions: int, dim: int, vocab_size: int) -> int:
+    """Positions to take at once: few, so that the logits stay in cached, reused memory; more for wide models, because
+    every chunk passes over the gradient of the whole output matrix (vocab_size x dim) once."""
+    rows = max(CHUNK_LOGITS // vocab_size, 2 * dim, 64)
+    return max(1, min(rows, n_positions, MAX_CHUNK_LOGITS // vocab_size))
+
+
+class _Chunk:
+    """The working memory of one chunk, used again for each, and the sums over all of them."""
+
+    def __init__(self, n_rows: int, weight_VD: Tensor, z_loss: float):
+        self.n_rows = n_rows
+        self.sums = torch.zeros(2, dtype=torch.float32, device=weight_VD.device)
+        self._weight_VD = weight_VD
+        self._z_loss = z_loss
+        shape = (n_rows, weight_VD.shape[0])
+        self._logits = torch.empty(shape, dtype=weight_VD.dtype, device=weight_VD.device)
+        self._exp = torch.empty(shape, dtype=torch.float32, device=weight_VD.device)
+
+    def add(self, hidden_CD: Tensor, targets_C: Tensor, needs_grad: bool) -> Tensor | None:
+        """Add one chunk to `sums`; returns the gradient of its logits when asked for, valid until the next call."""
+        n_rows = hidden_CD.shape[0]
+        logits_CV, exp_CV = self._logits[:n_rows], self._exp[:n_rows]
+        torch.mm(hidden_CD, self._weight_VD.t(), out=logits_CV)
+        largest_C = logits_CV.amax(-1).float()
+        torch.sub(logits_CV, largest_C[:, None], out=exp_CV).exp_()
+        sum_C = exp_CV.sum(-1)
+        log_z_C = largest_C + sum_C.log()
+        counted_C = (targets_C >= 0).float()
+        index_C1 = targets_C.clamp(min=0)[:, None]
+        self.sums[0] += ((log_z_C - logits_CV.gather(1, index_C1)[:, 0].float()) * counted_C).sum()
+        self.sums[1] += (log_z_C.square() * counted_C).sum()
+        if not needs_grad:
+            return None
+        exp_CV.mul_((counted_C * (1 + 2 * self._z_loss * log_z_C) / sum_C)[:, None])
+        exp_CV.scatter_add_(1, index_C1, -counted_C[:, None])
+        return logits_CV.copy_(exp_CV)
+
+
+def _accumulate(grad_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
+    """Add `grad_CV.T @ hidden_CD` to `grad_VD`, which is fp32 whatever the products are in."""
+    if grad_CV.dtype == grad_VD.dtype:
+        grad_VD.addmm_(grad_CV.t(), hidden_CD)
+    else:
+        grad_VD += grad_CV.t() @ hidden_CD

@@ -9,7 +9,7 @@ from open_lm.kernels.linear_cross_entropy import linear_cross_entropy, linear_cr
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_LOGITS", 5 * 37)
+    monkeypatch.setattr(module, "rows_per_chunk", lambda *_: 5)
 
 
 def tensors(n=23, d=8, v=37, dtype=torch.float64):

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# The tests: makes the environment if needed, then runs pytest; further words go to pytest (`bash scripts/test.sh -k data`).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+prepare_environment requirements.txt requirements-dev.txt
+exec "$PYTHON" -m pytest -rs "$@"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from open_lm.data.loader import Loader, build_loader, validation_batches
@@ -59,20 +61,22 @@ def build_loader_and_horizon(
         seed=config.train.seed,
     )
     steps = run_horizon(config, batch * architecture.seq_len, loader.n_sequences, architecture.seq_len)
-    loader.require_enough(steps.total_steps)
+    loader.require(steps.total_steps)
     return loader, steps
 
 
 def run_horizon(config: RunConfig, tokens_per_step: int, n_sequences: int | None, seq_len: int) -> Horizon:
-    """The steps of the run: --train-tokens in --num-checkpoints intervals, or --epochs of --train-num-samples tokens."""
+    """The steps of the run, from --train-tokens and --num-checkpoints or --train-num-samples and --epochs."""
     train = config.train
     if train.train_tokens is not None:
         return horizon(train.train_tokens, train.num_checkpoints or 1, tokens_per_step)
     tokens = train.train_num_samples
     if tokens is None:
         if n_sequences is None:
-            raise ConfigError("how much data there is is not known without a manifest: give --train-tokens, or make one with "
-                              "`python -m open_lm.utils.make_wds_manifest --data-dir DIR`.")
+            raise ConfigError(
+                "how much data there is is not known without a manifest: give --train-tokens, or make one with "
+                "`python -m open_lm.utils.make_wds_manifest --data-dir DIR`."
+            )
         tokens = n_sequences * seq_len
     return horizon(tokens * train.epochs, train.epochs, tokens_per_step)
 
@@ -123,20 +127,23 @@ def build_validation_sets(config: RunConfig, architecture: ModelConfig, world: W
         batch = flags.val_batch_size * world.size
     if batch % world.size:
         raise ConfigError(f"--global-val-batch-size {batch} does not divide among {world.size} ranks.")
+    limit = config.data.val_num_samples
 
-    def one(index: int, url: str) -> ValidationSet:
-        def batches():  # type: ignore[no-untyped-def]
-            return validation_batches(
+    return [
+        ValidationSet(
+            name=(flags.val_names or config.data.val_data)[index],
+            url=url,
+            batches=partial(
+                validation_batches,
                 url,
-                key=flags.key_of(index),
+                key=config.data.val_data_key[index] if config.data.val_data_key else "auto",
                 vocab_size=architecture.vocab_size,
                 seq_len=architecture.seq_len,
                 batch=batch // world.size,
                 rank=world.rank,
                 world_size=world.size,
-                max_sequences=flags.val_num_samples // architecture.seq_len if flags.val_num_samples else None,
-            )
-
-        return ValidationSet(flags.name_of(index), url, batches)
-
-    return [one(index, url) for index, url in enumerate(flags.val_data)]
+                max_sequences=max(1, limit // architecture.seq_len) if limit else None,
+            ),
+        )
+        for index, url in enumerate(config.data.val_data)
+    ]

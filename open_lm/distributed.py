@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def is_master(self) -> bool:
@@ -93,7 +93,9 @@ def pick_device(name: str, local_rank: int, *, by_rank: bool = True) -> torch.de
     index = local_rank if by_rank else 0
     if index >= torch.cuda.device_count():
         n_gpus = torch.cuda.device_count()
-        raise ConfigError(f"local rank {local_rank} has no GPU: {n_gpus} found. Set --nproc-per-node to at most {n_gpus}.")
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU: {n_gpus} found. Set --nproc-per-node to at most {n_gpus}."
+        )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 

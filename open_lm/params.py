@@ -36,7 +36,7 @@ class RunConfig:
     @property
     def trains(self) -> bool:
         """Whether the run trains; with --val-data alone it evaluates."""
-        return self.data.gives_data
+        return bool(self.data.train_data or self.data.dataset_manifest or self.data.dataset_type == "synthetic")
 
     @property
     def architecture(self) -> ModelConfig:
@@ -63,7 +63,10 @@ GROUPS: dict[str, type] = {
 
 def build_parser() -> Parser:
     """The parser of `open_lm.main`."""
-    parser = Parser(prog="open_lm.main", description="Train a language model on shards, or evaluate a checkpoint (--val-data alone).")
+    parser = Parser(
+        prog="open_lm.main",
+        description="Train a language model on shards, or evaluate a checkpoint (--val-data alone).",
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of flags; the command line wins over it.")
     for group in GROUPS.values():
         flags.add_group(parser, group)
@@ -98,12 +101,16 @@ def read_config(args: Namespace) -> RunConfig:
 
 def check(config: RunConfig) -> None:
     """Refuse flags of different groups that cannot be honoured together."""
-    if not config.trains and not config.validation.val_data:
+    if not config.trains and not config.data.val_data:
         raise ConfigError("nothing to do: give --train-data or --dataset-manifest to train, or --val-data to evaluate.")
     if not config.trains and not (config.checkpoint.resume or config.checkpoint.pretrained):
         raise ConfigError("--val-data alone evaluates a checkpoint: name it with --resume or --pretrained.")
-    if config.trains and config.data.has_no_end and not (config.train.train_tokens or config.train.train_num_samples):
+    asks_length = config.train.train_tokens or config.train.train_num_samples
+    if config.trains and not asks_length and (config.data.dataset_resampled or config.data.dataset_type == "synthetic"):
         raise ConfigError("the data have no end: say how long to train with --train-tokens or --train-num-samples.")
+    names, sets = config.validation.val_names, config.data.val_data
+    if names and len(names) != len(sets):
+        raise ConfigError(f"--val-names gives {len(names)} names for {len(sets)} --val-data: give one each, or none.")
 
 
 def command_line(argv: Sequence[str] | None) -> str:

@@ -34,7 +34,9 @@ class Recorder:
         self._bar: tqdm | None = None
         self._total_steps = state.horizon.total_steps
         if world.is_master and os.isatty(2) and state.step < self._total_steps:
-            self._bar = tqdm(total=self._total_steps, initial=state.step, unit="step", dynamic_ncols=True, smoothing=0.05)
+            self._bar = tqdm(
+                total=self._total_steps, initial=state.step, unit="step", dynamic_ncols=True, smoothing=0.05
+            )
 
     def add(self, report: StepReport) -> None:
         """Count one step, without waiting for its figures."""
@@ -68,8 +70,8 @@ class Recorder:
         self._say(state.step, metrics)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise TrainingDiverged(
-                f"loss {loss}, gradient norm {grad_norm} within the {n_steps} steps up to step {state.step}. The checkpoints "
-                "written before are good: lower --lr or raise --warmup, and continue from one with --resume."
+                f"loss {loss}, gradient norm {grad_norm} within the {n_steps} steps up to step {state.step}. "
+                "The checkpoints written before are good: lower --lr or raise --warmup, and continue from one with --resume."
             )
 
     def _say(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -119,7 +121,9 @@ class Recorder:
                 logging.warning("%s did not close: %s", type(sink).__name__, error)
 
 
-def result_rows(results: Sequence[HeldOut], *, step: int, tokens: int, model: str, checkpoint: str | None) -> list[dict[str, Any]]:
+def result_rows(
+    results: Sequence[HeldOut], *, step: int, tokens: int, model: str, checkpoint: str | None
+) -> list[dict[str, Any]]:
     """One row per validation set under OpenLM's keys; -1.0 stands for an interval that was not asked for."""
     bounds = [f"loss_{kind}_{side}_95" for kind in ("sequences", "tokens") for side in ("lower", "upper")]
     return [

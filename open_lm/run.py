@@ -89,7 +89,9 @@ class Run:
     def _result_rows(self, state: TrainState) -> list[dict[str, Any]]:
         flags = self.config.checkpoint
         path = flags.resume or flags.pretrained
-        return result_rows(self._held_out, step=state.step, tokens=state.tokens, model=self.config.model.model, checkpoint=path)
+        return result_rows(
+            self._held_out, step=state.step, tokens=state.tokens, model=self.config.model.model, checkpoint=path
+        )
 
     def save_if_due(self, state: TrainState) -> None:
         """Write a checkpoint at the ends of intervals, as --save-frequency says."""
@@ -99,7 +101,9 @@ class Run:
     def _save_due(self, state: TrainState) -> bool:
         steps = state.horizon
         is_last = state.step == steps.total_steps
-        return state.step in steps.interval_ends and self.checkpoints.wants(steps.intervals_done(state.step), is_last=is_last)
+        return state.step in steps.interval_ends and self.checkpoints.wants(
+            steps.intervals_done(state.step), is_last=is_last
+        )
 
     def _save(self, state: TrainState, *, label: str) -> None:
         assert self._loader is not None

@@ -38,7 +38,9 @@ def _open(config: RunConfig) -> str:
     folder = os.path.join(str(storage.local_path(config.tracking.logs)), name)
     params = os.path.join(folder, "params.txt")
     if os.path.exists(params) and config.trains and not config.checkpoint.resume:
-        raise ConfigError(f"--name {name}: {folder} already holds a run. Continue it with --resume latest, or choose another --name.")
+        raise ConfigError(
+            f"--name {name}: {folder} already holds a run. Continue it with --resume latest, or choose another --name."
+        )
     storage.require_writable(os.path.join(folder, "checkpoints"), "--logs")
     storage.write_text(params, "".join(f"{key}: {_one_line(value)}\n" for key, value in config.as_flags().items()))
     return folder

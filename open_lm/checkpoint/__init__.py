@@ -1,0 +1,1 @@
+"""Checkpoints: written all-or-nothing, found, restored."""

@@ -1,8 +1,8 @@
 """When a checkpoint exists: its commit file, written last, names every file with size and hash.
 
-A checkpoint labelled K is `epoch_K.pt`, `optimizer_K.pt`, `stats_K.pt` (OpenLM's names) and `epoch_K.commit.json`. Without a
-commit file whose files all have the listed sizes there is no checkpoint, whatever lies in the folder: a kill at any moment
-leaves the previous one or the new one, never a mix.
+A checkpoint labelled K is `epoch_K.pt`, `optimizer_K.pt`, `stats_K.pt` (OpenLM's names) and `epoch_K.commit.json`.
+Without a commit file whose files all have the listed sizes there is no checkpoint, whatever lies in the folder: a kill at
+any moment leaves the previous one or the new one, never a mix.
 """
 
 from __future__ import annotations

@@ -17,17 +17,25 @@ class CheckpointConfig:
     )
     pretrained: str | None = flag(None, "Checkpoint to take the weights from; the optimizer and the step start anew.")
     save_frequency: int = flag(1, "Checkpoint intervals between two checkpoints that are kept; 0 writes only the last.")
-    save_most_recent: bool = flag(False, "Also write every interval's checkpoint, and drop it when the next is written.")
+    save_most_recent: bool = flag(
+        False, "Also write every interval's checkpoint, and drop it when the next is written."
+    )
     delete_previous_checkpoint: bool = flag(False, "Keep only the newest checkpoint; the same as --keep-last 1.")
-    keep_last: int | None = flag(None, "How many checkpoints to keep; older ones go once a new one is verified. None: all.")
+    keep_last: int | None = flag(
+        None, "How many checkpoints to keep; older ones go once a new one is verified. None: all."
+    )
 
     def __post_init__(self) -> None:
         if self.resume and self.pretrained:
-            raise ConfigError("--resume and --pretrained exclude each other: continue a run, or start one from weights.")
+            raise ConfigError(
+                "--resume and --pretrained exclude each other: continue a run, or start one from weights."
+            )
         if self.save_frequency < 0:
             raise ConfigError(f"--save-frequency {self.save_frequency} must not be negative.")
         if self.keep_last is not None and self.keep_last < 1:
-            raise ConfigError(f"--keep-last {self.keep_last} must be at least 1: the newest checkpoint is never deleted.")
+            raise ConfigError(
+                f"--keep-last {self.keep_last} must be at least 1: the newest checkpoint is never deleted."
+            )
 
     @property
     def n_kept(self) -> int | None:

@@ -18,7 +18,7 @@ from open_lm.errors import CheckpointError
 
 
 def gather(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Weights and optimizer state on the CPU, keyed by parameter name, complete on rank 0; every rank must call this."""
+    """Weights and optimizer state on the CPU by parameter name, complete on rank 0; every rank must call this."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return get_model_state_dict(model, options=options), get_optimizer_state_dict(model, optimizer, options=options)
 
@@ -33,7 +33,9 @@ def load_weights(model: nn.Module, weights: dict[str, Any], origin: str, *, broa
     try:
         set_model_state_dict(model, weights, options=options)
     except (RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{origin} does not fit the model: {error}. Give the --model it was trained with.") from error
+        raise CheckpointError(
+            f"{origin} does not fit the model: {error}. Give the --model it was trained with."
+        ) from error
 
 
 def load_optimizer(model: nn.Module, optimizer: Optimizer, saved: dict[str, Any], *, broadcast: bool) -> None:
@@ -57,7 +59,9 @@ def by_name(saved: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     if len(names) != len(numbers):
-        raise CheckpointError(f"the optimizer file holds {len(numbers)} parameters, the model has {len(names)}: another model.")
+        raise CheckpointError(
+            f"the optimizer file holds {len(numbers)} parameters, the model has {len(names)}: another model."
+        )
     name_of = dict(zip(numbers, names, strict=True))
     return {"state": {name_of[number]: moments for number, moments in state.items()}, "param_groups": []}
 

@@ -25,8 +25,8 @@ def newest(folder: str) -> Commit | None:
             return commit
     if commits:
         raise CheckpointError(
-            f"{folder}: all {len(commits)} checkpoints are damaged (see the warnings above). Restore one of them from a copy, "
-            "or start anew under another --name."
+            f"{folder}: all {len(commits)} checkpoints are damaged (see the warnings above). "
+            "Restore one of them from a copy, or start anew under another --name."
         )
     return None
 

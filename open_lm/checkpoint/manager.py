@@ -70,9 +70,14 @@ class Checkpoints:
         problem = state.world.broadcast(problem)
         self._failed_saves = self._failed_saves + 1 if problem else 0
         if problem and (is_final or self._failed_saves >= MAX_FAILED_SAVES):
-            raise StorageError(f"checkpoint {label} could not be written to {self.folder}: {problem} Make room and use --resume latest.")
+            raise StorageError(
+                f"checkpoint {label} could not be written to {self.folder}: {problem} "
+                "Make room and use --resume latest."
+            )
         if problem:
-            logging.error("checkpoint %s was not written: %s Training goes on; the next one is tried again.", label, problem)
+            logging.error(
+                "checkpoint %s was not written: %s Training goes on; the next one is tried again.", label, problem
+            )
         return problem is None
 
     def _write(
@@ -87,7 +92,9 @@ class Checkpoints:
             f"stats_{label}.pt": {**head, **about, **stats, "is_final_checkpoint": is_final, "data_state": data},
         }
         self._require_space(weights, optimizer)
-        storage.remove(storage.join(self.folder, f"epoch_{label}.commit.json"))  # rewriting: it does not exist meanwhile
+        storage.remove(
+            storage.join(self.folder, f"epoch_{label}.commit.json")
+        )  # rewriting: it does not exist meanwhile
         try:
             files = {name: commits.save_file(self.folder, name, payload) for name, payload in payloads.items()}
         except BaseException:
@@ -173,7 +180,9 @@ class Checkpoints:
     def _require_undamaged(self, path: str) -> None:
         commit = commits.commit_beside(path)
         if commit and not commits.hashes_match(storage.parent(path), commit):
-            raise CheckpointError(f"{path}: its files are not those that were written. Use --resume latest, or another checkpoint.")
+            raise CheckpointError(
+                f"{path}: its files are not those that were written. Use --resume latest, or another checkpoint."
+            )
 
     def _companions(self, folder: str, name: str) -> dict[str, Any]:
         """The optimizer and stats files that belong to weights file `name`, by name in the same folder."""
@@ -181,7 +190,9 @@ class Checkpoints:
         for kind in ("optimizer", "stats"):
             path = storage.join(folder, name.replace("epoch_", f"{kind}_", 1))
             if not storage.exists(path):
-                raise CheckpointError(f"--resume {name}: {path} is missing. Use --pretrained to start anew from the weights alone.")
+                raise CheckpointError(
+                    f"--resume {name}: {path} is missing. Use --pretrained to start anew from the weights alone."
+                )
             files[kind] = load_file(path)
         return files
 

@@ -35,7 +35,10 @@ class TrackingConfig:
     def __post_init__(self) -> None:
         unknown = set(self.sinks) - set(SINKS)
         if unknown:
-            raise ConfigError(f"--report-to {self.report_to}: unknown {', '.join(unknown)}; choose of {', '.join(OPTIONAL_SINKS)}, all.")
+            raise ConfigError(
+                f"--report-to {self.report_to}: unknown {', '.join(unknown)}; "
+                f"choose of {', '.join(OPTIONAL_SINKS)}, all."
+            )
         if self.log_every_n_steps < 1:
             raise ConfigError(f"--log-every-n-steps {self.log_every_n_steps} must be at least 1.")
         if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name or "\0" in self.name):

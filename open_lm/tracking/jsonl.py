@@ -14,7 +14,7 @@ class JsonlSink:
     """`metrics.jsonl`: one object a line, with the step and the metrics of that step. A resumed run appends."""
 
     def __init__(self, run: RunFacts):
-        self._file = open(os.path.join(run.folder, "metrics.jsonl"), "a", buffering=1)
+        self._file = open(os.path.join(run.folder, "metrics.jsonl"), "a", buffering=1)  # noqa: SIM115
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}

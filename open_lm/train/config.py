@@ -23,7 +23,9 @@ class OptimizerConfig:
     eps: float = flag(1.0e-8, "Added to the root of the squared-gradient mean.")
     wd: float = flag(0.2, "Weight decay (decoupled, times the learning rate), of matrices only.")
     wd_all: bool = flag(False, "Let weight decay also act on norms, biases and embeddings, as OpenLM did.")
-    grad_clip_norm: float | None = flag(None, "Largest global gradient norm; a larger one is scaled down. None: no clipping.")
+    grad_clip_norm: float | None = flag(
+        None, "Largest global gradient norm; a larger one is scaled down. None: no clipping."
+    )
 
     def __post_init__(self) -> None:
         for name in ("beta1", "beta2"):
@@ -42,7 +44,9 @@ class ScheduleConfig:
     lr_scheduler: str = flag("cosine", "Shape of the learning rate after warm-up.", choices=SCHEDULES)
     lr_cooldown_end: float = flag(0.0, "Learning rate at the last step.")
     lr_cooldown_power: float = flag(1.0, "Exponent of const-cooldown's decay; 1 is linear.")
-    epochs_cooldown: int | None = flag(None, "Checkpoint intervals that const-cooldown decays over, counted from the end.")
+    epochs_cooldown: int | None = flag(
+        None, "Checkpoint intervals that const-cooldown decays over, counted from the end."
+    )
     force_min_lr: float = flag(0.0, "Floor under the learning rate after warm-up.")
     skip_scheduler: bool = flag(False, "Keep --lr at every step, without warm-up.")
 
@@ -52,7 +56,9 @@ class ScheduleConfig:
         if self.warmup < 0:
             raise ConfigError(f"--warmup {self.warmup} must not be negative.")
         if self.lr_cooldown_end > self.lr:
-            raise ConfigError(f"--lr-cooldown-end {self.lr_cooldown_end} is above --lr {self.lr}: the schedule only decays.")
+            raise ConfigError(
+                f"--lr-cooldown-end {self.lr_cooldown_end} is above --lr {self.lr}: the schedule only decays."
+            )
         if self.lr_scheduler == "const-cooldown" and self.epochs_cooldown is None:
             raise ConfigError("--lr-scheduler const-cooldown needs --epochs-cooldown: the intervals to decay over.")
 
@@ -70,7 +76,9 @@ class TrainConfig:
         None, "TOKENS (not samples) in one checkpoint interval; None: one pass over the data."
     )
     epochs: int = flag(32, "Checkpoint intervals (not passes over the data) to train for.")
-    z_loss_coefficient: float = flag(0.0, "Weight of the mean squared log-normaliser of the output (PaLM, 2022); 0 is off.")
+    z_loss_coefficient: float = flag(
+        0.0, "Weight of the mean squared log-normaliser of the output (PaLM, 2022); 0 is off."
+    )
     seed: int = flag(0, "Seed of the weights at the start and of the order of the data.")
 
     def __post_init__(self) -> None:
@@ -78,9 +86,14 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1.")
         if self.train_tokens is not None and self.train_num_samples is not None:
-            raise ConfigError("--train-tokens (tokens of the whole run) and --train-num-samples (tokens of one interval) exclude each other.")
+            raise ConfigError(
+                "--train-tokens (tokens of the whole run) and --train-num-samples (tokens of one interval) "
+                "exclude each other."
+            )
         if self.num_checkpoints is not None and self.train_tokens is None:
-            raise ConfigError("--num-checkpoints divides --train-tokens: give that too, or use --train-num-samples and --epochs.")
+            raise ConfigError(
+                "--num-checkpoints divides --train-tokens: give that too, or use --train-num-samples and --epochs."
+            )
 
 
 @dataclass(frozen=True)
@@ -94,7 +107,9 @@ class ParallelConfig:
         choices=PRECISIONS,
     )
     device: str = flag("auto", "Where to compute; auto takes a GPU when there is one.", choices=("auto", "cpu", "cuda"))
-    grad_checkpointing: bool = flag(False, "Recompute each block in the backward pass instead of keeping its activations.")
+    grad_checkpointing: bool = flag(
+        False, "Recompute each block in the backward pass instead of keeping its activations."
+    )
     torchcompile: bool = flag(False, "Compile each block with torch.compile; the keys of checkpoints do not change.")
     ddp_static_graph: bool = flag(False, "Tell DDP that every step uses the same parameters.")
     dist_url: str = flag("env://", "Where ranks meet, as torch.distributed's init_method.")

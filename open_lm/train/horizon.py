@@ -9,7 +9,7 @@ from open_lm.errors import ConfigError
 
 @dataclass(frozen=True)
 class Horizon:
-    """The steps of a run. `interval_ends[k - 1]` is the number of steps taken when interval k ends; the last is the run's end."""
+    """The steps of a run: `interval_ends[k - 1]` steps have been taken when interval k ends."""
 
     interval_ends: tuple[int, ...]
     tokens_per_step: int
@@ -45,8 +45,8 @@ def horizon(total_tokens: int, n_intervals: int, tokens_per_step: int) -> Horizo
     ends = tuple(total_tokens * k // (n_intervals * tokens_per_step) for k in range(1, n_intervals + 1))
     if any(end == start for start, end in zip((0, *ends), ends, strict=False)):
         raise ConfigError(
-            f"{total_tokens} tokens in {n_intervals} checkpoint intervals leave an interval without a step: a step takes "
-            f"{tokens_per_step} tokens. Raise --train-tokens (or --train-num-samples), or lower --global-batch-size "
+            f"{total_tokens} tokens in {n_intervals} checkpoint intervals leave an interval without a step: "
+            f"a step takes {tokens_per_step} tokens. Raise --train-tokens (or --train-num-samples), or lower --global-batch-size "
             "or the number of intervals."
         )
     return Horizon(ends, tokens_per_step)

@@ -12,7 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 from open_lm.distributed import World
 
 
-def wrap(model: nn.Module, world: World, *, checkpoint_blocks: bool, compile_blocks: bool, static_graph: bool) -> nn.Module:
+def wrap(
+    model: nn.Module, world: World, *, checkpoint_blocks: bool, compile_blocks: bool, static_graph: bool
+) -> nn.Module:
     """`model` ready for `train_step` on every rank; the names of its parameters do not change."""
     if checkpoint_blocks:
         for block in model.layers:
@@ -23,11 +25,13 @@ def wrap(model: nn.Module, world: World, *, checkpoint_blocks: bool, compile_blo
     if world.size == 1:
         return model
     device_ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, static_graph=static_graph, gradient_as_bucket_view=True)
+    return DistributedDataParallel(
+        model, device_ids=device_ids, static_graph=static_graph, gradient_as_bucket_view=True
+    )
 
 
 def recompute_in_backward(block: nn.Module) -> None:
-    """Keep only the input of `block` in the forward pass and compute the rest again in the backward pass (arXiv:1604.06174)."""
+    """Keep only the input of `block` for the backward pass and compute the rest again there (arXiv:1604.06174)."""
     forward = block.forward
 
     def recomputed(*args: object, **kwargs: object) -> object:

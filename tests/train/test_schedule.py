@@ -20,7 +20,9 @@ def test_cosine_follows_the_hand_worked_table():
 
 
 def test_const_cooldown_is_flat_and_then_falls_with_the_power():
-    lr = Schedule("const-cooldown", peak=1.0, end=0.0, warmup_steps=2, total_steps=10, cooldown_steps=4, cooldown_power=2.0)
+    lr = Schedule(
+        "const-cooldown", peak=1.0, end=0.0, warmup_steps=2, total_steps=10, cooldown_steps=4, cooldown_power=2.0
+    )
     assert [lr(s) for s in range(2, 7)] == [1.0] * 5
     assert [lr(s) for s in range(7, 10)] == pytest.approx([0.75**2, 0.5**2, 0.25**2])
 

@@ -1,0 +1,69 @@
+"""Feed-forward layers.  Shapes: B batch, T positions, D model width, F hidden width."""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from open_lm.model.init import scaled_normal_
+
+
+def gated_width(dim: int) -> int:
+    """Hidden width of the gated layers: 8/3 of the model width, rounded up to a multiple of 256."""
+    return 256 * math.ceil(int(8 * dim / 3) / 256)
+
+
+class SwiGLU(nn.Module):
+    """`w3(silu(gate) * value)` (arXiv:2002.05202); `w12` holds gate and value, as published checkpoints do."""
+
+    def __init__(self, dim: int, layer: int):
+        super().__init__()
+        self.dim, self.layer, self.width = dim, layer, gated_width(dim)
+        self.w12 = nn.Linear(dim, 2 * self.width, bias=False)
+        self.w3 = nn.Linear(self.width, dim, bias=False)
+
+    def reset_parameters(self) -> None:
+        """w12: 1/sqrt(D); w3: 1/sqrt(F) / sqrt(2 (layer + 1))."""
+        scaled_normal_(self.w12.weight, self.dim**-0.5)
+        scaled_normal_(self.w3.weight, self.width**-0.5 / math.sqrt(2 * (self.layer + 1)))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        gate_BTF, value_BTF = self.w12(x_BTD).chunk(2, dim=-1)
+        return self.w3(F.silu(gate_BTF) * value_BTF)
+
+
+class Gelu(nn.Sequential):
+    """`w2(gelu(w1(x)))` with the exact gelu and four times the width."""
+
+    def __init__(self, dim: int, layer: int):
+        super().__init__(nn.Linear(dim, 4 * dim, bias=False), nn.GELU(), nn.Linear(4 * dim, dim, bias=False))
+        self.dim, self.layer = dim, layer
+
+    def reset_parameters(self) -> None:
+        """w1: 1/sqrt(D); w2: 1/sqrt(F) / sqrt(2 (layer + 1))."""
+        scaled_normal_(self[0].weight, self.dim**-0.5)
+        scaled_normal_(self[2].weight, (4 * self.dim) ** -0.5 / math.sqrt(2 * (self.layer + 1)))
+
+
+class GemmaGeGLU(nn.Module):
+    """`down(gelu(gate(x)) * up(x))` with biases, as in Gemma."""
+
+    def __init__(self, dim: int, layer: int):
+        super().__init__()
+        self.dim, self.layer, self.width = dim, layer, gated_width(dim)
+        self.gate_proj = nn.Linear(dim, self.width)
+        self.up_proj = nn.Linear(dim, self.width)
+        self.down_proj = nn.Linear(self.width, dim)
+
+    def reset_parameters(self) -> None:
+        """gate, up: 1/sqrt(D); down: 1/sqrt(F) / sqrt(2 (layer + 1)); biases 0."""
+        scaled_normal_(self.gate_proj.weight, self.dim**-0.5)
+        scaled_normal_(self.up_proj.weight, self.dim**-0.5)
+        scaled_normal_(self.down_proj.weight, self.width**-0.5 / math.sqrt(2 * (self.layer + 1)))
+        for projection in (self.gate_proj, self.up_proj, self.down_proj):
+            nn.init.zeros_(projection.bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))

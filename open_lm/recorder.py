@@ -70,8 +70,8 @@ class Recorder:
         self._say(state.step, metrics)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise TrainingDiverged(
-                f"loss {loss}, gradient norm {grad_norm} within the {n_steps} steps up to step {state.step}. "
-                "The checkpoints written before are good: lower --lr or raise --warmup, and continue from one with --resume."
+                f"loss {loss}, gradient norm {grad_norm} in the {n_steps} steps up to {state.step}. "
+                "The checkpoints written before are good: lower --lr or raise --warmup, and --resume from one."
             )
 
     def _say(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -116,8 +116,9 @@ class Run:
             "train_data_string": " ".join((*self.config.data.train_data, *self.config.data.dataset_manifest)),
             "next_shard_per_source": None,
         }
+        loader = self._loader
         saved = self._recorder.aside(
-            lambda: self.checkpoints.save(state, self._loader, label=label, is_final=is_last, stats=stats)
+            lambda: self.checkpoints.save(state, loader, label=label, is_final=is_last, stats=stats)
         )
         self._saved_at = state.step if saved else self._saved_at
 

@@ -1,8 +1,8 @@
 """When a checkpoint exists: its commit file, written last, names every file with size and hash.
 
 A checkpoint labelled K is `epoch_K.pt`, `optimizer_K.pt`, `stats_K.pt` (OpenLM's names) and `epoch_K.commit.json`.
-Without a commit file whose files all have the listed sizes there is no checkpoint, whatever lies in the folder: a kill at
-any moment leaves the previous one or the new one, never a mix.
+Without a commit file whose files all have the listed sizes there is no checkpoint, whatever lies in the folder: a kill
+at any moment leaves the previous one or the new one, never a mix.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -75,7 +75,7 @@ def save_file(folder: str, name: str, payload: Any) -> FileRecord:
     """
     with storage.open_atomic(storage.join(folder, name)) as file:
         hashing = _HashingFile(file)
-        torch.save(payload, hashing)
+        torch.save(payload, cast("IO[bytes]", hashing))
         return hashing.record()
 
 

@@ -2,9 +2,9 @@
 
 Shapes: N positions, D model width, V vocabulary, C positions of one chunk.
 
-The gradient of the logits, softmax(z) - onehot(target), is known as soon as the logits are, so each chunk's share of both
-gradients is computed in the forward pass and its logits are dropped at once (as in Cut Your Losses, arXiv:2411.09009, and
-Liger Kernel, arXiv:2410.10989, without their custom kernels).
+The gradient of the logits, softmax(z) - onehot(target), is known as soon as the logits are, so each chunk's share of
+both gradients is computed in the forward pass and its logits are dropped at once (as in Cut Your Losses,
+arXiv:2411.09009, and Liger Kernel, arXiv:2410.10989, without their custom kernels).
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class LossSums(NamedTuple):
     squared_log_z: Tensor
 
 
-def linear_cross_entropy_reference(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_loss: float = 0.0) -> LossSums:
+def linear_cross_entropy_reference(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_loss: float = 0.0
+) -> LossSums:
     """The definition, with all logits in memory: what every other version is tested against."""
     logits_NV = F.linear(hidden_ND, weight_VD).float()
     counted_N = (targets_N >= 0).float()
@@ -39,10 +41,10 @@ def linear_cross_entropy_reference(hidden_ND: Tensor, weight_VD: Tensor, targets
 
 
 def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_loss: float = 0.0) -> LossSums:
-    """Summed cross-entropy of `hidden @ weight.T` against `targets`, plus `z_loss` times the summed squared log-normaliser.
+    """Summed cross-entropy of `hidden @ weight.T` against `targets`, plus `z_loss` times the summed squared log Z.
 
-    Negative targets are not counted. Products are taken in the autocast type (or that of `hidden`), everything after them
-    in fp32. Only `total` carries gradients.
+    Negative targets are not counted. Products are taken in the autocast type (or that of `hidden`), everything after
+    them in fp32. Only `total` carries gradients.
     """
     dtype = torch.get_autocast_dtype(hidden_ND.device.type) if _autocasts(hidden_ND) else hidden_ND.dtype
     with torch.autocast(hidden_ND.device.type, enabled=False):
@@ -60,7 +62,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         needs_grad = any(ctx.needs_input_grad[:2])
         hidden, weight = hidden_ND.to(dtype), weight_VD.to(dtype)
-        chunk = _Chunk(rows_per_chunk(*hidden.shape, weight.shape[0]), weight, z_loss)
+        chunk = _Chunk(rows_per_chunk(hidden.shape[0], hidden.shape[1], weight.shape[0]), weight, z_loss)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         for start in range(0, hidden.shape[0], chunk.n_rows):
@@ -75,7 +77,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return cross_entropy + z_loss * squared_log_z, cross_entropy.clone(), squared_log_z.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad_total, grad_weight * grad_total, None, None, None
 

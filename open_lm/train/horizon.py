@@ -46,7 +46,7 @@ def horizon(total_tokens: int, n_intervals: int, tokens_per_step: int) -> Horizo
     if any(end == start for start, end in zip((0, *ends), ends, strict=False)):
         raise ConfigError(
             f"{total_tokens} tokens in {n_intervals} checkpoint intervals leave an interval without a step: "
-            f"a step takes {tokens_per_step} tokens. Raise --train-tokens (or --train-num-samples), or lower --global-batch-size "
-            "or the number of intervals."
+            f"a step takes {tokens_per_step} tokens. Raise --train-tokens (or "
+            "--train-num-samples), or lower --global-batch-size or the number of intervals."
         )
     return Horizon(ends, tokens_per_step)

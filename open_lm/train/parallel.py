@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 import torch.utils.checkpoint
@@ -17,10 +19,10 @@ def wrap(
 ) -> nn.Module:
     """`model` ready for `train_step` on every rank; the names of its parameters do not change."""
     if checkpoint_blocks:
-        for block in model.layers:
+        for block in blocks(model):
             recompute_in_backward(block)
     if compile_blocks:
-        for block in model.layers:
+        for block in blocks(model):
             block.compile()
     if world.size == 1:
         return model
@@ -30,16 +32,21 @@ def wrap(
     )
 
 
+def blocks(model: nn.Module) -> Iterable[nn.Module]:
+    """The repeated blocks of a model, in order."""
+    return cast("nn.ModuleList", model.layers)
+
+
 def recompute_in_backward(block: nn.Module) -> None:
     """Keep only the input of `block` for the backward pass and compute the rest again there (arXiv:1604.06174)."""
     forward = block.forward
 
-    def recomputed(*args: object, **kwargs: object) -> object:
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-    block.forward = recomputed  # type: ignore[method-assign]
+    block.forward = recomputed
 
 
 def grad_sync(model: nn.Module, *, enabled: bool) -> contextlib.AbstractContextManager:

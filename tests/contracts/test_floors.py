@@ -36,7 +36,9 @@ def imported_modules(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "open_lm" else {node.module}
+            found |= (
+                {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "open_lm" else {node.module}
+            )
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("open_lm."):
             module, colon, _ = node.value.partition(":")
             found |= {module} if colon and " " not in module else set()
@@ -56,12 +58,16 @@ def test_imports_go_down_the_floors(path):
     for module in imported_modules(path):
         there = module.split(".")[1]
         below = FLOOR_OF[there] < FLOOR_OF[here]
-        assert here == there or below or (here, there) in ALLOWED_WITHIN_A_FLOOR, f"{path.name} on {here} imports {module}"
+        assert here == there or below or (here, there) in ALLOWED_WITHIN_A_FLOOR, (
+            f"{path.name} on {here} imports {module}"
+        )
 
 
 def test_the_arrows_within_a_floor_make_no_circle():
     order: list[str] = []
-    arrows = {part: {b for a, b in ALLOWED_WITHIN_A_FLOOR if a == part} for pair in ALLOWED_WITHIN_A_FLOOR for part in pair}
+    arrows = {
+        part: {b for a, b in ALLOWED_WITHIN_A_FLOOR if a == part} for pair in ALLOWED_WITHIN_A_FLOOR for part in pair
+    }
     while arrows:
         free = [part for part, targets in arrows.items() if targets <= set(order)]
         assert free, f"circle among {sorted(arrows)}"
@@ -82,7 +88,12 @@ def test_a_file_stays_readable(path):
 
 
 def test_no_shell_is_ever_started_through_a_string():
-    scripts = [*FILES, *(ROOT / "datapreprocess").rglob("*.py"), *(ROOT / "scripts").rglob("*.py"), *(ROOT / "eval").rglob("*.py")]
+    scripts = [
+        *FILES,
+        *(ROOT / "datapreprocess").rglob("*.py"),
+        *(ROOT / "scripts").rglob("*.py"),
+        *(ROOT / "eval").rglob("*.py"),
+    ]
     for path in scripts:
         source = path.read_text()
         assert "shell=True" not in source and "os.system(" not in source, path

@@ -1,6 +1,6 @@
 # Sourced by quickstart.sh and test.sh: makes .venv in the clone and installs what is asked for, once.
 #
-#   prepare_environment requirements.txt [requirements-dev.txt ...]
+#   ensure_environment requirements.txt [requirements-dev.txt ...]
 #
 # afterwards "$PYTHON" is the interpreter to use. What has been installed is not looked at again until a requirements
 # file changes. OPENLM_PYTHON=/path/to/python uses an environment of your own instead, and installs nothing.
@@ -50,7 +50,7 @@ install_once() {
     echo "$hash" > "$stamp"
 }
 
-prepare_environment() {
+ensure_environment() {
     export PIP_DISABLE_PIP_VERSION_CHECK=1
     if [ -n "${OPENLM_PYTHON:-}" ]; then
         is_python_we_need "$OPENLM_PYTHON" || fail "OPENLM_PYTHON=$OPENLM_PYTHON is not Python 3.10 or newer."

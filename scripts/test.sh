@@ -3,5 +3,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
-prepare_environment requirements.txt requirements-dev.txt
+ensure_environment requirements.txt requirements-dev.txt
 exec "$PYTHON" -m pytest -rs "$@"

@@ -1,0 +1,104 @@
+"""What is known of a run? Its folder and the files of the stages before and after it, read without torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from open_lm import storage
+from open_lm.errors import DataError
+
+Points = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """The figures of one run: `metrics` maps a metric to its value by step; `config` is its newest checkpoint's."""
+
+    name: str
+    folder: str
+    metrics: Mapping[str, Mapping[int, float]]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint_steps: tuple[int, ...] = ()
+
+    @cached_property
+    def tokens_per_step(self) -> float:
+        """Tokens in one batch, from the last step that was logged."""
+        tokens = self.metrics.get("train/tokens", {})
+        return tokens[max(tokens)] / max(tokens) if tokens else 1.0
+
+    def over_tokens(self, metric: str) -> Points:
+        """The metric as (tokens trained, value), in order."""
+        return [(step * self.tokens_per_step, value) for step, value in sorted(self.metrics.get(metric, {}).items())]
+
+    def last(self, metric: str) -> float | None:
+        """The metric's last value; None when it was never logged."""
+        values = self.metrics.get(metric, {})
+        return values[max(values)] if values else None
+
+    @property
+    def vocab_size(self) -> int | None:
+        return self.config.get("model", {}).get("vocab_size")
+
+    @property
+    def uniform_loss(self) -> float | None:
+        """ln(vocabulary): the loss of a model that knows nothing."""
+        return math.log(self.vocab_size) if self.vocab_size else None
+
+
+def read_run(folder: str) -> RunFacts:
+    """The facts in a run folder; a step logged twice, by a run and its resumption, counts as last logged.
+
+    Raises:
+        DataError: metrics.jsonl is missing or damaged.
+    """
+    path = storage.join(folder, "metrics.jsonl")
+    if not storage.exists(path):
+        raise DataError(f"--run {folder}: no metrics.jsonl there. Name the folder of a run: <logs>/<name>.")
+    metrics: dict[str, dict[int, float]] = {}
+    for number, line in enumerate(storage.read_text(path).splitlines(), 1):
+        try:
+            row = json.loads(line)
+            step = row.pop("step")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise DataError(f"{path}:{number}: not one JSON object with a step ({error}). Remove the line.") from error
+        for name, value in row.items():
+            if isinstance(value, int | float):
+                metrics.setdefault(name, {})[step] = value
+    commits = _commits(folder)
+    config = commits[-1]["facts"].get("config", {}) if commits else {}
+    name = folder.rstrip("/").rpartition("/")[2]
+    return RunFacts(name, folder, metrics, config, tuple(commit["step"] for commit in commits))
+
+
+def _commits(folder: str) -> list[dict]:
+    """The commit files of the run's checkpoints, oldest first."""
+    paths = storage.glob(storage.join(folder, "checkpoints/epoch_*.commit.json"))
+    return sorted((json.loads(storage.read_text(path)) for path in paths), key=lambda commit: commit["step"])
+
+
+def read_json(path: str, flag_name: str) -> Any:
+    """The content of a JSON file that a flag names.
+
+    Raises:
+        DataError: it is not JSON.
+    """
+    try:
+        return json.loads(storage.read_text(path))
+    except ValueError as error:
+        raise DataError(f"{flag_name} {path}: not JSON ({error}). Make the file again.") from error
+
+
+def smoothed(points: Points, n_points: int) -> Points:
+    """The running mean over `n_points` points, centred; near the ends over as many as there are on both sides."""
+    values = [value for _, value in points]
+    result = []
+    for i, (x, _) in enumerate(points):
+        reach = min(i, len(points) - 1 - i, n_points // 2)
+        window = values[i - reach : i + reach + 1]
+        result.append((x, sum(window) / len(window)))
+    return result

@@ -1,0 +1,125 @@
+"""Text to shards on one machine: tokenize, pack, shuffle; every document and token is accounted for."""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from open_lm import command, storage, text
+from open_lm.data.config import SAMPLE_FORMATS
+from open_lm.errors import ConfigError
+from open_lm.flags import Parser, add_group, flag, read_group
+
+
+@dataclass(frozen=True)
+class Make2048:
+    """Input and output"""
+
+    input_files: tuple[str, ...] = flag(
+        (), "Raw text: paths, urls, globs or folders of .jsonl, .jsonl.zst, .jsonl.gz, one document a line."
+    )
+    output_dir: str = flag(
+        "", "Folder or url for the shards, manifest.jsonl and ledger.json. It appears when all is there."
+    )
+    content_key: str = flag("text", "Key of a line's JSON object that holds the document.")
+    tokenizer: str = flag(
+        "EleutherAI/gpt-neox-20b",
+        "Hub id, local Hugging Face folder, or tokenizer.json file. It names the end of text.",
+    )
+    seqlen: int = flag(2048, "Tokens a model sees at once. A sample is one longer, since targets are shifted by one.")
+    shard_size: int = flag(8192, "Samples in a shard; the last one may hold fewer.")
+    data_key: str = flag("npy", "How a sample's ids are written; npy is the fastest.", choices=SAMPLE_FORMATS)
+    seed: int = flag(42, "Of the shuffle, a permutation of all samples.")
+    num_workers: int = flag(0, "Processes. 0: one for each core. The shards do not depend on it.")
+    num_consumers: int = flag(0, "Processes of the writing half, OpenLM's flag. 0: --num-workers.")
+    on_bad_line: str = flag(
+        "stop", "A line that is no JSON object with text: stop, or skip and count it.", choices=("stop", "skip")
+    )
+    max_document_bytes: int = flag(256 << 20, "Longer lines are rejected and counted, not read into memory.")
+    resume: bool = flag(False, "Go on with the work a killed run left; the result is the same byte for byte.")
+    overwrite: bool = flag(False, "Replace what the output folder holds, once the new data is there.")
+    dry_run: bool = flag(False, "Say what would be read and written, and stop.")
+
+    def __post_init__(self) -> None:
+        if not self.input_files or not self.output_dir:
+            missing = "--input-files" if not self.input_files else "--output-dir"
+            raise ConfigError(f"{missing}: not given. See --help.")
+        for name in ("seqlen", "shard_size", "max_document_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 1 or more.")
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Make the data set the flags describe; the ledger of what went where."""
+    parser = Parser(prog="make_2048.py", description=__doc__)
+    add_group(parser, Make2048)
+    flags = read_group(parser.parse_args(argv), Make2048)
+
+    from open_lm.data import ledger as books
+    from open_lm.data.build import build_data_set, destination
+
+    job, tokenizer_json = make_job(flags)
+    to = destination(flags.output_dir)
+    print(describe(job, flags), flush=True)
+    if flags.dry_run:
+        return {}
+    started = time.monotonic()
+    ledger = build_data_set(
+        job, to, tokenizer_json, n_workers=n_workers(flags), resume=flags.resume, overwrite=flags.overwrite
+    )
+    seconds = time.monotonic() - started
+    print("\n".join(books.lines(ledger)))
+    rate = text.count(ledger["tokens"]["in"] / seconds)
+    print(f"written    {flags.output_dir} in {text.duration(seconds)} ({rate} tokens/s)")
+    return ledger
+
+
+def make_job(flags: Make2048) -> tuple[Any, str]:
+    """The job the flags describe, and its tokenizer as the text of a tokenizer.json."""
+    from open_lm.data.preprocess import Job, choose_block_bytes
+    from open_lm.data.text_input import expand_inputs
+    from open_lm.data.tokenizers import load_tokenizer
+
+    inputs = tuple((url, storage.size_bytes(url)) for url in expand_inputs(flags.input_files, "--input-files"))
+    tokenizer = load_tokenizer(flags.tokenizer)
+    job = Job(
+        inputs=inputs,
+        tokenizer=tokenizer.name,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        eot_token=str(tokenizer.token_of(tokenizer.eot_id)),
+        seq_len=flags.seqlen,
+        shard_size=flags.shard_size,
+        data_key=flags.data_key,
+        content_key=flags.content_key,
+        seed=flags.seed,
+        on_bad_line=flags.on_bad_line,
+        max_document_bytes=flags.max_document_bytes,
+        block_bytes=choose_block_bytes(sum(size for _, size in inputs)),
+    )
+    return job, tokenizer.to_json()
+
+
+def n_workers(flags: Make2048) -> int:
+    """One process a core, unless the flag says otherwise."""
+    import os
+
+    return flags.num_workers or len(os.sched_getaffinity(0))
+
+
+def describe(job: Any, flags: Make2048) -> str:
+    """What will be read and written, in one line each."""
+    return (
+        f"reading    {len(job.inputs):,} files, {text.size(sum(size for _, size in job.inputs))}\n"
+        f"tokenizer  {job.tokenizer}: {job.vocab_size:,} ids, end of text {job.eot_token!r}\n"
+        f"writing    {flags.output_dir}: shards of {job.shard_size:,} samples "
+        f"of {job.sample_tokens:,} tokens (.{job.data_key})"
+    )
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,201 @@
+"""What happens, in order, when raw files become a data set: plan, tokenize, shuffle, balance, publish."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from open_lm import storage
+from open_lm.data.ledger import make_ledger
+from open_lm.data.manifest import FILENAME, write_manifest
+from open_lm.data.preprocess import (
+    TAILS,
+    FileTask,
+    Job,
+    SortedRuns,
+    Workplace,
+    join_tails,
+    make_shard,
+    shard_name,
+    tokenize,
+)
+from open_lm.data.text_input import is_packed
+from open_lm.data.workers import run_tasks
+from open_lm.errors import ConfigError, DataError
+
+LEDGER = "ledger.json"
+_UNFINISHED = ".unfinished"
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a data set appears. `folder` may be a url; unfinished work lies in `workplace`, always local."""
+
+    folder: str
+    workplace: str
+
+    @property
+    def shards(self) -> str:
+        """Where shards are written: for a local folder beside the work, to be moved as one."""
+        return self.folder if storage.is_remote(self.folder) else os.path.join(self.workplace, "shards")
+
+
+def destination(folder: str, tmp_dir: str | None = None) -> Destination:
+    """The workplace of `folder`: beside it, so that a rename publishes it; or in `tmp_dir`."""
+    if storage.is_remote(folder):
+        name = folder.split("://")[1].strip("/").replace("/", "_") + _UNFINISHED
+        return Destination(folder, os.path.join(tmp_dir or os.path.join(os.getcwd()), name))
+    folder = str(storage.local_path(folder).absolute())
+    return Destination(folder, folder + _UNFINISHED)
+
+
+def build_data_set(
+    job: Job, to: Destination, tokenizer_json: str, *, n_workers: int, resume: bool, overwrite: bool
+) -> dict[str, Any]:
+    """Make the data set and return its ledger. Nothing appears in the folder before all of it is there.
+
+    With `resume` the work an earlier call left is continued, and the result is the same byte for byte.
+
+    Raises:
+        ConfigError: the folder holds a data set already, or unfinished work of another job.
+        DataError: an input is damaged, holds a bad line, or the books do not balance.
+    """
+    if (finished := _finished(job, to, resume)) is not None:
+        return finished
+    _check_folder(to, overwrite)
+    with _workplace(job, to, tokenizer_json, resume=resume, overwrite=overwrite) as work:
+        blocks = _tokenize_all(job, work, n_workers)
+        join_tails(job, work.folder, blocks)
+        runs = _runs(job, work, [*blocks, TAILS])
+        rows = _write_all(job, work, to, runs, n_workers)
+        ledger = make_ledger(job, work, blocks, rows)
+        _publish(to, rows, ledger, overwrite)
+    shutil.rmtree(to.workplace, ignore_errors=True)
+    return ledger
+
+
+def _finished(job: Job, to: Destination, resume: bool) -> dict[str, Any] | None:
+    """The ledger of a data set that is complete and is this job's own, when asked to resume."""
+    if not resume or os.path.exists(to.workplace) or not storage.exists(storage.join(to.folder, LEDGER)):
+        return None
+    ledger = orjson.loads(storage.read_bytes(storage.join(to.folder, LEDGER)))
+    if ledger.get("job") != orjson.loads(job.to_json()):
+        raise ConfigError(f"--resume: {to.folder} holds a finished data set of another job. Choose another folder.")
+    return ledger
+
+
+def _check_folder(to: Destination, overwrite: bool) -> None:
+    if overwrite or (not storage.is_remote(to.folder) and not os.path.exists(to.folder)):
+        return
+    used = storage.exists(storage.join(to.folder, FILENAME)) or (
+        not storage.is_remote(to.folder) and bool(os.listdir(to.folder))
+    )
+    if used:
+        raise ConfigError(
+            f"--output-dir {to.folder}: is not empty. Choose another folder, or --overwrite to replace it."
+        )
+
+
+@contextmanager
+def _workplace(job: Job, to: Destination, tokenizer_json: str, *, resume: bool, overwrite: bool) -> Iterator[Workplace]:
+    """The folder for unfinished work, locked, with the job and its tokenizer in it."""
+    work = Workplace(to.workplace)
+    if os.path.exists(work.path("job.json")):
+        if Path(work.path("job.json")).read_bytes() != job.to_json() and not overwrite:
+            raise ConfigError(
+                f"{work.folder}: holds unfinished work of a job with other settings or inputs. "
+                "Give the settings of then with --resume, or --overwrite to start anew."
+            )
+        if not resume and not overwrite:
+            raise ConfigError(
+                f"{work.folder}: holds unfinished work. Go on with it by --resume, or start anew by --overwrite."
+            )
+    storage.require_writable(work.folder, "--output-dir")
+    with open(work.path("lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"{work.folder}: another process is at work there. Wait for it, or stop it.") from None
+        if overwrite and not resume:
+            _empty(work.folder)
+        storage.write_bytes(work.path("tokenizer.json"), tokenizer_json.encode())
+        storage.write_bytes(work.path("job.json"), job.to_json())
+        yield work
+
+
+def _empty(folder: str) -> None:
+    for entry in os.scandir(folder):
+        if entry.name != "lock":
+            shutil.rmtree(entry.path) if entry.is_dir() else os.unlink(entry.path)
+
+
+def _tokenize_all(job: Job, work: Workplace, n_workers: int) -> list[str]:
+    """Stage 1; the names of all blocks, in the order of the corpus."""
+    tasks = [task for file in range(len(job.inputs)) for task in _file_tasks(job, file, n_workers)]
+    calls = [partial(tokenize, job, work.folder, task) for task in tasks]
+    total = sum(size for _, size in job.inputs)
+    run_tasks(
+        calls, n_workers, label="tokenize", total_bytes=0 if any(is_packed(url) for url, _ in job.inputs) else total
+    )
+    names = (Path(entry.path).stem for entry in os.scandir(work.folder) if entry.name.endswith(".bin"))
+    return sorted(name for name in names if name.startswith("block-"))
+
+
+def _file_tasks(job: Job, file: int, n_workers: int) -> list[FileTask]:
+    """How many workers share one file: by its part of all bytes."""
+    total = max(1, sum(size for _, size in job.inputs))
+    modulus = max(1, min(n_workers, round(2 * n_workers * job.inputs[file][1] / total)))
+    return [FileTask(file, residue, modulus) for residue in range(modulus)]
+
+
+def _runs(job: Job, work: Workplace, names: Sequence[str]) -> SortedRuns:
+    counts = [(work.done(name) or {})["samples"] for name in names]
+    runs = SortedRuns(work.folder, tuple(names), tuple(counts), job.sample_tokens, job.dtype.str)
+    if not sum(counts):
+        raise DataError(
+            f"--input-files: all text together makes less than one sample of {job.sample_tokens} tokens. "
+            "Give more text or a smaller --seqlen."
+        )
+    with storage.open_atomic(work.path("bins.npy")) as file:
+        np.save(file, runs.count_bins())
+    return runs
+
+
+def _write_all(job: Job, work: Workplace, to: Destination, runs: SortedRuns, n_workers: int) -> list[dict[str, Any]]:
+    """Stage 2; the manifest's rows."""
+    n_shards = -(-sum(runs.counts) // job.shard_size)
+    if not storage.is_remote(to.shards):
+        os.makedirs(to.shards, exist_ok=True)
+    calls = [partial(_one_shard, job, work.folder, to.shards, runs, number) for number in range(n_shards)]
+    sample_bytes = job.sample_tokens * job.dtype.itemsize
+    run_tasks(calls, n_workers, label="write shards", total_bytes=sum(runs.counts) * sample_bytes)
+    return [work.done(f"shard-{shard_name(number)}") or {} for number in range(n_shards)]
+
+
+def _one_shard(job: Job, folder: str, target: str, runs: SortedRuns, number: int) -> Iterator[int]:
+    yield make_shard(job, folder, target, runs, number)
+
+
+def _publish(to: Destination, rows: list[dict[str, Any]], ledger: dict[str, Any], overwrite: bool) -> None:
+    """Put ledger and manifest beside the shards; a local folder then takes its final name by one rename."""
+    storage.write_bytes(storage.join(to.shards, LEDGER), orjson.dumps(ledger, option=orjson.OPT_INDENT_2))
+    write_manifest(storage.join(to.shards, FILENAME), rows)
+    if storage.is_remote(to.folder):
+        return
+    if os.path.isdir(to.folder):
+        if overwrite:
+            os.replace(to.folder, os.path.join(to.workplace, "replaced"))
+        else:
+            os.rmdir(to.folder)
+    os.makedirs(os.path.dirname(to.folder), exist_ok=True)
+    os.replace(to.shards, to.folder)

@@ -1,0 +1,183 @@
+"""What documents a raw file holds: unpacked, split into lines, read as JSON; what is no document has a reason."""
+
+from __future__ import annotations
+
+import io
+import os
+import zlib
+from collections.abc import Iterator
+from typing import IO, Any, NamedTuple
+
+import orjson
+
+from open_lm import storage
+from open_lm.errors import DataError, StorageError
+
+JSON_ENDINGS = (".jsonl", ".json", ".jsonl.zst", ".jsonl.zstd", ".json.zst", ".json.zstd", ".jsonl.gz", ".json.gz")
+_BOM = b"\xef\xbb\xbf"
+
+BAD_LINE_REASONS = ("malformed_json", "invalid_utf8", "missing_key", "not_text")
+"""Reasons that mean a damaged input, which --on-bad-line decides about; `empty` and `too_long` never stop a run."""
+
+
+class Line(NamedTuple):
+    """One line, without its end; None where it is longer than allowed. `offset` counts unpacked bytes."""
+
+    offset: int
+    content: bytes | None
+
+
+class Rejected(NamedTuple):
+    """A line that gives no text, and why."""
+
+    reason: str
+
+
+def expand_inputs(patterns: tuple[str, ...], flag_name: str) -> list[str]:
+    """The files that paths, urls, globs and folders name, sorted, each once.
+
+    Raises:
+        StorageError: a pattern matches nothing.
+        DataError: a file's ending says that it holds no JSON lines.
+    """
+    found: list[str] = []
+    for pattern in patterns:
+        if not storage.is_remote(pattern) and storage.local_path(pattern).is_dir():
+            files = [url for url in storage.glob(os.path.join(pattern, "**")) if url.endswith(JSON_ENDINGS)]
+        else:
+            files = storage.glob(pattern)
+        if not files:
+            raise StorageError(f"{flag_name} {storage.shown(pattern)}: no file matches. Check the path.")
+        found += files
+    for url in found:
+        if not url.endswith(JSON_ENDINGS):
+            raise DataError(f"{flag_name} {storage.shown(url)}: need one of {', '.join(JSON_ENDINGS)}.")
+    return sorted(set(found))
+
+
+def is_packed(url: str) -> bool:
+    """Whether a raw file can only be read from its start."""
+    return url.endswith((".zst", ".zstd", ".gz"))
+
+
+def open_unpacked(url: str) -> IO[bytes]:
+    """The content of a raw file as a stream of bytes, unpacked by its ending; a cut-off file is an error at its end."""
+    file = storage.open_read(url)
+    if url.endswith((".zst", ".zstd")):
+        return io.BufferedReader(_Unpacked(file, url, _zstd_frame), 1 << 20)
+    if url.endswith(".gz"):
+        return io.BufferedReader(_Unpacked(file, url, _gzip_member), 1 << 20)
+    return file
+
+
+def _zstd_frame() -> Any:
+    import zstandard
+
+    return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+
+
+def _gzip_member() -> Any:
+    return _zlib.decompressobj(31)
+
+
+try:
+    from isal import isal_zlib as _zlib
+except ImportError:
+    _zlib = zlib
+
+
+class _Unpacked(io.RawIOBase):
+    """The unpacked bytes of frames that follow each other. Reads little at a time, so that no bomb fills the memory."""
+
+    _PIECE = 8192
+
+    def __init__(self, file: IO[bytes], url: str, new_frame: Any):
+        super().__init__()
+        self._file, self._url, self._new_frame = file, url, new_frame
+        self._frame: Any = None
+        self._packed, self._ready, self._n_read = b"", b"", 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            if not self._packed:
+                self._packed = self._file.read(self._PIECE)
+                self._n_read += len(self._packed)
+            if not self._packed:
+                if self._frame is not None:
+                    raise DataError(f"{storage.shown(self._url)}: cut off at byte {self._n_read}. Copy it again.")
+                return 0
+            self._ready = self._unpack()
+        n = min(len(buffer), len(self._ready))
+        buffer[:n] = self._ready[:n]
+        self._ready = self._ready[n:]
+        return n
+
+    def _unpack(self) -> bytes:
+        import zstandard
+
+        if self._frame is None:
+            self._frame = self._new_frame()
+        try:
+            unpacked = self._frame.decompress(self._packed)
+        except (zstandard.ZstdError, zlib.error, _zlib.error) as error:
+            raise DataError(
+                f"{storage.shown(self._url)}: damaged near packed byte {self._n_read} ({error}). Copy it again."
+            ) from None
+        self._packed = self._frame.unused_data if self._frame.eof else b""
+        if self._frame.eof:
+            self._frame = None
+        return unpacked
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def read_lines(url: str, *, start: int = 0, stop: int | None = None, max_line_bytes: int) -> Iterator[Line]:
+    """The lines that begin in unpacked bytes `start` to `stop`; an unpacked file is not read before `start`."""
+    with open_unpacked(url) as file:
+        offset = 0
+        if start and not is_packed(url):
+            offset = file.seek(start - 1)
+            offset += len(file.readline())
+        while stop is None or offset < stop:
+            line = file.readline(max_line_bytes + 2)
+            if not line:
+                return
+            length = len(line)
+            too_long = length > max_line_bytes + 1 or (length == max_line_bytes + 1 and line[-1:] != b"\n")
+            while too_long and line[-1:] != b"\n" and (line := file.readline(1 << 20)):
+                length += len(line)
+            if offset >= start:
+                yield Line(offset, None if too_long else line.rstrip(b"\r\n"))
+            offset += length
+
+
+def document_text(line: Line, content_key: str) -> str | Rejected | None:
+    """The text of one JSON line; None for a blank line.  `line.content` is not None."""
+    content = line.content or b""
+    if line.offset == 0 and content.startswith(_BOM):
+        content = content[len(_BOM) :]
+    if not content.strip():
+        return None
+    try:
+        row = orjson.loads(content)
+    except orjson.JSONDecodeError:
+        return Rejected("malformed_json" if _is_utf8(content) else "invalid_utf8")
+    if not isinstance(row, dict) or content_key not in row:
+        return Rejected("missing_key")
+    text = row[content_key]
+    if not isinstance(text, str):
+        return Rejected("not_text")
+    return text or Rejected("empty")
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode()
+        return True
+    except UnicodeDecodeError:
+        return False

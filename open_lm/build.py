@@ -6,12 +6,13 @@ from functools import partial
 
 import torch
 
+from open_lm.checkpoint.contents import stored_config
 from open_lm.data.loader import Loader, build_loader, validation_batches
 from open_lm.distributed import World
 from open_lm.errors import ConfigError
 from open_lm.evaluate.held_out import ValidationSet
 from open_lm.model import create_model
-from open_lm.model.config import ModelConfig
+from open_lm.model.config import ModelConfig, resolve
 from open_lm.params import RunConfig
 from open_lm.precision import Precision
 from open_lm.train.config import ScheduleConfig
@@ -21,6 +22,20 @@ from open_lm.train.parallel import wrap
 from open_lm.train.schedule import Schedule
 from open_lm.train.state import TrainState
 from open_lm.train.tasks import NextToken
+
+
+def architecture_of(config: RunConfig) -> ModelConfig:
+    """The architecture of --model and its flags; without --model that of the checkpoint the run starts from.
+
+    Raises:
+        ConfigError: no such model.
+        CheckpointError: the checkpoint is missing or holds no architecture.
+    """
+    flags = config.checkpoint
+    path = flags.pretrained or (flags.resume if flags.resume != "latest" else None)
+    if config.model.model is None and path is not None:
+        return ModelConfig.from_dict(stored_config(path)["model"])
+    return resolve(config.model)
 
 
 def global_batch_size(config: RunConfig, world_size: int) -> int:

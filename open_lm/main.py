@@ -23,12 +23,12 @@ def main(argv: Sequence[str] | None = None) -> RunResult:
 
 def execute(config: RunConfig, command: str) -> RunResult:
     """Carry out `config`; `command` is what the log says was typed."""
-    from open_lm.build import build_loader_and_horizon, build_state, build_validation_sets
+    from open_lm.build import architecture_of, build_loader_and_horizon, build_state, build_validation_sets
     from open_lm.run import start_run
     from open_lm.train.loop import train
 
-    architecture = config.architecture
-    with start_run(config, command) as run:
+    architecture = architecture_of(config)
+    with start_run(config, architecture, command) as run:
         loader, steps = build_loader_and_horizon(config, architecture, run.world)
         val_sets = build_validation_sets(config, architecture, run.world)
         state = build_state(config, architecture, run.world, steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -14,7 +15,7 @@ from open_lm.data.config import DataConfig
 from open_lm.errors import ConfigError
 from open_lm.evaluate.config import ValidationConfig
 from open_lm.flags import Parser
-from open_lm.model.config import ModelConfig, ModelFlags, resolve
+from open_lm.model.config import ModelFlags
 from open_lm.tracking.config import TrackingConfig
 from open_lm.train.config import OptimizerConfig, ParallelConfig, ScheduleConfig, TrainConfig
 
@@ -37,11 +38,6 @@ class RunConfig:
     def trains(self) -> bool:
         """Whether the run trains; with --val-data alone it evaluates."""
         return bool(self.data.train_data or self.data.dataset_manifest or self.data.dataset_type == "synthetic")
-
-    @property
-    def architecture(self) -> ModelConfig:
-        """The architecture that --model and its flags resolve to."""
-        return resolve(self.model)
 
     def as_flags(self) -> dict[str, Any]:
         """Every flag by name, as plain values."""
@@ -79,6 +75,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     Raises:
         ConfigError: an unknown flag (the nearest known one is named), a value of the wrong type, a bad config file.
     """
+    argv = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     config_only = Parser(add_help=False, allow_abbrev=False)
     config_only.add_argument("--config")
@@ -115,6 +112,4 @@ def check(config: RunConfig) -> None:
 
 def command_line(argv: Sequence[str] | None) -> str:
     """The command as a person would type it, for logs."""
-    import sys
-
     return shlex.join(["python", "-m", "open_lm.main", *(sys.argv[1:] if argv is None else argv)])

@@ -13,6 +13,7 @@ from open_lm.checkpoint.manager import Checkpoints, DataOrder
 from open_lm.distributed import World, start_world
 from open_lm.errors import Preempted
 from open_lm.evaluate.held_out import HeldOut, ValidationSet, evaluate
+from open_lm.model.config import ModelConfig
 from open_lm.params import RunConfig
 from open_lm.recorder import Recorder, append_json_line, result_rows
 from open_lm.run_folder import open_folder
@@ -36,15 +37,25 @@ class RunResult:
 class Run:
     """One open run on one rank. The loop calls it after every step, and it decides what is due."""
 
-    def __init__(self, config: RunConfig, world: World, folder: str, stop: StopRequests, sinks: list[Sink]):
+    def __init__(
+        self,
+        config: RunConfig,
+        architecture: ModelConfig,
+        world: World,
+        folder: str,
+        *,
+        stop: StopRequests,
+        sinks: list[Sink],
+    ):
         self.config = config
+        self.architecture = architecture
         self.world = world
         self.folder = folder
         self.checkpoints = Checkpoints(
             os.path.join(folder, "checkpoints"),
             config.checkpoint,
             name=os.path.basename(folder),
-            config={"model": config.architecture.to_dict(), "flags": config.as_flags()},
+            config={"model": architecture.to_dict(), "flags": config.as_flags()},
         )
         self._stop = stop
         self._sinks = sinks
@@ -57,6 +68,8 @@ class Run:
         self._val_sets = val_sets
         self._recorder = Recorder(self.world, state, self._sinks)
         self._saved_at = state.step
+        if loader is not None and state.step >= state.horizon.total_steps:
+            logging.info("step %d of %d: nothing left to train", state.step, state.horizon.total_steps)
 
     def record(self, report: StepReport, state: TrainState, timing: Timing) -> None:
         """Count one step; write the figures every --log-every-n-steps, before each save, and at the end."""
@@ -90,7 +103,7 @@ class Run:
         flags = self.config.checkpoint
         path = flags.resume or flags.pretrained
         return result_rows(
-            self._held_out, step=state.step, tokens=state.tokens, model=self.config.model.model, checkpoint=path
+            self._held_out, step=state.step, tokens=state.tokens, model=self.config.model.model or "", checkpoint=path
         )
 
     def save_if_due(self, state: TrainState) -> None:
@@ -110,7 +123,7 @@ class Run:
         is_last = state.step == state.horizon.total_steps
         stats = {
             "evaluation_metrics": self._result_rows(state),
-            "samples_seen": state.tokens // self.config.architecture.seq_len,
+            "samples_seen": state.tokens // self.architecture.seq_len,
             "percentage_of_data_seen": state.step / state.horizon.total_steps,
             "shard_shuffle_seed": self.config.train.seed,
             "train_data_string": " ".join((*self.config.data.train_data, *self.config.data.dataset_manifest)),
@@ -149,8 +162,8 @@ class Run:
 
 
 @contextlib.contextmanager
-def start_run(config: RunConfig, command: str) -> Iterator[Run]:
-    """Open the run that `config` describes; on any exit log, sinks and process group are closed.
+def start_run(config: RunConfig, architecture: ModelConfig, command: str) -> Iterator[Run]:
+    """Open the run that `config` describes, of a model of `architecture`; on any exit log, sinks and process group are closed.
 
     Raises:
         ConfigError: the run's folder holds a run and --resume is not given.
@@ -173,7 +186,8 @@ def start_run(config: RunConfig, command: str) -> Iterator[Run]:
         stack.enter_context(text_log(folder, world.rank, every_rank=tracking.log_local, debug=tracking.debug))
         logging.info("%s", command)
         facts = RunFacts(os.path.basename(folder), folder, config.as_flags(), tracking)
-        run = Run(config, world, folder, stop, open_sinks(facts) if world.is_master else [])
+        sinks = open_sinks(facts) if world.is_master else []
+        run = Run(config, architecture, world, folder, stop=stop, sinks=sinks)
         stack.callback(run.close)
         try:
             yield run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -14,7 +15,31 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from open_lm.checkpoint.weights import load_file
 from open_lm.errors import CheckpointError
+
+
+def stored_config(path: str) -> dict[str, Any]:
+    """What a checkpoint of ours knows of its run: `model` (the architecture) and `flags`.
+
+    Raises:
+        CheckpointError: it is missing, or was made by a program that keeps no architecture in it.
+    """
+    config = load_file(path).get("config")
+    if not config:
+        raise CheckpointError(f"{path} does not say which model it is of: give --model and its flags.")
+    return config
+
+
+def require_same_architecture(stored: Mapping[str, Any], here: Mapping[str, Any], path: str) -> None:
+    """Refuse a checkpoint of another architecture: rotary and head_rotary, say, have the same weights by name and shape.
+
+    Raises:
+        CheckpointError: naming each key that differs.
+    """
+    differences = [f"{key} {stored[key]!r} (here {here[key]!r})" for key in stored if key in here and stored[key] != here[key]]
+    if differences:
+        raise CheckpointError(f"{path} is of another model: {', '.join(differences)}. Leave out --model and its flags to take the checkpoint's.")
 
 
 def gather(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:

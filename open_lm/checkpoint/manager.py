@@ -13,7 +13,7 @@ from open_lm import storage, text
 from open_lm.checkpoint import commit as commits
 from open_lm.checkpoint.commit import Commit
 from open_lm.checkpoint.config import CheckpointConfig
-from open_lm.checkpoint.contents import by_name, gather, load_optimizer, load_weights
+from open_lm.checkpoint.contents import by_name, gather, load_optimizer, load_weights, require_same_architecture
 from open_lm.checkpoint.find import latest
 from open_lm.checkpoint.weights import clean_state_dict, load_file
 from open_lm.distributed import World
@@ -142,7 +142,9 @@ class Checkpoints:
         Returns the path it took, or None when `--resume latest` finds none and the run starts at step 0.
         """
         if self._flags.pretrained:
-            self._load(state, self._flags.pretrained, None, weights_only=True)
+            facts = self._load_weights(state, self._flags.pretrained)
+            if loader is None:  # evaluating: the results say how far the weights were trained
+                state.step, state.tokens = facts
             return self._flags.pretrained
         if not self._flags.resume:
             return None
@@ -152,19 +154,27 @@ class Checkpoints:
             if path is None:
                 logging.info("no checkpoint in %s yet: starting at step 0", self.folder)
                 return None
-        self._load(state, path, loader, weights_only=False)
+        state.step, state.tokens = self._load_weights(state, path)
+        if loader is not None:
+            self._load_rest(state, path, loader)
         logging.info("resumed from %s at step %d", path, state.step)
         return path
 
-    def _load(self, state: Saved, path: str, loader: DataOrder | None, *, weights_only: bool) -> None:
+    def _load_weights(self, state: Saved, path: str) -> tuple[int, int]:
+        """Put the weights of the file at `path` into the model; returns the steps and tokens it was trained for."""
         broadcast = state.world.size > 1
         reads = state.world.is_master or not broadcast
         if reads:
             self._require_undamaged(path)
         file = load_file(path) if reads else {}
+        require_same_architecture(file.get("config", {}).get("model", {}), self._config["model"], path)
         load_weights(state.model, clean_state_dict(file) if reads else {}, path, broadcast=broadcast)
-        if weights_only:
-            return
+        return state.world.broadcast((int(file.get("step", 0)), int(file.get("tokens", 0))) if reads else None)
+
+    def _load_rest(self, state: Saved, path: str, loader: DataOrder) -> None:
+        """Put back all else that must survive a restart: the optimizer, the loss scale, the place in the data."""
+        broadcast = state.world.size > 1
+        reads = state.world.is_master or not broadcast
         folder, name = storage.parent(path), path.rpartition("/")[2]
         companions = self._companions(folder, name) if reads else {}
         optimizer = by_name(companions["optimizer"]["optimizer"], state.model) if reads else {}
@@ -172,9 +182,7 @@ class Checkpoints:
         rest = (companions["optimizer"].get("scaler", {}), companions["stats"]) if reads else None
         scaler, stats = state.world.broadcast(rest)
         state.precision.load_state_dict(scaler)
-        state.step = int(stats["step"])
-        state.tokens = int(stats.get("tokens", 0))
-        if loader is not None and "data_state" in stats:
+        if "data_state" in stats:
             loader.check_state(stats["data_state"])
 
     def _require_undamaged(self, path: str) -> None:

@@ -16,6 +16,8 @@ from open_lm.registry import Registry
 
 CONFIGS = Path(__file__).parent / "configs"
 
+DEFAULT = "open_lm_1b"
+
 NORMS = Registry(
     "norm",
     {
@@ -93,7 +95,9 @@ class ModelConfig:
 class ModelFlags:
     """Model"""
 
-    model: str = flag("open_lm_1b", "Registered architecture, or the path of a JSON file.")
+    model: str | None = flag(
+        None, f"Registered architecture, or the path of a JSON file. None: that of the checkpoint given, else {DEFAULT}."
+    )
     model_norm: str = flag("default_layer_norm", "Norm of every block.", choices=NORMS)
     ffn_type: str = flag("swiglu", "Feed-forward layer of every block.", choices=FEED_FORWARDS)
     qk_norm: bool = flag(False, "Normalise queries and keys before attention.")
@@ -111,11 +115,12 @@ def resolve(flags: ModelFlags) -> ModelConfig:
     Raises:
         ConfigError: no such name or file, or a key that is missing or unknown.
     """
-    path = Path(flags.model) if flags.model.endswith(".json") else CONFIGS / f"{flags.model}.json"
+    name = flags.model or DEFAULT
+    path = Path(name) if name.endswith(".json") else CONFIGS / f"{name}.json"
     if not path.exists():
-        close = difflib.get_close_matches(flags.model, model_names(), n=3)
+        close = difflib.get_close_matches(name, model_names(), n=3)
         raise ConfigError(
-            f"--model {flags.model}: no such model. Near: {', '.join(close) or ', '.join(model_names())}."
+            f"--model {name}: no such model. Near: {', '.join(close) or ', '.join(model_names())}."
         )
     try:
         values = json.loads(path.read_text())

@@ -24,7 +24,12 @@ class TrackingConfig:
     """Run folder, logs and metrics"""
 
     name: str | None = flag(None, "Name of the run: one path component. None: made from the time and the settings.")
-    logs: str = flag("./logs/", "Folder that holds a folder for each run.")
+    logs: str = flag(
+        "./logs/",
+        "Folder that holds a folder for each run. Before Python 3.12 torchrun mistakes --logs for one of its own flags: "
+        "write --logs-dir there.",
+        aliases=("--logs-dir",),
+    )
     log_local: bool = flag(False, "Every rank writes a log of its own (out-RANK.log).")
     log_every_n_steps: int = flag(100, "Optimizer steps between two reports.")
     report_to: str = flag("", "Where metrics go besides metrics.jsonl: wandb, tensorboard, both with a comma, or all.")

@@ -36,14 +36,23 @@ def _try_open(config: RunConfig) -> str | OpenLMError:
 def _open(config: RunConfig) -> str:
     name = config.tracking.name or default_name(config)
     folder = os.path.join(str(storage.local_path(config.tracking.logs)), name)
-    params = os.path.join(folder, "params.txt")
-    if os.path.exists(params) and config.trains and not config.checkpoint.resume:
+    if holds_a_run(folder) and config.trains and not config.checkpoint.resume:
         raise ConfigError(
             f"--name {name}: {folder} already holds a run. Continue it with --resume latest, or choose another --name."
         )
     storage.require_writable(os.path.join(folder, "checkpoints"), "--logs")
-    storage.write_text(params, "".join(f"{key}: {_one_line(value)}\n" for key, value in config.as_flags().items()))
+    storage.write_text(
+        os.path.join(folder, "params.txt"),
+        "".join(f"{key}: {_one_line(value)}\n" for key, value in config.as_flags().items()),
+    )
     return folder
+
+
+def holds_a_run(folder: str) -> bool:
+    """Whether anything was computed in `folder`; a start that failed before its first step leaves nothing to protect."""
+    metrics, checkpoints = os.path.join(folder, "metrics.jsonl"), os.path.join(folder, "checkpoints")
+    has_metrics = os.path.exists(metrics) and os.path.getsize(metrics) > 0
+    return has_metrics or (os.path.isdir(checkpoints) and bool(os.listdir(checkpoints)))
 
 
 def _one_line(value: object) -> str:

@@ -37,9 +37,13 @@ def require_same_architecture(stored: Mapping[str, Any], here: Mapping[str, Any]
     Raises:
         CheckpointError: naming each key that differs.
     """
-    differences = [f"{key} {stored[key]!r} (here {here[key]!r})" for key in stored if key in here and stored[key] != here[key]]
+    differences = [
+        f"{key} {stored[key]!r} (here {here[key]!r})" for key in stored if key in here and stored[key] != here[key]
+    ]
     if differences:
-        raise CheckpointError(f"{path} is of another model: {', '.join(differences)}. Leave out --model and its flags to take the checkpoint's.")
+        raise CheckpointError(
+            f"{path} is of another model: {', '.join(differences)}. Leave out --model and its flags to take the checkpoint's."
+        )
 
 
 def gather(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,9 +24,12 @@ def manifest(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "open_lm_1bb"], r"--model open_lm_1bb.*open_lm_1b"),
+        (["--model", "open_lm_1bb"], r"--model open_lm_1bb"),
         (["--model", "none.json"], r"none\.json"),
-        (["--global-batch-size", "9", "--accum-freq", "2"], r"--global-batch-size 9.*nearest batch that does is (8|10)"),
+        (
+            ["--global-batch-size", "9", "--accum-freq", "2"],
+            r"--global-batch-size 9.*nearest batch that does is (8|10)",
+        ),
         (["--precision", "banana"], "banana"),
         (["--lr", "fast"], "--lr"),
         (["--lr-sceduler", "cosine"], "did you mean --lr-scheduler"),
@@ -50,7 +52,20 @@ def test_flags_are_refused_by_name(tmp_path, manifest, arguments, message):
 def test_missing_shards_and_empty_globs_are_named(tmp_path):
     for url in (str(tmp_path / "shard-{000..003}.tar"), str(tmp_path / "*.tar")):
         with pytest.raises(OpenLMError, match="tar"):
-            main(["--train-data", url, "--model", "open_lm_test_tiny", "--device", "cpu", "--logs", str(tmp_path), "--name", "x"])
+            main(
+                [
+                    "--train-data",
+                    url,
+                    "--model",
+                    "open_lm_test_tiny",
+                    "--device",
+                    "cpu",
+                    "--logs",
+                    str(tmp_path),
+                    "--name",
+                    "x",
+                ]
+            )
 
 
 def test_nothing_to_do_and_nothing_to_evaluate(tmp_path):
@@ -92,7 +107,7 @@ def test_a_command_prints_one_line_and_exits_with_the_code_of_the_error(tmp_path
 
 def test_ranks_agree_that_a_folder_is_taken(tmp_path, manifest):
     folder_of(tmp_path).mkdir(parents=True)
-    (folder_of(tmp_path) / "params.txt").write_text("")
+    (folder_of(tmp_path) / "metrics.jsonl").write_text("{}")
     done = run_command(flags(tmp_path, manifest), ranks=2)
     assert done.returncode != 0
     assert done.stderr.count("already holds a run") == 1
@@ -112,26 +127,35 @@ def test_a_full_disk_keeps_the_run_going_and_the_end_reports_it(tmp_path, manife
     assert not list((folder_of(tmp_path) / "checkpoints").iterdir())
 
 
+LONG = {"steps": 400}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """An uninterrupted run long enough to be interrupted, and its data."""
+    folder = tmp_path_factory.mktemp("straight")
+    manifest = write_data(folder / "data")
+    run(folder, manifest, "--multiple-data-passes", **LONG)
+    return folder, manifest
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_stop_signal_saves_and_the_resumed_run_is_the_same_run(tmp_path, manifest, number):
-    steps = {"steps": 13}
-    run(tmp_path, manifest, name="straight", **steps)
-    arguments = flags(tmp_path, manifest, "--resume", "latest", **steps)
-    log = Path(folder_of(tmp_path), "metrics.jsonl")
+def test_a_stop_signal_saves_and_the_resumed_run_is_the_same_run(tmp_path, straight, number):
+    folder, manifest = straight
+    extra = ["--multiple-data-passes", "--resume", "latest"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "open_lm.main", *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OPEN_LM_TEST_STEP_SECONDS": "0.3", "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "open_lm.main", *flags(tmp_path, manifest, *extra, **LONG)],
+        env=environment, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 60
+    log, deadline = folder_of(tmp_path) / "metrics.jsonl", time.monotonic() + 60
     while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 85, errors
     assert f"stopped by {number.name}" in errors
-    stopped_at = max(metrics(tmp_path))
-    assert stopped_at < 13
-    run(tmp_path, manifest, "--resume", "latest", **steps)
-    assert metrics(tmp_path) == metrics(tmp_path, "straight")
-    assert all((a == b).all() for a, b in zip(weights(tmp_path).values(), weights(tmp_path, "straight").values()))
+    assert 0 < max(metrics(tmp_path)) < LONG["steps"]
+    run(tmp_path, manifest, *extra, **LONG)
+    assert metrics(tmp_path) == metrics(folder)
+    assert all((weights(tmp_path)[name] == w).all() for name, w in weights(folder).items())

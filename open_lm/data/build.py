@@ -86,11 +86,13 @@ def build_data_set(
 
 def _finished(job: Job, to: Destination, resume: bool) -> dict[str, Any] | None:
     """The ledger of a data set that is complete and is this job's own, when asked to resume."""
-    if not resume or os.path.exists(to.workplace) or not storage.exists(storage.join(to.folder, LEDGER)):
+    if not resume or not storage.exists(storage.join(to.folder, FILENAME)):
         return None
-    ledger = orjson.loads(storage.read_bytes(storage.join(to.folder, LEDGER)))
+    ledger_url = storage.join(to.folder, LEDGER)
+    ledger = orjson.loads(storage.read_bytes(ledger_url)) if storage.exists(ledger_url) else {}
     if ledger.get("job") != orjson.loads(job.to_json()):
-        raise ConfigError(f"--resume: {to.folder} holds a finished data set of another job. Choose another folder.")
+        return None
+    shutil.rmtree(to.workplace, ignore_errors=True)  # left by a run that was killed between its last two steps
     return ledger
 
 
@@ -111,7 +113,7 @@ def _workplace(job: Job, to: Destination, tokenizer_json: str, *, resume: bool, 
     """The folder for unfinished work, locked, with the job and its tokenizer in it."""
     work = Workplace(to.workplace)
     if os.path.exists(work.path("job.json")):
-        if Path(work.path("job.json")).read_bytes() != job.to_json() and not overwrite:
+        if Path(work.path("job.json")).read_bytes() != job.to_json() and (resume or not overwrite):
             raise ConfigError(
                 f"{work.folder}: holds unfinished work of a job with other settings or inputs. "
                 "Give the settings of then with --resume, or --overwrite to start anew."
@@ -126,17 +128,21 @@ def _workplace(job: Job, to: Destination, tokenizer_json: str, *, resume: bool, 
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ConfigError(f"{work.folder}: another process is at work there. Wait for it, or stop it.") from None
-        if overwrite and not resume:
-            _empty(work.folder)
-        storage.write_bytes(work.path("tokenizer.json"), tokenizer_json.encode())
-        storage.write_bytes(work.path("job.json"), job.to_json())
+        _clean(work.folder, everything=overwrite and not resume)
+        if not os.path.exists(work.path("job.json")):
+            storage.write_bytes(work.path("tokenizer.json"), tokenizer_json.encode())
+            storage.write_bytes(work.path("job.json"), job.to_json())
         yield work
 
 
-def _empty(folder: str) -> None:
-    for entry in os.scandir(folder):
-        if entry.name != "lock":
-            shutil.rmtree(entry.path) if entry.is_dir() else os.unlink(entry.path)
+def _clean(folder: str, *, everything: bool) -> None:
+    """Remove what a killed run was writing; or all it left."""
+    for root, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            if name.endswith(".tmp") or (everything and name != "lock"):
+                os.unlink(os.path.join(root, name))
+        if everything and root != folder:
+            shutil.rmtree(root)
 
 
 def _tokenize_all(job: Job, work: Workplace, n_workers: int) -> list[str]:

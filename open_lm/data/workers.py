@@ -37,10 +37,10 @@ def run_tasks(tasks: Sequence[Task], n_workers: int, *, label: str, total_bytes:
                 for n_bytes in task():
                     bar.update(n_bytes)
             return
-        _run_in_processes(tasks, min(n_workers, len(tasks)), bar)
+        _run_in_processes(tasks, min(n_workers, len(tasks)), bar, label)
 
 
-def _run_in_processes(tasks: Sequence[Task], n_workers: int, bar: tqdm) -> None:
+def _run_in_processes(tasks: Sequence[Task], n_workers: int, bar: tqdm, label: str) -> None:
     context = multiprocessing.get_context("spawn")  # a fork would copy the tokenizer's threads in an unknown state
     progress = context.Value("q", 0)
     pool = ProcessPoolExecutor(n_workers, mp_context=context, initializer=_start, initargs=(progress, os.getpid()))
@@ -53,7 +53,7 @@ def _run_in_processes(tasks: Sequence[Task], n_workers: int, bar: tqdm) -> None:
                 future.result()
     except BrokenProcessPool:
         raise DataError(
-            f"{bar.desc}: a worker process was killed, most likely for want of memory. "
+            f"{label}: a worker process was killed, most likely for want of memory. "
             "Start the same command again with --resume, with fewer --num-workers."
         ) from None
     finally:

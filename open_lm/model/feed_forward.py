@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from open_lm.model.config import ModelConfig
 from open_lm.model.init import scaled_normal_
+from open_lm.model.variants import FEED_FORWARDS
+
+
+def build_feed_forward(config: ModelConfig, layer: int) -> nn.Module:
+    """The feed-forward layer of block number `layer`, counted from 0."""
+    return FEED_FORWARDS.load(config.ffn_type)(config.hidden_dim, layer, config.ffn_dim)
 
 
 def gated_width(dim: int) -> int:
@@ -18,9 +26,9 @@ def gated_width(dim: int) -> int:
 class SwiGLU(nn.Module):
     """`w3(silu(gate) * value)` (arXiv:2002.05202); `w12` holds gate and value, as published checkpoints do."""
 
-    def __init__(self, dim: int, layer: int):
+    def __init__(self, dim: int, layer: int, width: int | None = None):
         super().__init__()
-        self.dim, self.layer, self.width = dim, layer, gated_width(dim)
+        self.dim, self.layer, self.width = dim, layer, width or gated_width(dim)
         self.w12 = nn.Linear(dim, 2 * self.width, bias=False)
         self.w3 = nn.Linear(self.width, dim, bias=False)
 
@@ -35,24 +43,27 @@ class SwiGLU(nn.Module):
 
 
 class Gelu(nn.Sequential):
-    """`w2(gelu(w1(x)))` with the exact gelu and four times the width."""
+    """`w2(gelu(w1(x)))` with the exact (erf) gelu, four times as wide as the model unless told otherwise."""
 
-    def __init__(self, dim: int, layer: int):
-        super().__init__(nn.Linear(dim, 4 * dim, bias=False), nn.GELU(), nn.Linear(4 * dim, dim, bias=False))
-        self.dim, self.layer = dim, layer
+    def __init__(self, dim: int, layer: int, width: int | None = None):
+        width = width or 4 * dim
+        super().__init__(nn.Linear(dim, width, bias=False), nn.GELU(), nn.Linear(width, dim, bias=False))
+        self.dim, self.layer, self.width = dim, layer, width
 
     def reset_parameters(self) -> None:
         """w1: 1/sqrt(D); w2: 1/sqrt(F) / sqrt(2 (layer + 1))."""
-        scaled_normal_(self[0].weight, self.dim**-0.5)
-        scaled_normal_(self[2].weight, (4 * self.dim) ** -0.5 / math.sqrt(2 * (self.layer + 1)))
+        first: Any = self[0]
+        last: Any = self[2]
+        scaled_normal_(first.weight, self.dim**-0.5)
+        scaled_normal_(last.weight, self.width**-0.5 / math.sqrt(2 * (self.layer + 1)))
 
 
 class GemmaGeGLU(nn.Module):
     """`down(gelu(gate(x)) * up(x))` with biases, as in Gemma."""
 
-    def __init__(self, dim: int, layer: int):
+    def __init__(self, dim: int, layer: int, width: int | None = None):
         super().__init__()
-        self.dim, self.layer, self.width = dim, layer, gated_width(dim)
+        self.dim, self.layer, self.width = dim, layer, width or gated_width(dim)
         self.gate_proj = nn.Linear(dim, self.width)
         self.up_proj = nn.Linear(dim, self.width)
         self.down_proj = nn.Linear(self.width, dim)

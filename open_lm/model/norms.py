@@ -1,4 +1,4 @@
-"""How activations are normalised: the six norms by name.  Shapes: D model width."""
+"""How activations are normalised: the six norms by name.  Shapes: D width of what is normalised."""
 
 from __future__ import annotations
 
@@ -6,19 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-EPS = 1e-5
+from open_lm.model.config import ModelConfig
+from open_lm.model.variants import NORMS
+
+
+def build_norm(config: ModelConfig, dim: int) -> nn.Module:
+    """The norm of `config` over vectors of width `dim`."""
+    return NORMS.load(config.model_norm)(dim, config.norm_eps)
 
 
 class LayerNorm(nn.Module):
-    """Layer norm (arXiv:1607.06450) in fp32, with a weight and a bias where asked for."""
+    """Layer norm (arXiv:1607.06450), with a weight and a bias where asked for; statistics in fp32."""
 
-    low_precision = False
-
-    def __init__(self, dim: int, *, weight: bool = True, bias: bool = True):
+    def __init__(self, dim: int, eps: float, *, weight: bool = True, bias: bool = True):
         super().__init__()
-        self.dim = dim
-        self.weight = nn.Parameter(torch.ones(dim)) if weight else None
-        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
+        self.dim, self.eps = dim, eps
+        self.weight = nn.Parameter(torch.empty(dim)) if weight else None
+        self.bias = nn.Parameter(torch.empty(dim)) if bias else None
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Weight 1, bias 0."""
@@ -28,7 +33,7 @@ class LayerNorm(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, (self.dim,), self.weight, self.bias, EPS)
+        return F.layer_norm(x, (self.dim,), self.weight, self.bias, self.eps)
 
 
 class LowPrecisionLayerNorm(LayerNorm):
@@ -40,14 +45,15 @@ class LowPrecisionLayerNorm(LayerNorm):
         weight = self.weight.to(dtype) if self.weight is not None else None
         bias = self.bias.to(dtype) if self.bias is not None else None
         with torch.autocast(kind, enabled=False):
-            return F.layer_norm(x.to(dtype), (self.dim,), weight, bias, EPS)
+            return F.layer_norm(x.to(dtype), (self.dim,), weight, bias, self.eps)
 
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm (arXiv:1910.07467) in fp32, times a weight."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, eps: float):
         super().__init__()
+        self.dim, self.eps = dim, eps
         self.weight = nn.Parameter(torch.ones(dim))
 
     def reset_parameters(self) -> None:
@@ -55,21 +61,19 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + EPS)
-        return normed.type_as(x) * self.weight
+        return F.rms_norm(x.float(), (self.dim,), None, self.eps).type_as(x) * self.weight
 
 
-def gain_only_layer_norm(dim: int) -> LayerNorm:
+def gain_only_layer_norm(dim: int, eps: float) -> LayerNorm:
     """Layer norm with a weight and no bias."""
-    return LayerNorm(dim, bias=False)
+    return LayerNorm(dim, eps, bias=False)
 
 
-def gain_only_lp_layer_norm(dim: int) -> LayerNorm:
+def gain_only_lp_layer_norm(dim: int, eps: float) -> LayerNorm:
     """Low-precision layer norm with a weight and no bias."""
-    return LowPrecisionLayerNorm(dim, bias=False)
+    return LowPrecisionLayerNorm(dim, eps, bias=False)
 
 
-def no_wb_layer_norm(dim: int) -> LayerNorm:
+def no_wb_layer_norm(dim: int, eps: float) -> LayerNorm:
     """Layer norm without parameters (OLMo's)."""
-    return LayerNorm(dim, weight=False, bias=False)
+    return LayerNorm(dim, eps, weight=False, bias=False)

@@ -1,91 +1,115 @@
-"""How positions enter attention.  Shapes: B batch, T positions, H heads, K head width."""
+"""How positions enter attention.  Shapes: B batch, T positions, H heads, K head width.
+
+Angles are computed in fp32 whatever the type of the activations: in bf16 they would be off by radians at position 2047.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-BASE = 10_000.0
+from open_lm.model.config import ModelConfig
 
 
-def inverse_frequencies(head_dim: int) -> Tensor:
-    """One angle per position and pair of channels, in fp32 (RoFormer, arXiv:2104.09864)."""
-    return 1.0 / BASE ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+class Angles:
+    """Cosines and sines, computed once per forward pass and used by every layer.
+
+    A plain object on purpose: FSDP casts the tensors it finds in a block's arguments to its compute type, and these
+    must stay fp32.
+    """
+
+    __slots__ = ("cos", "sin")
+
+    def __init__(self, angle: Tensor):
+        self.cos, self.sin = angle.cos(), angle.sin()
+
+
+def inverse_frequencies(head_dim: int, base: float, device: torch.device | None = None) -> Tensor:
+    """The angle from one position to the next for each pair of channels, in fp32 (RoFormer, arXiv:2104.09864)."""
+    return 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
 
 
 class Rotary(nn.Module):
-    """Rotates the first half of a head's channels against the second, by an angle that grows with the position.
+    """Turns the first half of a head's channels against the second, by an angle that grows with the position.
 
-    Angles are computed in fp32 whatever the type of the activations: at position 2047 bf16 would be off by radians.
+    `inv_freq` is kept in the state dict because OpenLM's checkpoints have it; it is never read, being a constant.
     """
 
     inv_freq: Tensor
 
-    def __init__(self, head_dim: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.head_dim = head_dim
-        self.register_buffer("inv_freq", inverse_frequencies(head_dim))
+        self.head_dim, self.base = config.head_dim, config.rotary_base
+        self.n_heads = config.n_heads
+        self.register_buffer("inv_freq", inverse_frequencies(self.head_dim, self.base))
 
     def reset_parameters(self) -> None:
-        """The frequencies again, for a model built without memory."""
-        self.inv_freq = inverse_frequencies(self.head_dim).to(self.inv_freq.device)
+        """The frequencies again, for a model that was built without memory."""
+        with torch.no_grad():
+            self.inv_freq.copy_(inverse_frequencies(self.head_dim, self.base, self.inv_freq.device))
 
-    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of shape (len(positions), K), in fp32."""
-        frequencies = inverse_frequencies(self.head_dim).to(positions.device)
-        angle = torch.outer(positions.float(), frequencies)
-        both = torch.cat((angle, angle), dim=-1)
-        return both.cos(), both.sin()
+    def angles(self, start: int, stop: int, device: torch.device) -> Angles | None:
+        """The angles of positions `start` to `stop`, (T, 1, K/2)."""
+        return Angles(position_angles(self.head_dim, self.base, start, stop, device))
 
-    def forward(self, q_BTHK: Tensor, k_BTHK: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-        positions = torch.arange(offset, offset + q_BTHK.shape[1], device=q_BTHK.device)
-        cos, sin = (table[None, :, None, :] for table in self.angles(positions))
-        return rotate_halves(q_BTHK, cos, sin), rotate_halves(k_BTHK, cos, sin)
+    def forward(self, x_BTHK: Tensor, angles: Angles) -> Tensor:
+        return rotate_halves(x_BTHK, angles.cos, angles.sin)
 
 
 class HeadRotary(Rotary):
     """Rotary by the number of the head instead of the position: how the published OpenLM models were trained."""
 
-    def forward(self, q_BTHK: Tensor, k_BTHK: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-        def rotated(x_BTHK: Tensor) -> Tensor:
-            heads = torch.arange(x_BTHK.shape[2], device=x_BTHK.device)
-            cos, sin = (table[None, None, :, :] for table in self.angles(heads))
-            return rotate_halves(x_BTHK, cos, sin)
+    def angles(self, start: int, stop: int, device: torch.device) -> Angles | None:
+        """The angles of every head, (H, K/2)."""
+        return Angles(position_angles(self.head_dim, self.base, 0, self.n_heads, device)[:, 0])
 
-        return rotated(q_BTHK), rotated(k_BTHK)
+    def forward(self, x_BTHK: Tensor, angles: Angles) -> Tensor:
+        n_heads = x_BTHK.shape[2]
+        return rotate_halves(x_BTHK, angles.cos[:n_heads], angles.sin[:n_heads])
 
 
 class LlamaRotary(nn.Module):
-    """Rotary over adjacent pairs of channels, as in Llama's own code; nothing is stored."""
+    """Rotary over adjacent pairs of channels, as in Llama's own code; the state dict holds nothing of it."""
 
-    def __init__(self, head_dim: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.head_dim = head_dim
+        self.head_dim, self.base = config.head_dim, config.rotary_base
 
-    def forward(self, q_BTHK: Tensor, k_BTHK: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-        positions = torch.arange(offset, offset + q_BTHK.shape[1], device=q_BTHK.device)
-        angle = torch.outer(positions.float(), inverse_frequencies(self.head_dim).to(positions.device))
-        cos, sin = angle.cos()[None, :, None, :], angle.sin()[None, :, None, :]
-        return rotate_pairs(q_BTHK, cos, sin), rotate_pairs(k_BTHK, cos, sin)
+    def angles(self, start: int, stop: int, device: torch.device) -> Angles | None:
+        """The angles of positions `start` to `stop`, (T, 1, K/2)."""
+        return Angles(position_angles(self.head_dim, self.base, start, stop, device))
+
+    def forward(self, x_BTHK: Tensor, angles: Angles) -> Tensor:
+        return rotate_pairs(x_BTHK, angles.cos, angles.sin)
 
 
 class NoPositions(nn.Module):
-    """Attention without positions; order is seen through the causal mask alone."""
+    """Attention without positions; order is seen through the causal mask alone (arXiv:2305.19466)."""
 
-    def __init__(self, head_dim: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
 
-    def forward(self, q_BTHK: Tensor, k_BTHK: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-        return q_BTHK, k_BTHK
+    def angles(self, start: int, stop: int, device: torch.device) -> Angles | None:
+        """Nothing."""
+        return None
+
+    def forward(self, x_BTHK: Tensor, angles: None) -> Tensor:
+        return x_BTHK
+
+
+def position_angles(head_dim: int, base: float, start: int, stop: int, device: torch.device) -> Tensor:
+    """Position times frequency, (stop - start, 1, K/2), in fp32."""
+    places = torch.arange(start, stop, dtype=torch.float32, device=device)
+    return torch.outer(places, inverse_frequencies(head_dim, base, device))[:, None, :]
 
 
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x` with channel i rotated against channel i + K/2, in fp32, in the type of `x`."""
-    first, second = x.float().chunk(2, dim=-1)
-    return (torch.cat((first, second), -1) * cos + torch.cat((-second, first), -1) * sin).type_as(x)
+    """`x` with channel i turned against channel i + K/2; products in fp32, the result in the type of `x`."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x` with channel 2i rotated against channel 2i + 1, in fp32, in the type of `x`."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).type_as(x)
+    """`x` with channel 2i turned against channel 2i + 1; products in fp32, the result in the type of `x`."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)

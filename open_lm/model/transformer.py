@@ -1,16 +1,23 @@
-"""The decoder-only transformer.  Shapes: B batch, T positions, D model width, V vocabulary."""
+"""The decoder-only transformer.
+
+Shapes: B batch, T positions, S positions with those in the cache, D model width, V vocabulary.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_lm.model.attention import Attention, KeyValue
-from open_lm.model.config import FEED_FORWARDS, NORMS, ModelConfig
-from open_lm.model.init import scaled_normal_
+from open_lm.model.attend import causal_mask
+from open_lm.model.attention import Attention
+from open_lm.model.cache import GrowingCache, KeyValue, LayerCache, StaticCache
+from open_lm.model.config import ModelConfig
+from open_lm.model.feed_forward import build_feed_forward
+from open_lm.model.init import init_weights, scaled_normal_
+from open_lm.model.norms import build_norm
+from open_lm.model.rotary import Angles
 
 
 class Block(nn.Module):
@@ -18,61 +25,74 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        norm = NORMS.load(config.model_norm)
         self.attention = Attention(config, layer)
-        self.feed_forward = FEED_FORWARDS.load(config.ffn_type)(config.hidden_dim, layer)
-        self.attention_norm = norm(config.hidden_dim)
-        self.ffn_norm = norm(config.hidden_dim)
+        self.feed_forward = build_feed_forward(config, layer)
+        self.attention_norm = build_norm(config, config.hidden_dim)
+        self.ffn_norm = build_norm(config, config.hidden_dim)
 
     def forward(
-        self, x_BTD: Tensor, past: KeyValue | None = None, mask_BS: Tensor | None = None
-    ) -> tuple[Tensor, KeyValue]:
-        mixed_BTD, key_value = self.attention(self.attention_norm(x_BTD), past, mask_BS)
-        x_BTD = x_BTD + mixed_BTD
-        return x_BTD + self.feed_forward(self.ffn_norm(x_BTD)), key_value
+        self, x_BTD: Tensor, angles: Angles | None, mask: Tensor | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), angles, mask, cache)
+        return x_BTD + self.feed_forward(self.ffn_norm(x_BTD))
 
 
 class Transformer(nn.Module):
-    """Token ids to logits of the next token; keys of the state dict are OpenLM's."""
+    """Token ids to logits of the next token; the keys of its state dict are OpenLM's."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_dim)
-        norm = NORMS.load(config.model_norm)
-        self.post_embed_norm = norm(config.hidden_dim) if config.post_embed_norm else nn.Identity()
+        self.post_embed_norm = build_norm(config, config.hidden_dim) if config.post_embed_norm else nn.Identity()
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.norm = norm(config.hidden_dim)
+        self.norm = build_norm(config, config.hidden_dim)
         self.output = nn.Linear(config.hidden_dim, config.vocab_size, bias=False)
         if config.weight_tying:
             self.tok_embeddings.weight = self.output.weight
-        for module in reversed(list(self.modules())):
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+        init_weights(self)
 
     def reset_parameters(self) -> None:
         """Embeddings and output: 1/sqrt(D)."""
         scaled_normal_(self.tok_embeddings.weight, self.config.hidden_dim**-0.5)
         scaled_normal_(self.output.weight, self.config.hidden_dim**-0.5)
 
+    def new_cache(self, batch: int, max_len: int) -> StaticCache:
+        """An empty cache for decoding `batch` rows of at most `max_len` positions."""
+        weight = self.output.weight
+        return StaticCache(self.config, batch, max_len, weight.device, weight.dtype)
+
     def forward(
         self,
         input_ids_BT: Tensor,
-        past_key_values: Sequence[KeyValue] | None = None,
+        past_key_values: StaticCache | Sequence[KeyValue] | None = None,
         use_cache: bool = False,
-        attention_mask_BT: Tensor | None = None,
+        attention_mask_BS: Tensor | None = None,
         *,
         head: Callable[[Tensor, Tensor], Any] | None = None,
     ) -> Any:
-        """`(logits_BTV in fp32, hidden_BTD, past_key_values)`, or `head(hidden_BTD, output_VD)` when one is given."""
-        x_BTD = self.post_embed_norm(self.tok_embeddings(input_ids_BT))
-        pasts = past_key_values or [None] * len(self.layers)
-        key_values = []
-        for block, past in zip(self.layers, pasts, strict=True):
-            x_BTD, key_value = block(x_BTD, past, attention_mask_BT)
-            key_values.append(key_value)
-        hidden_BTD = self.norm(x_BTD)
+        """`(logits_BTV in fp32, hidden_BTD, past_key_values)`, or `head(hidden_BTD, output_VD)` when a head is given.
+
+        `attention_mask_BS` is 0 (or false) on positions that are padding, those in the cache included. With `use_cache`
+        the returned `past_key_values` continue from here; a StaticCache given as `past_key_values` is itself extended.
+        """
+        cache: Any = past_key_values
+        if not isinstance(cache, StaticCache) and (use_cache or cache):
+            cache = GrowingCache(cache, len(self.layers))
+        hidden_BTD = self._hidden(input_ids_BT, cache, attention_mask_BS)
         if head is not None:
             return head(hidden_BTD, self.output.weight)
-        logits_BTV = F.linear(hidden_BTD, self.output.weight).float()
-        return logits_BTV, hidden_BTD, key_values if use_cache else None
+        logits_BTV = self.output(hidden_BTD).float()
+        past = cache.key_values() if isinstance(cache, GrowingCache) else cache
+        return logits_BTV, hidden_BTD, past if use_cache else None
+
+    def _hidden(self, input_ids_BT: Tensor, cache: Any, real_BS: Tensor | None) -> Tensor:
+        """What the output layer reads, (B, T, D)."""
+        n_new, n_past = input_ids_BT.shape[1], cache.length if cache is not None else 0
+        first: Any = self.layers[0]
+        angles = first.attention.pos_embed.angles(n_past, n_past + n_new, input_ids_BT.device)
+        mask = None if real_BS is None else causal_mask(n_new, n_past + n_new, real_BS, input_ids_BT.device)
+        x_BTD = self.post_embed_norm(self.tok_embeddings(input_ids_BT))
+        for number, block in enumerate(self.layers):
+            x_BTD = block(x_BTD, angles, mask, cache.layers[number] if cache is not None else None)
+        return self.norm(x_BTD)

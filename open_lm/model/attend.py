@@ -1,0 +1,107 @@
+"""How queries mix values: the attention back ends by name.
+
+Shapes: B batch, T queries, S keys, H heads, G heads of keys and values (H is a multiple of G), K head width.
+Every back end has the signature `attend(q_BTHK, k_BSGK, v_BSGK, mask) -> mixed_BTHK`. `mask` is true where a query sees
+a key, (T, S) or (B, 1, T, S); None means causal, the queries standing at the end of the keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from open_lm.model.config import ModelConfig
+from open_lm.model.variants import ATTENTIONS, ATTN_ACTIVATIONS, SEQ_SCALARS
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def build_attend(config: ModelConfig) -> Attend:
+    """The back end that `config.attn_name` names, ready to call."""
+    return ATTENTIONS.load(config.attn_name)(config)
+
+
+def torch_attention(config: ModelConfig) -> Attend:
+    """Softmax attention through torch, which picks its fastest kernel."""
+    return scaled_dot_product
+
+
+def scaled_dot_product(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k' / sqrt(K)) v under the mask."""
+    n_queries, n_keys = q_BTHK.shape[1], k_BSGK.shape[1]
+    if mask is None and 1 < n_queries < n_keys:
+        mask = causal_mask(n_queries, n_keys, None, q_BTHK.device)
+    mixed_BHTK = F.scaled_dot_product_attention(
+        q_BTHK.transpose(1, 2),
+        k_BSGK.transpose(1, 2),
+        v_BSGK.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None and n_queries == n_keys,
+        enable_gqa=k_BSGK.shape[2] != q_BTHK.shape[2],
+    )
+    return mixed_BHTK.transpose(1, 2)
+
+
+def custom_attention(config: ModelConfig) -> Attend:
+    """`activation(q k' / sqrt(K)) * L^-alpha`, applied to v: attention without softmax (arXiv:2309.08586)."""
+    activation = ATTN_ACTIVATIONS.load(config.attn_activation or "softmax")
+    seq_scalar = SEQ_SCALARS.load(config.attn_seq_scalar or "none")
+    alpha = config.attn_seq_scalar_alpha or 0.0
+
+    def attend(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Tensor | None) -> Tensor:
+        n_queries, n_keys = q_BTHK.shape[1], k_BSGK.shape[1]
+        if mask is None:
+            mask = causal_mask(n_queries, n_keys, None, q_BTHK.device)
+        repeats = q_BTHK.shape[2] // k_BSGK.shape[2]
+        k_BSHK, v_BSHK = (x.repeat_interleave(repeats, dim=2) if repeats > 1 else x for x in (k_BSGK, v_BSGK))
+        scores_BHTS = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK) * q_BTHK.shape[-1] ** -0.5
+        weights_BHTS = activation(scores_BHTS.masked_fill(~mask, -torch.inf)).masked_fill(~mask, 0.0)
+        return torch.einsum("bhts,bshk->bthk", weights_BHTS * seq_scalar(n_keys) ** -alpha, v_BSHK)
+
+    return attend
+
+
+def causal_mask(n_queries: int, n_keys: int, real_BS: Tensor | None, device: torch.device) -> Tensor:
+    """Which keys each query sees, (T, S), or (B, 1, T, S) where `real_BS` is false (or 0) on keys that are padding.
+
+    A query that would see no key at all, as in left padding, sees its own, so that its output is finite.
+    """
+    places = torch.arange(n_keys - n_queries, n_keys, device=device)[:, None]
+    keys = torch.arange(n_keys, device=device)
+    causal_TS = keys <= places
+    if real_BS is None:
+        return causal_TS
+    return (causal_TS & real_BS.bool()[:, None, None, :]) | (keys == places)
+
+
+def relu_squared(scores: Tensor) -> Tensor:
+    """relu(x)^2 (arXiv:2109.08668)."""
+    return F.relu(scores).square()
+
+
+def identity(scores: Tensor) -> Tensor:
+    """The scores themselves: linear attention."""
+    return scores
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """Softmax over the keys."""
+    return torch.softmax(scores, dim=-1)
+
+
+def n_keys(length: int) -> float:
+    """L of `max`: how many keys there are."""
+    return float(length)
+
+
+def mean_keys_seen(length: int) -> float:
+    """L of `avg`: how many keys a query of a whole causal sequence sees on average."""
+    return (length - 1) / 2 + 1
+
+
+def one(length: int) -> float:
+    """L of `none`."""
+    return 1.0

@@ -1,0 +1,63 @@
+"""Which variants of each part a model can have: one line each; adding one here adds it to flags, help and checks."""
+
+from __future__ import annotations
+
+from open_lm.registry import Registry
+
+NORMS = Registry(
+    "norm",
+    {
+        "default_layer_norm": "open_lm.model.norms:LayerNorm",
+        "lp_layer_norm": "open_lm.model.norms:LowPrecisionLayerNorm",
+        "gain_only_lp_layer_norm": "open_lm.model.norms:gain_only_lp_layer_norm",
+        "gain_only_layer_norm": "open_lm.model.norms:gain_only_layer_norm",
+        "no_wb_layer_norm": "open_lm.model.norms:no_wb_layer_norm",
+        "rms_norm": "open_lm.model.norms:RMSNorm",
+    },
+)
+FEED_FORWARDS = Registry(
+    "feed-forward",
+    {
+        "swiglu": "open_lm.model.feed_forward:SwiGLU",
+        "swiglu_torch": "open_lm.model.feed_forward:SwiGLU",
+        "gelu": "open_lm.model.feed_forward:Gelu",
+        "gemma_geglu": "open_lm.model.feed_forward:GemmaGeGLU",
+    },
+)
+POSITIONS = Registry(
+    "positional embedding",
+    {
+        "rotary": "open_lm.model.rotary:Rotary",
+        "head_rotary": "open_lm.model.rotary:HeadRotary",
+        "llama_rotary": "open_lm.model.rotary:LlamaRotary",
+        "none": "open_lm.model.rotary:NoPositions",
+    },
+)
+ATTENTIONS = Registry(
+    "attention",
+    {
+        "auto": "open_lm.model.attend:torch_attention",
+        "torch_attn": "open_lm.model.attend:torch_attention",
+        "custom_attn": "open_lm.model.attend:custom_attention",
+    },
+)
+ATTN_ACTIVATIONS = Registry(
+    "attention activation",
+    {
+        "relu": "torch.nn.functional:relu",
+        "relu_squared": "open_lm.model.attend:relu_squared",
+        "softplus": "torch.nn.functional:softplus",
+        "identity": "open_lm.model.attend:identity",
+        "relu6": "torch.nn.functional:relu6",
+        "sigmoid": "torch:sigmoid",
+        "softmax": "open_lm.model.attend:softmax",
+    },
+)
+SEQ_SCALARS = Registry(
+    "attention scalar",
+    {
+        "max": "open_lm.model.attend:n_keys",
+        "avg": "open_lm.model.attend:mean_keys_seen",
+        "none": "open_lm.model.attend:one",
+    },
+)

@@ -17,8 +17,8 @@ from torch import Tensor
 from open_lm import storage
 from open_lm.errors import CheckpointError, OpenLMError
 
-WRAPPERS = {"module", "_orig_mod"}
-"""What DistributedDataParallel and torch.compile put between the parts of a name, in any order and place."""
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""What DDP, compile, FSDP and activation checkpointing put between the parts of a name, in any order and place."""
 
 NUMPY_SCALARS = [
     numpy.dtype,

@@ -1,0 +1,158 @@
+"""How a model comes out of a file: `load_model` takes a checkpoint or a run folder."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from open_lm import storage
+from open_lm.checkpoint.find import latest
+from open_lm.checkpoint.weights import clean_state_dict, load_file
+from open_lm.errors import CheckpointError, ConfigError
+from open_lm.model.config import ModelConfig, ModelFlags, resolve
+from open_lm.model.transformer import Transformer
+
+
+def load_model(
+    path: str, *, model: str | None = None, device: str = "cpu", dtype: Any = None, **architecture: Any
+) -> Transformer:
+    """The model stored at `path` (an epoch_K.pt or a run folder), in eval mode.
+
+    `model` (a registered name or a JSON file) and `architecture` (`model_norm="rms_norm"`) say what it is where the
+    file does not. `dtype` is that of the weights ("bfloat16" or a torch.dtype); None keeps the file's.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, holds no weights of this architecture, or none is known.
+        ConfigError: no such `model`.
+    """
+    file = weights_file(path)
+    content = load_file(file)
+    config = architecture_of(content, file, model, architecture)
+    return build(config, clean_state_dict(content), file, device, torch_dtype(dtype)).eval()
+
+
+def weights_file(path: str) -> str:
+    """The file of weights that `path` means; of a run folder the newest complete checkpoint.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if not storage.exists(path):
+        raise CheckpointError(f"{path}: no such checkpoint. Give an epoch_K.pt or the folder of a run.")
+    if storage.is_remote(path) or storage.local_path(path).is_file():
+        return path
+    found = latest(path)
+    if found is None:
+        raise CheckpointError(f"{path}: no complete checkpoint in this folder. Give an epoch_K.pt or a run's folder.")
+    return found
+
+
+def architecture_of(content: dict[str, Any], path: str, model: str | None, architecture: dict[str, Any]) -> ModelConfig:
+    """The architecture that the file states, checked against what was asked for; without a statement what was asked.
+
+    Raises:
+        CheckpointError: none is known, or the two differ.
+    """
+    stored = (content.get("config") or {}).get("model")
+    asked = resolve(ModelFlags(model=model, **architecture)) if model else None
+    if stored is None and asked is None:
+        raise CheckpointError(f"{path} does not say which model it is of: give --model and its flags.")
+    if stored is None:
+        assert asked is not None
+        return asked
+    config = ModelConfig.from_dict(stored, path)
+    require_same(config, asked.to_dict() if asked else architecture, path)
+    return config
+
+
+def require_same(config: ModelConfig, asked: dict[str, Any], path: str) -> None:
+    """Refuse a checkpoint whose stated architecture is not the one asked for; how attention is computed may differ.
+
+    Raises:
+        CheckpointError: naming each key that differs.
+    """
+    stored = config.to_dict()
+    free = () if config.attn_name == "custom_attn" else ("attn_name",)
+    differences = [
+        f"{key} {stored[key]!r} (asked {value!r})"
+        for key, value in asked.items()
+        if key not in free and key in stored and stored[key] != value
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{path} is of another model: {', '.join(differences)}. Leave out --model and its flags to take its own."
+        )
+
+
+def build(
+    config: ModelConfig, weights: dict[str, Tensor], path: str, device: str, dtype: torch.dtype | None
+) -> Transformer:
+    """A model of `config` that holds copies of `weights`; no initialisation is computed in between.
+
+    Raises:
+        CheckpointError: a weight is missing, left over, or has another shape.
+    """
+    with torch.device("meta"):
+        model = Transformer(config)
+    if config.weight_tying:
+        weights = with_both_names(weights)
+    require_fit(model, weights, path)
+    kept = {name: tensor.to(device, dtype, copy=True) for name, tensor in weights.items() if not is_constant(name)}
+    model.load_state_dict(kept, assign=True, strict=False)
+    for module in model.modules():
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            module.to_empty(device=device)
+            cast("Any", module).reset_parameters()
+    if config.weight_tying:
+        model.tok_embeddings.weight = model.output.weight
+    return model
+
+
+def with_both_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tied weights under both their names, however many of them the file has."""
+    tied = weights.get("output.weight", weights.get("tok_embeddings.weight"))
+    return weights if tied is None else {**weights, "output.weight": tied, "tok_embeddings.weight": tied}
+
+
+def is_constant(name: str) -> bool:
+    """Whether a name is that of a constant, which files may hold or not."""
+    return name.endswith(".inv_freq")
+
+
+def require_fit(model: Transformer, weights: dict[str, Tensor], path: str) -> None:
+    """Refuse weights that are not those of `model`.
+
+    Raises:
+        CheckpointError: naming the first weights that are missing, left over, or of another shape.
+    """
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items() if not is_constant(name)}
+    found = {name: tuple(value.shape) for name, value in weights.items() if not is_constant(name)}
+    wrong = [
+        *(f"{name} is missing" for name in expected if name not in found),
+        *(f"{name} is left over" for name in found if name not in expected),
+        *(
+            f"{name} is {found[name]}, the model's {shape}"
+            for name, shape in expected.items()
+            if name in found and found[name] != shape
+        ),
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(
+            f"{path} is not of this architecture: {'; '.join(wrong[:3])}{more}. Give the --model and flags it was "
+            "trained with."
+        )
+
+
+def torch_dtype(dtype: Any) -> torch.dtype | None:
+    """`"bfloat16"` or `torch.bfloat16` as the latter; None stays None.
+
+    Raises:
+        ConfigError: torch has no such type.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not isinstance(found, torch.dtype):
+        raise ConfigError(f"dtype {dtype!r}: no type of torch. Choose float32, bfloat16 or float16.")
+    return found

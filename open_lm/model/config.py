@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -76,6 +77,8 @@ class ModelConfig:
         for name in ("n_kv_heads", "ffn_dim"):
             if getattr(self, name) is not None:
                 _require_count(name, getattr(self, name))
+        for name in ("norm_eps", "rotary_base"):
+            _require_number(name, getattr(self, name))
         for name, registry in _CHOICES.items():
             _require_choice(name, getattr(self, name), registry)
         for name in ("post_embed_norm", "weight_tying", "qk_norm"):
@@ -105,7 +108,9 @@ class ModelConfig:
             raise ConfigError(f"{_spelled(given[0])} needs --attn-name custom_attn, found {self.attn_name}.")
         if self.attn_name == "custom_attn" and self.attn_activation is None:
             raise ConfigError(f"--attn-name custom_attn needs --attn-activation: one of {', '.join(ATTN_ACTIVATIONS)}.")
-        if self.attn_seq_scalar not in (None, "none") and self.attn_seq_scalar_alpha is None:
+        if self.attn_seq_scalar_alpha is not None:
+            _require_number("attn_seq_scalar_alpha", self.attn_seq_scalar_alpha)
+        elif self.attn_seq_scalar not in (None, "none"):
             raise ConfigError(f"--attn-seq-scalar {self.attn_seq_scalar} needs its exponent, --attn-seq-scalar-alpha.")
 
     @property
@@ -237,6 +242,13 @@ def _require_count(name: str, value: Any) -> None:
         raise ConfigError(f"model key {name}: found {value!r}, need a whole number above 0.")
 
 
+def _require_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigError(f"model key {name}: found {value!r}, need a number above 0.")
+
+
 def _require_choice(name: str, value: Any, registry: Mapping[str, str]) -> None:
-    if value is not None and value not in registry:
+    if value is None and name.startswith("attn_") and name != "attn_name":
+        return
+    if not isinstance(value, str) or value not in registry:
         raise ConfigError(f"model key {name}: found {value!r}, choose one of {', '.join(registry)}.")

@@ -67,19 +67,19 @@ class Transformer(nn.Module):
         input_ids_BT: Tensor,
         past_key_values: StaticCache | Sequence[KeyValue] | None = None,
         use_cache: bool = False,
-        attention_mask_BS: Tensor | None = None,
+        attention_mask_BT: Tensor | None = None,
         *,
         head: Callable[[Tensor, Tensor], Any] | None = None,
     ) -> Any:
         """`(logits_BTV in fp32, hidden_BTD, past_key_values)`, or `head(hidden_BTD, output_VD)` when a head is given.
 
-        `attention_mask_BS` is 0 (or false) on positions that are padding, those in the cache included. With `use_cache`
+        `attention_mask_BT` is 0 (or false) on positions that are padding, those in the cache included. With `use_cache`
         the returned `past_key_values` continue from here; a StaticCache given as `past_key_values` is itself extended.
         """
         cache: Any = past_key_values
         if not isinstance(cache, StaticCache) and (use_cache or cache):
             cache = GrowingCache(cache, len(self.layers))
-        hidden_BTD = self._hidden(input_ids_BT, cache, attention_mask_BS)
+        hidden_BTD = self._hidden(input_ids_BT, cache, attention_mask_BT)
         if head is not None:
             return head(hidden_BTD, self.output.weight)
         logits_BTV = self.output(hidden_BTD).float()

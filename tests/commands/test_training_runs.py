@@ -17,7 +17,14 @@ def manifest(tmp_path):
 
 def test_a_run_learns_and_leaves_what_people_look_for(tmp_path, manifest):
     held_out = write_data(tmp_path / "held_out", (17,), seed=1)
-    result = run(tmp_path, manifest, "--val-data", held_out.replace("manifest.jsonl", "00000000.tar"), "--report-to", "tensorboard")
+    result = run(
+        tmp_path,
+        manifest,
+        "--val-data",
+        held_out.replace("manifest.jsonl", "00000000.tar"),
+        "--report-to",
+        "tensorboard",
+    )
     losses = metrics(tmp_path)
     assert losses[12] < losses[1] - 0.2
     folder = folder_of(tmp_path)
@@ -42,7 +49,9 @@ def test_tokens_asked_are_tokens_trained(tmp_path, manifest):
 
 def test_intervals_end_where_openlms_flags_say(tmp_path, manifest):
     arguments = ["--train-num-samples", str(3 * 8 * SEQ_LEN), "--epochs", "3"]
-    flags_without_tokens = [f for f in _flags(tmp_path, manifest) if f != "--train-tokens" and f != str(12 * 8 * SEQ_LEN)]
+    flags_without_tokens = [
+        f for f in _flags(tmp_path, manifest) if f != "--train-tokens" and f != str(12 * 8 * SEQ_LEN)
+    ]
     from open_lm.main import main
 
     main([*flags_without_tokens, *arguments])
@@ -65,9 +74,7 @@ def test_a_resumed_run_ends_bit_equal_to_the_uninterrupted_one(tmp_path, manifes
     for label in ("2", "3"):
         (checkpoints / f"epoch_{label}.commit.json").unlink()  # as if killed before the second was complete
     run(tmp_path, manifest, *extra, "--resume", "latest", name="broken")
-    torch.testing.assert_close(
-        weights(tmp_path, "broken", "3"), weights(tmp_path, "straight", "3"), rtol=0, atol=0
-    )
+    torch.testing.assert_close(weights(tmp_path, "broken", "3"), weights(tmp_path, "straight", "3"), rtol=0, atol=0)
     assert metrics(tmp_path, "broken") == metrics(tmp_path, "straight")
 
 
@@ -100,7 +107,18 @@ def test_evaluating_a_checkpoint_gives_the_loss_the_run_reported(tmp_path, manif
     held_out = str(tmp_path / "data" / "00000001.tar")
     trained = run(tmp_path, manifest, "--val-data", held_out)
     path = str(folder_of(tmp_path) / "checkpoints" / "epoch_1.pt")
-    arguments = ["--val-data", held_out, "--device", "cpu", "--precision", "fp32", "--logs", str(tmp_path), "--name", "eval"]
+    arguments = [
+        "--val-data",
+        held_out,
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--logs",
+        str(tmp_path),
+        "--name",
+        "eval",
+    ]
     for way in ("--resume", "--pretrained"):
         result = main([*arguments, way, path])  # no --model: it is in the checkpoint
         assert result.held_out[0].loss == pytest.approx(trained.held_out[0].loss, abs=1e-7)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import sys
@@ -19,7 +18,7 @@ from open_lm.errors import ConfigError
 from open_lm.flags import Parser, add_group, flag, read_group
 from open_lm.report import page
 from open_lm.report.charts import Rule, Series, line_chart
-from open_lm.report.facts import RunFacts, read_json, read_run, smoothed
+from open_lm.report.facts import RunFacts, read_json, read_json_lines, read_run, smoothed
 
 
 @dataclass(frozen=True)
@@ -33,12 +32,13 @@ class ReportConfig:
     ledgers: tuple[str, ...] = flag((), "ledger.json of each set of shards, the training set first.")
     scores: str | None = flag(None, "results.json of eval/eval_openlm_ckpt.py.")
     samples: str | None = flag(None, "Texts that scripts/generate.py wrote, as jsonl.")
-    commands: str | None = flag(None, "The commands that made the run, one a line; lines with # explain them.")
+    commands: str | None = flag(None, "The commands that made the run; lines with # explain them.")
+    timings: str | None = flag(None, "Seconds of each step: lines of `step TAB seconds`.")
 
     def __post_init__(self) -> None:
         if not self.run:
             raise ConfigError("--run is missing: name the folder of a run, <logs>/<name>.")
-        for name in ("corpus", "scores", "samples", "commands"):
+        for name in ("corpus", "scores", "samples", "commands", "timings"):
             path = getattr(self, name)
             if path and not storage.exists(path):
                 raise ConfigError(f"--{name} {path}: no such file. Leave the flag out, or make the file first.")
@@ -71,6 +71,7 @@ def build(config: ReportConfig) -> str:
         ),
         page.section("Scores", "", score_table(scores)),
         page.section("Texts it writes", "The prompt is coloured; the rest is the model's.", texts(config.samples)),
+        page.section("What took how long", "", timing_table(config.timings)),
         page.section(
             "The commands", "Each can be copied and run from the root of the clone.", command_list(config.commands)
         ),
@@ -155,8 +156,7 @@ def stages(facts: RunFacts, corpus: Any, ledgers: Sequence[Any]) -> list[tuple[s
             f"{left_out:,} files left out",
         ]
         found.append(("text", f"{corpus['bytes'] / 1e6:.1f} MB", lines))
-    for ledger in ledgers:
-        found.append(ledger_stage(ledger))
+    found += [ledger_stage(name, ledger) for name, ledger in zip(_names(len(ledgers)), ledgers, strict=True)]
     trained, steps = facts.last("train/tokens") or 0, max(facts.metrics.get("train/loss", {0: 0.0}))
     found.append(
         (
@@ -171,9 +171,20 @@ def stages(facts: RunFacts, corpus: Any, ledgers: Sequence[Any]) -> list[tuple[s
     return found
 
 
-def ledger_stage(ledger: Any) -> tuple[str, str, list[str]]:
+def _names(n_ledgers: int) -> list[str]:
+    return ["tokens to train on", *["tokens held out"] * (n_ledgers - 1)][:n_ledgers]
+
+
+def ledger_stage(name: str, ledger: Any) -> tuple[str, str, list[str]]:
     """One set of shards: tokens and samples out, documents in."""
-    raise NotImplementedError
+    documents, tokens = ledger["documents"], ledger["tokens"]
+    rejected = sum(documents["rejected"].values())
+    lines = [
+        f"{documents['tokenized']:,} documents, {rejected:,} rejected",
+        f"{ledger['samples']:,} samples of {ledger['tokens_per_sample']}",
+        f"{tokens['tail']:,} tokens of tail",
+    ]
+    return name, f"{text.count(tokens['in'])} tokens", lines
 
 
 def score_table(scores: Any) -> str:
@@ -183,12 +194,21 @@ def score_table(scores: Any) -> str:
 
 def texts(path: str | None) -> str:
     """The texts of a file of samples."""
-    return ""
+    rows = read_json_lines(path, needed=("prompt", "text")) if path else []
+    return page.samples([(row["prompt"], row["text"].replace("<|endoftext|>", "")) for row in rows])
 
 
 def command_list(path: str | None) -> str:
     """The lines of a file of commands."""
     return page.commands(storage.read_text(path).splitlines()) if path else ""
+
+
+def timing_table(path: str | None) -> str:
+    """The seconds of each step; of a step that was run twice the later ones."""
+    lines = storage.read_text(path).splitlines() if path else []
+    seconds = {step: float(value) for step, _, value in (line.partition("\t") for line in lines)}
+    rows = [(step, text.duration(value)) for step, value in seconds.items()]
+    return page.table(("step", "time"), [*rows, ("all steps", text.duration(sum(seconds.values())))] if rows else [])
 
 
 def footer(facts: RunFacts) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -60,15 +60,10 @@ def read_run(folder: str) -> RunFacts:
     if not storage.exists(path):
         raise DataError(f"--run {folder}: no metrics.jsonl there. Name the folder of a run: <logs>/<name>.")
     metrics: dict[str, dict[int, float]] = {}
-    for number, line in enumerate(storage.read_text(path).splitlines(), 1):
-        try:
-            row = json.loads(line)
-            step = row.pop("step")
-        except (ValueError, KeyError, AttributeError) as error:
-            raise DataError(f"{path}:{number}: not one JSON object with a step ({error}). Remove the line.") from error
+    for row in read_json_lines(path, needed=("step",)):
         for name, value in row.items():
-            if isinstance(value, int | float):
-                metrics.setdefault(name, {})[step] = value
+            if name != "step" and isinstance(value, int | float):
+                metrics.setdefault(name, {})[row["step"]] = value
     commits = _commits(folder)
     config = commits[-1]["facts"].get("config", {}) if commits else {}
     name = folder.rstrip("/").rpartition("/")[2]
@@ -79,6 +74,22 @@ def _commits(folder: str) -> list[dict]:
     """The commit files of the run's checkpoints, oldest first."""
     paths = storage.glob(storage.join(folder, "checkpoints/epoch_*.commit.json"))
     return sorted((json.loads(storage.read_text(path)) for path in paths), key=lambda commit: commit["step"])
+
+
+def read_json_lines(path: str, needed: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The objects of a jsonl file.
+
+    Raises:
+        DataError: a line is no JSON object with the keys `needed`.
+    """
+    rows = []
+    for number, line in enumerate(storage.read_text(path).splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows.append({**row, **{key: row[key] for key in needed}})
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}:{number}: no JSON object as expected ({error!r}). Remove the line.") from error
+    return rows
 
 
 def read_json(path: str, flag_name: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from open_lm import command, storage, text
-from open_lm.data.config import SAMPLE_FORMATS
+from open_lm.data.config import ENCODERS, SAMPLE_FORMATS
 from open_lm.errors import ConfigError
 from open_lm.flags import Parser, add_group, flag, read_group
 
@@ -40,6 +40,11 @@ class Make2048:
         "stop", "A line that is no JSON object with text: stop, or skip and count it.", choices=("stop", "skip")
     )
     max_document_bytes: int = flag(256 << 20, "Longer lines are rejected and counted, not read into memory.")
+    encoder: str = flag(
+        "auto",
+        "auto: fastokens, if installed and exact on a sample of the text; else tokenizers. The ids are the same.",
+        choices=ENCODERS,
+    )
     resume: bool = flag(False, "Go on with the work a killed run left; the result is the same byte for byte.")
     overwrite: bool = flag(False, "Replace what the output folder holds, once the new data is there.")
     dry_run: bool = flag(False, "Say what would be read and written, and stop.")
@@ -61,15 +66,25 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     from open_lm.data import ledger as books
     from open_lm.data.build import build_data_set, destination
+    from open_lm.data.encoding import choose_encoder
+    from open_lm.data.text_input import sample_texts
 
-    job, tokenizer_json = make_job(flags)
-    to = destination(flags.output_dir)
-    print(describe(job, flags), flush=True)
+    job, tokenizer = make_job(flags)
+    encoder, why = choose_encoder(
+        tokenizer, flags.encoder, sample_texts([url for url, _ in job.inputs], job.content_key)
+    )
+    print(f"{describe(job, flags)}\nencoder    {encoder}: {why}", flush=True)
     if flags.dry_run:
         return {}
     started = time.monotonic()
     ledger = build_data_set(
-        job, to, tokenizer_json, n_workers=n_workers(flags), resume=flags.resume, overwrite=flags.overwrite
+        job,
+        destination(flags.output_dir),
+        tokenizer.to_json(),
+        n_workers=n_workers(flags),
+        encoder=encoder,
+        resume=flags.resume,
+        overwrite=flags.overwrite,
     )
     seconds = time.monotonic() - started
     print("\n".join(books.lines(ledger)))
@@ -78,8 +93,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return ledger
 
 
-def make_job(flags: Make2048) -> tuple[Any, str]:
-    """The job the flags describe, and its tokenizer as the text of a tokenizer.json."""
+def make_job(flags: Make2048) -> tuple[Any, Any]:
+    """The job the flags describe, and its tokenizer."""
     from open_lm.data.preprocess import Job, choose_block_bytes
     from open_lm.data.text_input import expand_inputs
     from open_lm.data.tokenizers import load_tokenizer
@@ -101,7 +116,7 @@ def make_job(flags: Make2048) -> tuple[Any, str]:
         max_document_bytes=flags.max_document_bytes,
         block_bytes=choose_block_bytes(sum(size for _, size in inputs)),
     )
-    return job, tokenizer.to_json()
+    return job, tokenizer
 
 
 def n_workers(flags: Make2048) -> int:

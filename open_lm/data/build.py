@@ -60,7 +60,14 @@ def destination(folder: str, tmp_dir: str | None = None) -> Destination:
 
 
 def build_data_set(
-    job: Job, to: Destination, tokenizer_json: str, *, n_workers: int, resume: bool, overwrite: bool
+    job: Job,
+    to: Destination,
+    tokenizer_json: str,
+    *,
+    n_workers: int,
+    encoder: str = "tokenizers",
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Make the data set and return its ledger. Nothing appears in the folder before all of it is there.
 
@@ -74,7 +81,7 @@ def build_data_set(
         return finished
     _check_folder(to, overwrite)
     with _workplace(job, to, tokenizer_json, resume=resume, overwrite=overwrite) as work:
-        blocks = _tokenize_all(job, work, n_workers)
+        blocks = _tokenize_all(job, work, encoder, n_workers)
         join_tails(job, work.folder, blocks)
         runs = _runs(job, work, [*blocks, TAILS])
         rows = _write_all(job, work, to, runs, n_workers)
@@ -145,10 +152,10 @@ def _clean(folder: str, *, everything: bool) -> None:
             shutil.rmtree(root)
 
 
-def _tokenize_all(job: Job, work: Workplace, n_workers: int) -> list[str]:
+def _tokenize_all(job: Job, work: Workplace, encoder: str, n_workers: int) -> list[str]:
     """Stage 1; the names of all blocks, in the order of the corpus."""
     tasks = [task for file in range(len(job.inputs)) for task in _file_tasks(job, file, n_workers)]
-    calls = [partial(tokenize, job, work.folder, task) for task in tasks]
+    calls = [partial(tokenize, job, work.folder, encoder, task) for task in tasks]
     total = sum(size for _, size in job.inputs)
     run_tasks(
         calls, n_workers, label="tokenize", total_bytes=0 if any(is_packed(url) for url, _ in job.inputs) else total

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import array
 import ast
+import contextlib
+import importlib
 import struct
 import zlib
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import orjson
@@ -107,10 +109,9 @@ def _gunzip(payload: bytes) -> bytes:
     return content
 
 
-try:
-    from isal import isal_zlib as _zlib  # three times as fast
-except ImportError:
-    _zlib = zlib
+_zlib: Any = zlib
+with contextlib.suppress(ImportError):  # three times as fast
+    _zlib = importlib.import_module("isal.isal_zlib")
 
 
 class _Npy:

@@ -21,7 +21,7 @@ import orjson
 import tokenizers
 
 from open_lm import storage
-from open_lm.data.encoding import encode_documents
+from open_lm.data.encoding import DocumentEncoder
 from open_lm.data.formats import token_dtype
 from open_lm.data.packing import pack, shuffle_keys
 from open_lm.data.shards import BLOCK, write_shard
@@ -101,21 +101,21 @@ class FileTask:
     modulus: int
 
 
-def tokenize(job: Job, folder: str, task: FileTask) -> Iterator[int]:
+def tokenize(job: Job, folder: str, encoder: str, task: FileTask) -> Iterator[int]:
     """Stage 1. Yields the text bytes of each block as it is finished; blocks finished before are passed over.
 
     Raises:
         DataError: the file is damaged, or holds a bad line and `on_bad_line` is `stop`.
     """
     work, (url, size) = Workplace(folder), job.inputs[task.file]
-    encoder = _tokenizer(folder, job.tokenizer, job.eot_token)
+    documents = _document_encoder(folder, job.tokenizer, job.eot_token, encoder, job.dtype.str)
     last = -1
     for block, lines in _blocks(job, url, size, task):
         last = block
         name = block_name(task.file, block)
         record = work.done(name)
         if not record:
-            record = _tokenize_block(job, work, name, lines, encoder, url)
+            record = _tokenize_block(job, work, name, lines, documents, url)
         yield record["bytes"]
     work.record(f"{block_name(task.file, 0)}-read-{task.residue}-{task.modulus}", {"last_block": last})
 
@@ -154,13 +154,13 @@ def _lines_until(lines: Iterator[Line], state: list[Line | None], stop: int) -> 
 
 
 def _tokenize_block(
-    job: Job, work: Workplace, name: str, lines: Iterable[Line], encoder: Tokenizer, url: str
+    job: Job, work: Workplace, name: str, lines: Iterable[Line], documents: DocumentEncoder, url: str
 ) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
     pieces: list[np.ndarray] = []
     for texts in _batches(_texts(job, lines, url, counts, rejected)):
-        pieces += encode_documents(encoder, texts, job.dtype)
+        pieces.append(documents.encode(texts))
         counts["tokenized"] += len(texts)
     samples, tail = pack(pieces, job.sample_tokens)
     write_sorted(work.path(f"{name}.bin"), samples, shuffle_keys(len(samples), seed=job.seed, block=name))
@@ -221,9 +221,10 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 @lru_cache(maxsize=2)
-def _tokenizer(folder: str, name: str, eot_token: str) -> Tokenizer:
+def _document_encoder(folder: str, name: str, eot_token: str, encoder: str, dtype: str) -> DocumentEncoder:
+    """Loading a tokenizer takes a while; a process does it once."""
     backend = tokenizers.Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
-    return Tokenizer(backend, name, eot_token=eot_token)
+    return DocumentEncoder(Tokenizer(backend, name, eot_token=eot_token), encoder, np.dtype(dtype))
 
 
 def write_sorted(path: str, samples: np.ndarray, keys: np.ndarray) -> None:

@@ -73,6 +73,7 @@ def _start(progress: Any, parent: int) -> None:
         if os.getppid() != parent:
             os._exit(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["RAYON_NUM_THREADS"] = "1"
 
 
 def _run(task: Task) -> None:

@@ -116,13 +116,7 @@ def build_state(config: RunConfig, architecture: ModelConfig, world: World, step
     precision = Precision(parallel.precision, world.device.type)
     torch.manual_seed(config.train.seed)
     model = create_model(architecture).to(world.device, precision.weight_dtype)
-    wrapped = wrap(
-        model,
-        world,
-        checkpoint_blocks=parallel.grad_checkpointing,
-        compile_blocks=parallel.torchcompile,
-        static_graph=parallel.ddp_static_graph,
-    )
+    wrapped = wrap(model, world, parallel)
     return TrainState(
         model=wrapped,
         optimizer=build_optimizer(wrapped, config.optimizer, config.schedule.lr),

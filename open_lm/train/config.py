@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from open_lm.errors import ConfigError
@@ -10,6 +11,7 @@ from open_lm.registry import Registry
 from open_lm.train.schedule import SCHEDULES
 
 OPTIMIZERS = Registry("optimizer", {"adamw": "open_lm.train.optim:build_adamw"})
+MEANINGLESS = ("fsdp_backward_prefetch", "fsdp_limit_all_gathers", "fsdp_use_orig_params", "fsdp_checkpoint")
 PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "fp32")
 
 
@@ -111,9 +113,39 @@ class ParallelConfig:
         False, "Recompute each block in the backward pass instead of keeping its activations."
     )
     torchcompile: bool = flag(False, "Compile each block with torch.compile; the keys of checkpoints do not change.")
+    fsdp: bool = flag(
+        False, "Shard weights, gradients and optimizer over the ranks (FSDP2) instead of copying them (DDP)."
+    )
+    fsdp_amp: bool = flag(False, "With --fsdp: gather weights in bf16 and reduce gradients in fp32.")
+    fsdp_pure_bf16: bool = flag(False, "With --fsdp: gather weights and reduce gradients in bf16.")
+    fsdp_cpu_offload: bool = flag(False, "With --fsdp: keep weights, gradients and optimizer in host memory.")
+    fsdp_hybrid: bool = flag(False, "With --fsdp: shard within groups of --fsdp-group-size ranks, copy across groups.")
+    fsdp_hybrid_o2: bool = flag(
+        False, "As --fsdp-hybrid, and keep whole weights from the forward to the backward pass."
+    )
+    fsdp_group_size: int | None = flag(None, "Ranks that share one copy under --fsdp-hybrid; None: those of one node.")
+    fsdp_backward_prefetch: bool = flag(False, "No meaning under FSDP2, which always prefetches; accepted.")
+    fsdp_limit_all_gathers: bool = flag(False, "No meaning under FSDP2, whose memory is bounded anyway; accepted.")
+    fsdp_use_orig_params: bool = flag(
+        False, "No meaning under FSDP2, which keeps the parameters as they are; accepted."
+    )
+    fsdp_checkpoint: bool = flag(False, "No meaning: checkpoints are the same for every parallel mode; accepted.")
     ddp_static_graph: bool = flag(False, "Tell DDP that every step uses the same parameters.")
     dist_url: str = flag("env://", "Where ranks meet, as torch.distributed's init_method.")
     dist_backend: str | None = flag(None, "Communication between ranks; None: nccl for GPUs, gloo for CPUs.")
     dist_timeout: float = flag(600.0, "Seconds a rank waits for the others before the run fails.")
     no_set_device_rank: bool = flag(False, "Every rank uses GPU 0 of those it sees (the launcher hides the others).")
     force_distributed: bool = flag(False, "Make a process group even for one rank.")
+
+    def __post_init__(self) -> None:
+        if self.fsdp_amp and self.fsdp_pure_bf16:
+            raise ConfigError(
+                "--fsdp-amp and --fsdp-pure-bf16 exclude each other: gradients are reduced in fp32 or in bf16."
+            )
+        needing = ("fsdp_amp", "fsdp_pure_bf16", "fsdp_cpu_offload", "fsdp_hybrid", "fsdp_hybrid_o2")
+        for name in needing:
+            if getattr(self, name) and not self.fsdp:
+                raise ConfigError(f"--{name.replace('_', '-')} says how --fsdp works: give that too.")
+        for name in MEANINGLESS:
+            if getattr(self, name):
+                logging.warning("--%s has no meaning any more and is ignored.", name.replace("_", "-"))

@@ -3,33 +3,74 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from open_lm.distributed import World
+from open_lm.errors import ConfigError
+from open_lm.train.config import ParallelConfig
 
 
-def wrap(
-    model: nn.Module, world: World, *, checkpoint_blocks: bool, compile_blocks: bool, static_graph: bool
-) -> nn.Module:
+def wrap(model: nn.Module, world: World, config: ParallelConfig) -> nn.Module:
     """`model` ready for `train_step` on every rank; the names of its parameters do not change."""
-    if checkpoint_blocks:
-        for block in blocks(model):
+    for block in blocks(model):
+        if config.grad_checkpointing:
             recompute_in_backward(block)
-    if compile_blocks:
-        for block in blocks(model):
+        if config.torchcompile:
             block.compile()
+    if config.fsdp and (world.size > 1 or config.force_distributed):
+        return shard(model, world, config)
     if world.size == 1:
         return model
     device_ids = [world.device.index] if world.device.type == "cuda" else None
     return DistributedDataParallel(
-        model, device_ids=device_ids, static_graph=static_graph, gradient_as_bucket_view=True
+        model, device_ids=device_ids, static_graph=config.ddp_static_graph, gradient_as_bucket_view=True
     )
+
+
+def shard(model: nn.Module, world: World, config: ParallelConfig) -> nn.Module:
+    """`model` with every parameter spread over the ranks (FSDP2), gathered block by block as it is needed."""
+    offload = CPUOffloadPolicy() if config.fsdp_cpu_offload else OffloadPolicy()
+    settings: dict[str, Any] = {
+        "mesh": rank_mesh(world, config),
+        "mp_policy": mixed_precision(config),
+        "offload_policy": offload,
+    }
+    for block in blocks(model):
+        fully_shard(block, reshard_after_forward=not config.fsdp_hybrid_o2, **settings)
+    return fully_shard(model, **settings)
+
+
+def rank_mesh(world: World, config: ParallelConfig) -> DeviceMesh:
+    """The ranks in a row, or with --fsdp-hybrid in rows of those that share one copy of the model.
+
+    Raises:
+        ConfigError: the ranks do not divide into such rows.
+    """
+    if not (config.fsdp_hybrid or config.fsdp_hybrid_o2):
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    group = config.fsdp_group_size or int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    if world.size % group:
+        raise ConfigError(f"--fsdp-group-size {group} does not divide {world.size} ranks.")
+    return init_device_mesh(world.device.type, (world.size // group, group), mesh_dim_names=("copy", "shard"))
+
+
+def mixed_precision(config: ParallelConfig) -> MixedPrecisionPolicy:
+    """In which types FSDP gathers weights and reduces gradients; the sharded weights keep theirs."""
+    if config.fsdp_amp:
+        return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if config.fsdp_pure_bf16:
+        return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
+    return MixedPrecisionPolicy()
 
 
 def blocks(model: nn.Module) -> Iterable[nn.Module]:
@@ -49,20 +90,22 @@ def recompute_in_backward(block: nn.Module) -> None:
     block.forward = recomputed
 
 
-def grad_sync(model: nn.Module, *, enabled: bool) -> contextlib.AbstractContextManager:
-    """The context of one micro-batch's backward pass; gradients are averaged over ranks only where `enabled`."""
+@contextlib.contextmanager
+def grad_sync(model: nn.Module, *, enabled: bool) -> Any:
+    """The context of one micro-batch; gradients are averaged over ranks only where `enabled`."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)
     if isinstance(model, DistributedDataParallel) and not enabled:
-        return model.no_sync()
-    return contextlib.nullcontext()
+        with model.no_sync():
+            yield
+    else:
+        yield
 
 
 def clip_grad_norm(model: nn.Module, limit: float | None) -> Tensor:
     """The global norm of the gradients before clipping; gradients are scaled down to `limit` when they exceed it."""
     if limit is None:
-        return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The plain model inside whatever `wrap` put around it."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    else:
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

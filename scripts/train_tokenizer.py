@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from open_lm import storage
 from open_lm.command import run
+from open_lm.data.text_input import BAD_LINE_REASONS, Rejected, document_text, expand_inputs, read_lines
 from open_lm.errors import ConfigError, DataError
 from open_lm.flags import Parser, add_group, flag, read_group
 
@@ -24,6 +24,8 @@ END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 SPECIAL_TOKENS = (END_OF_TEXT, PADDING)
 """In the order of their ids, as in GPT-NeoX's tokenizer: 0 ends a document, 1 fills what is never trained on."""
 N_BYTES = 256
+MAX_LINE_BYTES = 16 << 20
+"""A longer document is passed over: it would be most of what is learned from."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,7 @@ def main(argv: Sequence[str] | None = None) -> Tokenizer:
     parser = Parser(prog="train_tokenizer.py", description="Train a byte-level BPE tokenizer on jsonl files.")
     add_group(parser, TokenizerConfig)
     config = read_group(parser.parse_args(argv), TokenizerConfig)
-    paths = [path for pattern in config.input_files for path in storage.glob(pattern)]
-    if not paths:
-        raise DataError(f"--input-files {' '.join(config.input_files)}: no such file. Check the path or the pattern.")
+    paths = expand_inputs(config.input_files, "--input-files")
     storage.require_writable(config.output_dir, "--output-dir")
     texts = sample(paths, config.content_key, round(config.max_megabytes * 1e6))
     tokenizer = train(texts, config.vocab_size)
@@ -88,33 +88,18 @@ def sample(paths: Sequence[str], key: str, limit_bytes: int) -> list[str]:
     return texts
 
 
-def documents(path: str, key: str) -> Iterator[str]:
-    """The text of each line of a jsonl file, compressed or not.
+def documents(url: str, key: str) -> Iterator[str]:
+    """The text of each line of a raw file, compressed or not; empty and overlong lines are passed over.
 
     Raises:
         DataError: a line is no JSON object with a text under `key`.
     """
-    with storage.open_read(path) as raw:
-        for number, line in enumerate(io.TextIOWrapper(_unpacked(raw, path), encoding="utf-8"), 1):
-            try:
-                content = json.loads(line)[key]
-                if not isinstance(content, str):
-                    raise TypeError(type(content).__name__)
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{path}:{number}: no text under {key!r} ({error!r}). Mend the line.") from error
+    for number, line in enumerate(read_lines(url, max_line_bytes=MAX_LINE_BYTES), 1):
+        content = document_text(line, key) if line.content is not None else None
+        if isinstance(content, Rejected) and content.reason in BAD_LINE_REASONS:
+            raise DataError(f"{url}, line {number}: {content.reason}; need a JSON object with text under {key!r}.")
+        if isinstance(content, str):
             yield content
-
-
-def _unpacked(raw: Any, path: str) -> Any:
-    if path.endswith((".zst", ".zstd")):
-        import zstandard
-
-        return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-    if path.endswith(".gz"):
-        import gzip
-
-        return gzip.open(raw)
-    return raw
 
 
 def train(texts: Sequence[str], vocab_size: int) -> Tokenizer:

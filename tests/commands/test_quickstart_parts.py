@@ -219,10 +219,14 @@ def test_the_same_text_gives_the_same_tokenizer_however_it_is_compressed(lines, 
 @pytest.mark.parametrize(
     ("flags", "code", "said"),
     [
-        (["--input-files", "nothing-*.jsonl"], 65, "--input-files nothing-*.jsonl: no such file"),
+        (["--input-files", "nothing-*.jsonl"], 74, "--input-files nothing-*.jsonl: no file matches"),
         (["--input-files", "text.jsonl", "--vocab-size", "100"], 2, "--vocab-size 100: needs at least 258"),
         (["--input-files", "text.jsonl", "--vocab-size", "60000"], 65, "the text gives only"),
-        (["--input-files", "text.jsonl", "--content-key", "body"], 65, "text.jsonl:1: no text under 'body'"),
+        (
+            ["--input-files", "text.jsonl", "--content-key", "body"],
+            65,
+            "line 1: missing_key; need a JSON object with text under 'body'",
+        ),
         ([], 2, "--input-files is missing"),
     ],
 )

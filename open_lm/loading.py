@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike, fspath
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from open_lm.model.transformer import Transformer
 
 
 def load_model(
-    path: str, *, model: str | None = None, device: str = "cpu", dtype: Any = None, **architecture: Any
+    path: str | PathLike[str], *, model: str | None = None, device: str = "cpu", dtype: Any = None, **architecture: Any
 ) -> Transformer:
     """The model stored at `path` (an epoch_K.pt or a run folder), in eval mode.
 
@@ -27,7 +28,7 @@ def load_model(
         CheckpointError: the file is missing or damaged, holds no weights of this architecture, or none is known.
         ConfigError: no such `model`.
     """
-    file = weights_file(path)
+    file = weights_file(fspath(path))
     content = load_file(file)
     config = architecture_of(content, file, model, architecture)
     return build(config, clean_state_dict(content), file, device, torch_dtype(dtype)).eval()

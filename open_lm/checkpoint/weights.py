@@ -86,11 +86,8 @@ def _unpickling_reason(error: pickle.UnpicklingError) -> str:
                 f"it holds an object of type {name}, which could run code when read. If you trust its origin, read it "
                 "once with torch.load(path, weights_only=False) and torch.save its state_dict alone."
             )
-    if "Weights only load failed" in str(error) and "invalid load key" not in str(error):
-        return "it holds more than plain data, which could run code when read. If you trust its origin, " + (
-            "read it once with torch.load(path, weights_only=False) and torch.save its state_dict alone."
-        )
-    return f"damaged or not a checkpoint ({str(error).splitlines()[0]}). Use another copy."
+    reason = str(error).split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
+    return f"damaged, no checkpoint, or more than plain data ({reason}). Use another copy."
 
 
 def _require_plain_archive(path: Path, shown: str) -> None:

@@ -9,8 +9,17 @@ if TYPE_CHECKING:
 
 
 def create_model(config_or_args: Any) -> nn.Module:
-    """A freshly initialised model of a ModelConfig, of ModelFlags or of parsed flags."""
+    """A freshly initialised model of a ModelConfig, of ModelFlags or of parsed flags, on torch's default device."""
+    import torch
+
     from open_lm.model.config import config_of
+    from open_lm.model.init import init_weights
     from open_lm.model.transformer import Transformer
 
-    return Transformer(config_of(config_or_args))
+    device = torch.get_default_device()
+    with torch.device("meta"):  # torch's own layers would fill their weights a first time, for nothing
+        model = Transformer(config_of(config_or_args))
+    if device.type != "meta":
+        model.to_empty(device=device)
+        init_weights(model)
+    return model

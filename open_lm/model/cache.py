@@ -41,8 +41,8 @@ class StaticLayerCache(LayerCache):
         """Write the keys and values of new positions behind the others; returns views of all so far."""
         end = self.length + k_BTGK.shape[1]
         assert end <= self._k_BSGK.shape[1], f"{end} positions in a cache for {self._k_BSGK.shape[1]}"
-        self._k_BSGK[:, self.length : end] = k_BTGK
-        self._v_BSGK[:, self.length : end] = v_BTGK
+        self._k_BSGK[:, self.length : end] = k_BTGK.detach()
+        self._v_BSGK[:, self.length : end] = v_BTGK.detach()
         self.length = end
         return self._k_BSGK[:, :end], self._v_BSGK[:, :end]
 
@@ -55,14 +55,16 @@ class StaticLayerCache(LayerCache):
 class StaticCache:
     """What decoding keeps of the positions it has seen: memory for `batch` rows of `max_len` positions, taken once.
 
-    Give it to a Transformer as `past_key_values`; each forward pass appends to it.
+    Give it to a Transformer as `past_key_values`; each forward pass appends to it. It carries no gradients.
     """
 
     def __init__(self, config: ModelConfig, batch: int, max_len: int, device: torch.device, dtype: torch.dtype):
-        shape = (2, batch, max_len, config.kv_heads, config.head_dim)
-        self.layers = [
-            StaticLayerCache(*torch.empty(shape, device=device, dtype=dtype)) for _ in range(config.n_layers)
-        ]
+        shape = (batch, max_len, config.kv_heads, config.head_dim)
+
+        def memory() -> Tensor:
+            return torch.empty(shape, device=device, dtype=dtype)
+
+        self.layers = [StaticLayerCache(memory(), memory()) for _ in range(config.n_layers)]
 
     @property
     def length(self) -> int:

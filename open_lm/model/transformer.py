@@ -15,7 +15,7 @@ from open_lm.model.attention import Attention
 from open_lm.model.cache import GrowingCache, KeyValue, LayerCache, StaticCache
 from open_lm.model.config import ModelConfig
 from open_lm.model.feed_forward import build_feed_forward
-from open_lm.model.init import init_weights, scaled_normal_
+from open_lm.model.init import scaled_normal_
 from open_lm.model.norms import build_norm
 from open_lm.model.rotary import Angles
 
@@ -48,9 +48,18 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = build_norm(config, config.hidden_dim)
         self.output = nn.Linear(config.hidden_dim, config.vocab_size, bias=False)
-        if config.weight_tying:
+        self.tie_weights()
+        self.register_load_state_dict_post_hook(lambda model, _: model.tie_weights())
+
+    def tie_weights(self) -> None:
+        """Make token embedding and output one parameter again, where the config says so, after either was replaced."""
+        if self.config.weight_tying and self.tok_embeddings.weight is not self.output.weight:
             self.tok_embeddings.weight = self.output.weight
-        init_weights(self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # `to`, `to_empty` and their like replace parameters
+        super()._apply(fn, recurse)
+        self.tie_weights()
+        return self
 
     def reset_parameters(self) -> None:
         """Embeddings and output: 1/sqrt(D)."""

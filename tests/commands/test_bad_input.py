@@ -30,6 +30,7 @@ def manifest(tmp_path):
             ["--global-batch-size", "9", "--accum-freq", "2"],
             r"--global-batch-size 9.*nearest batch that does is (8|10)",
         ),
+        (["--ddp-static-graph", "--accum-freq", "2"], "--ddp-static-graph"),
         (["--precision", "banana"], "banana"),
         (["--lr", "fast"], "--lr"),
         (["--lr-sceduler", "cosine"], "did you mean --lr-scheduler"),

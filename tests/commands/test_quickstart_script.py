@@ -77,7 +77,8 @@ def programs(tmp_path):
 
 EXPECTED = [
     "scripts/make_corpus.py", "scripts/train_tokenizer.py", "datapreprocess/make_2048.py",
-    "datapreprocess/make_2048.py", "open_lm.main", "open_lm.main", "eval/eval_openlm_ckpt.py", "scripts/generate.py", "scripts/report.py",
+    "datapreprocess/make_2048.py", "open_lm.main", "open_lm.main", "eval/eval_openlm_ckpt.py",
+    "scripts/generate.py", "scripts/report.py",
 ]  # fmt: skip
 
 

@@ -194,3 +194,17 @@ def test_a_run_folder_that_exists_is_not_touched(tmp_path, manifest):
     with pytest.raises(ConfigError, match="--resume latest"):
         run(tmp_path, manifest, "--lr", "1e-3")
     assert (folder_of(tmp_path) / "params.txt").read_text() == before
+
+
+def test_braces_name_shards_and_openlms_flags_work_together(tmp_path, manifest):
+    from open_lm.main import main
+
+    arguments = [
+        "--train-data", str(tmp_path / "data" / "{00000000..00000001}.tar"), "--train-num-samples", str(6 * 8 * SEQ_LEN),
+        "--epochs", "2", "--batch-size", "8", "--model", "open_lm_test_tiny", "--device", "cpu", "--precision", "amp_bf16",
+        "--z-loss", "1e-4", "--accum", "2", "--lr-scheduler", "const-cooldown", "--epochs-cooldown", "1", "--warmup", "1",
+        "--logs", str(tmp_path / "logs"), "--name", "run", "--log-every-n-steps", "1", "--torchcompile", "--workers", "1",
+    ]  # fmt: skip
+    assert main(arguments).step == 12
+    assert metrics(tmp_path, key="train/lr")[12] < metrics(tmp_path, key="train/lr")[6] == 5e-4
+    assert metrics(tmp_path, key="train/z_loss")[1] > 0

@@ -27,7 +27,7 @@ def assert_same_run(folder, other):
     [
         (2, ["--fsdp", "--accum-freq", "2", "--grad-checkpointing"]),
         (4, ["--fsdp", "--fsdp-hybrid-o2", "--fsdp-group-size", "2"]),
-        (4, ["--accum-freq", "2", "--ddp-static-graph"]),
+        (4, ["--accum-freq", "2"]),
     ],
     ids=["fsdp", "hybrid", "ddp"],
 )

@@ -1,0 +1,65 @@
+"""Every sink gets every metric once, a resumed run continues the same record, and a missing package is named."""
+
+import json
+
+import pytest
+import yaml
+
+from open_lm.errors import ConfigError
+from open_lm.tracking.config import SINKS, TrackingConfig
+from open_lm.tracking.sink import RunFacts, open_sinks
+
+
+def facts(folder, report_to):
+    return RunFacts("run", str(folder), {"lr": 0.1}, TrackingConfig(report_to=report_to))
+
+
+def test_metrics_jsonl_holds_a_line_a_step_and_a_resumed_run_appends(tmp_path):
+    for step in (1, 2):
+        (sink,) = open_sinks(facts(tmp_path, ""))
+        sink.log(step, {"train/loss": 2.0 / step, "bad": float("nan")})
+        sink.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 1, "train/loss": 2.0, "bad": None}, {"step": 2, "train/loss": 1.0, "bad": None}]
+
+
+def test_tensorboard_events_read_back(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    _, sink = open_sinks(facts(tmp_path, "tensorboard"))
+    sink.log(7, {"train/loss": 1.5})
+    sink.close()
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (event,) = events.Scalars("train/loss")
+    assert (event.step, event.value) == (7, 1.5)
+
+
+def test_wandb_offline_writes_one_run_across_restarts(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    ids = []
+    for step in (1, 2):
+        *_, sink = open_sinks(facts(tmp_path, "wandb"))
+        sink.log(step, {"train/loss": 1.0})
+        sink.close()
+        ids.append((tmp_path / "wandb_id.txt").read_text())
+    assert ids[0] == ids[1]
+    recorded = list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    assert recorded and all(ids[0] in file.name for file in recorded)
+    configs = list(tmp_path.glob("wandb/offline-run-*/files/config.yaml"))
+    assert all(yaml.safe_load(c.read_text())["lr"]["value"] == 0.1 for c in configs)
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_missing_package_is_named_with_the_line_that_installs_it(tmp_path, monkeypatch, name):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if name == "tensorboard" else "wandb", None)
+    with pytest.raises(ConfigError, match=f"pip install {name}"):
+        open_sinks(facts(tmp_path, name))
+
+
+def test_all_means_every_sink():
+    assert set(TrackingConfig(report_to="all").sinks) == set(SINKS)
+    assert TrackingConfig(report_to="wandb,tensorboard").sinks == ("jsonl", "wandb", "tensorboard")

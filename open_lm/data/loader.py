@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,7 @@ class Loader:
         self.n_sequences = n_sequences
         self.holes: list[dict[str, Any]] = []
         self._fill, self._config, self._seed = fill, config, seed
+        self._planned_batch = geometry.global_batch
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         """This rank's share of the batches of steps `start_step` to `stop_step`, on the CPU, int64.
@@ -128,6 +129,7 @@ class Loader:
             "order": ORDER,
             "seed": self._seed,
             "global_batch": self.geometry.global_batch,
+            "planned_batch": self._planned_batch,
             "steps": step,
             "samples_consumed": consumed,
             "resampled": self._config.dataset_resampled,
@@ -140,13 +142,17 @@ class Loader:
         }
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Check that a saved `state` continues here.
+        """Check that a saved `state` continues here. Ranks, workers and the batch may differ: another global batch goes
+        on with the next unused sequence, in the order the run began with.
 
         Raises:
             CheckpointError: the data, the seed or another setting of the order is not the one the run began with.
         """
+        planned = self._planned_batch, self.geometry.consumed(int(state.get("steps", 0)))
+        if (state.get("planned_batch"), state.get("samples_consumed")) != planned:
+            self._continue_from(state)
         here = self.state(int(state.get("steps", 0)))
-        for name in ("version", "order", "seed", "global_batch", "samples_consumed", "resampled", "pattern"):
+        for name in ("version", "order", "seed", "samples_consumed", "resampled", "pattern"):
             if state.get(name) != here[name]:
                 raise CheckpointError(_differs(name, state.get(name), here[name]))
         saved, mine = state.get("sources", []), here["sources"]
@@ -156,6 +162,19 @@ class Loader:
             for name in ("fingerprint", "sequences", "columns", "lanes", "window", "consumed"):
                 if before.get(name) != now[name]:
                     raise CheckpointError(_differs(f"{name} of source {now['name']}", before.get(name), now[name]))
+
+    def _continue_from(self, state: dict[str, Any]) -> None:
+        """Plan as the run that began with another global batch, and go on where it stood."""
+        self._planned_batch = int(state.get("planned_batch") or self._planned_batch)
+        if isinstance(self._fill, PlannedSamples):
+            self.plan = make_plan(self.sources, self._config, seed=self._seed, global_batch=self._planned_batch)
+            self._fill = PlannedSamples(self.plan, self._fill.reader)
+        self.geometry = replace(
+            self.geometry,
+            first_step=int(state.get("steps", 0)),
+            first_position=int(state.get("samples_consumed", 0)),
+            skipped=tuple((first, end) for first, end in state.get("skips", [])),
+        )
 
     def _source_state(self, number: int, source: Source) -> dict[str, Any]:
         stream = self.plan.streams[number]
@@ -217,8 +236,7 @@ def build_loader(
     """
     if config.data_tolerate_error_p != 0.09 or config.data_tolerate_num_ckpts:
         log.warning("--data-tolerate-*: ignored, every step gets its whole batch. See --ignore-parse-errors.")
-    skipped = tuple((first * global_batch, (last + 1) * global_batch) for first, last in config.skipped_ranges())
-    geometry = Geometry(global_batch, rank, world_size, skipped)
+    geometry = make_geometry(config, global_batch=global_batch, rank=rank, world_size=world_size)
     if config.dataset_type == "synthetic":
         random_ids = SyntheticSamples(vocab_size, seq_len, seed)
         nowhere = [Source(f"synthetic {vocab_size} {seq_len}", ())]
@@ -237,6 +255,12 @@ def build_loader(
     if n_steps is not None:
         loader.require(n_steps)
     return loader
+
+
+def make_geometry(config: DataConfig, *, global_batch: int, rank: int, world_size: int) -> Geometry:
+    """Where this rank's batches lie in the stream, with --skip-steps left out."""
+    skipped = tuple((first * global_batch, (last + 1) * global_batch) for first, last in config.skipped_ranges())
+    return Geometry(global_batch, rank, world_size, skipped)
 
 
 def make_plan(sources: list[Source], config: DataConfig, *, seed: int, global_batch: int) -> Plan:

@@ -25,6 +25,8 @@ class Shard:
     key: str | None = None
     layout: tuple[int, int, int] | None = None
     size_bytes: int | None = None
+    crc32: str | None = None
+    tokenizer: str | None = None
 
 
 def read_manifest(url: str) -> list[Shard]:
@@ -64,7 +66,16 @@ def _shard(line: bytes, folder: str, where: str) -> Shard:
     if type(n_sequences) is not int or n_sequences < 0:
         raise DataError(f"{where}: num_sequences is {n_sequences!r}, need a whole number.")
     file = name if name.endswith(".tar") else f"{name}.tar"
-    return Shard(name, storage.join(folder, file), n_sequences, _key(row), _layout(row, where), _bytes(row))
+    return Shard(
+        name=name,
+        url=storage.join(folder, file),
+        n_sequences=n_sequences,
+        key=_typed(row, "data_key", str),
+        layout=_layout(row, where),
+        size_bytes=_typed(row, "bytes", int),
+        crc32=_typed(row, "crc32", str),
+        tokenizer=_typed(row, "tokenizer", str),
+    )
 
 
 def _is_inside(name: str) -> bool:
@@ -72,12 +83,9 @@ def _is_inside(name: str) -> bool:
     return bool(name) and safe and ".." not in name.split("/")
 
 
-def _key(row: dict[str, Any]) -> str | None:
-    return row["data_key"] if isinstance(row.get("data_key"), str) else None
-
-
-def _bytes(row: dict[str, Any]) -> int | None:
-    return row["bytes"] if type(row.get("bytes")) is int else None
+def _typed(row: dict[str, Any], name: str, kind: type) -> Any:
+    """An optional key of ours; None where it is missing or another program means something else by it."""
+    return row[name] if type(row.get(name)) is kind else None
 
 
 def _layout(row: dict[str, Any], where: str) -> tuple[int, int, int] | None:

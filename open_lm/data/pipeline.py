@@ -6,6 +6,7 @@ import ctypes
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ import webdataset as wds
 from torch.utils.data import get_worker_info
 
 from open_lm.errors import DataError, OpenLMError
+
+warnings.filterwarnings("ignore", "This DataLoader will create")  # how many workers is the user's choice
 
 _HUNG_SECONDS = 900
 _PR_SET_PDEATHSIG = 1
@@ -87,17 +90,21 @@ def run_pipeline(source: StepSource, fill: Fill, *, n_workers: int, batch: int) 
     if not n_workers:
         yield from (_together([part], source.start + k, batch) for k, part in enumerate(iter(pipeline)))
         return
-    loader = wds.WebLoader(
+    parts = iter(_web_loader(pipeline, n_workers))
+    for step in range(source.start, source.stop):
+        yield _together([_next(parts, step) for _ in range(n_workers)], step, batch)
+
+
+def _web_loader(pipeline: wds.DataPipeline, n_workers: int) -> wds.WebLoader:
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    return wds.WebLoader(
         pipeline,
         batch_size=None,
         num_workers=n_workers,
-        worker_init_fn=_start_worker if threading.current_thread() is threading.main_thread() else _one_thread,
+        worker_init_fn=_start_worker if in_main_thread else _one_thread,
         generator=torch.Generator(),  # else the loader would draw from the generator of the training
         timeout=_HUNG_SECONDS,
     )
-    parts = iter(loader)
-    for step in range(source.start, source.stop):
-        yield _together([_next(parts, step) for _ in range(n_workers)], step, batch)
 
 
 def _next(parts: Iterator[dict[str, Any]], step: int) -> dict[str, Any]:

@@ -100,6 +100,7 @@ class SampleReader:
         return found
 
     def _make_index(self, shard: Shard) -> ShardIndex:
+        self._check_size(shard)
         if shard.layout and shard.key and self.data_key in ("auto", shard.key):
             return ShardIndex.regular(shard.key, list(shard.layout), shard.n_sequences)
         try:
@@ -109,6 +110,18 @@ class SampleReader:
         if len(found) != shard.n_sequences:
             raise ValueError(_miscounted(shard, found))
         return found
+
+    def _check_size(self, shard: Shard) -> None:
+        if shard.size_bytes is None:
+            return
+        try:
+            found = storage.size_bytes(shard.url)
+        except StorageError as error:
+            raise ValueError(str(error)) from None
+        if found != shard.size_bytes:
+            raise ValueError(
+                f"the manifest says {shard.size_bytes} bytes, the file has {found}; make the manifest again"
+            )
 
 
 def _miscounted(shard: Shard, found: ShardIndex) -> str:

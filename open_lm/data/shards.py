@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 
@@ -246,6 +247,36 @@ def read_samples(url: str, *, key: str = "auto", vocab_size: int | None = None) 
             yield name, tokens if vocab_size is None else check_ids(tokens, vocab_size)
         except ValueError as error:
             raise DataError(f"shard {storage.shown(url)}, member {name}: {error}.") from None
+
+
+def describe_shard(content: bytes, shard: str, key: str = "auto") -> dict[str, Any]:
+    """What a manifest says about one shard, all but its name, after the whole tar has been checked.
+
+    Raises:
+        DataError: the tar is empty, cut off or damaged; `shard` is named.
+    """
+    if not content:
+        raise DataError(f"shard {shard}: an empty file. Write it again, or remove it.")
+    index = read_index(content, shard, key)
+    first, last = int(index.offsets[0]), int(index.offsets[-1])
+    try:
+        length = len(decode_member(content[first : first + int(index.sizes[0])], index.key))
+    except ValueError as error:
+        raise DataError(f"shard {shard}, member {_name(content[first - BLOCK : first])}: {error}.") from None
+    row = {
+        "num_sequences": len(index),
+        "bytes": len(content),
+        "crc32": f"{zlib.crc32(content):08x}",
+        "first_key": _sample_key(content[first - BLOCK : first], index.key),
+        "last_key": _sample_key(content[last - BLOCK : last], index.key),
+        "seq_len": length - 1,
+        "data_key": index.key,
+    }
+    return row | ({"layout": index.layout} if index.layout else {})
+
+
+def _sample_key(header: bytes, key: str) -> str:
+    return _name(header).removesuffix("." + key)
 
 
 def write_shard(file: IO[bytes], samples: np.ndarray | Iterable[np.ndarray], key: str, first_number: int = 0) -> int:

@@ -1,0 +1,1 @@
+"""Small commands kept under their OpenLM names."""

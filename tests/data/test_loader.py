@@ -200,6 +200,22 @@ def test_the_order_state_is_plain_json_and_continues_only_with_the_same_data(dat
         loader(manifest(data_set([8, 9], name="other"))).check_state(state)
 
 
+def test_another_global_batch_continues_with_the_next_unused_sequence(data_set):
+    """Batches of 4 for 9 steps, of 12 for 4, of 2 for 27, of 4 again: one stream, nothing lost."""
+    folder = data_set([300])
+    config = manifest(folder, shuffle_window=16)
+    begun = loader(config, batch=4)
+    straight = flat(numbers(begun.batches(0, 75)))
+    seen, state = flat(numbers(begun.batches(0, 9))), begun.state(9)
+    for batch, stop in ((12, 13), (2, 40), (4, 80)):
+        resumed = loader(config, batch=batch)
+        resumed.check_state(state)
+        seen += flat(numbers(resumed.batches(state["steps"], stop)))
+        state = resumed.state(stop)
+    assert seen == straight[: len(seen)] and len(seen) == 9 * 4 + 4 * 12 + 27 * 2 + 40 * 4
+    assert state["samples_consumed"] == len(seen)
+
+
 @pytest.mark.parametrize(
     ("flags", "error", "match"),
     [

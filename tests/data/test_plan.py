@@ -227,3 +227,16 @@ def test_a_hundred_thousand_shards_cost_little():
     stream = LaneStream(names(n), [8192] * n, seed=0, salt=0, lanes=2048, window=256)
     stream.locate(np.arange(400_000_000, 400_000_512))
     assert time.process_time() - started < 10  # a guard against quadratic work, not a timing
+
+
+def test_a_plan_of_a_hundred_thousand_shards_fits_in_little_memory():
+    import tracemalloc
+
+    n = 100_000
+    tracemalloc.start()
+    stream = LaneStream(names(n), [8192] * n, seed=0, salt=0, lanes=2048, window=256)
+    for step in range(3):
+        stream.locate(np.arange(400_000_000 + step * 512, 400_000_512 + step * 512))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 << 20

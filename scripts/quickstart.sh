@@ -29,7 +29,7 @@ typed() {
         case $word in
             '' | *[!A-Za-z0-9_./:=,+@%-]*) word="'${word//\'/\'\\\'\'}'" ;;
         esac
-        if [ $((column + ${#word})) -gt 100 ] && [ "${word#--}" != "$word" ]; then
+        if [ $((column + ${#word})) -gt 84 ] && [ "${word#--}" != "$word" ]; then
             line+=$' \\\n    '; column=4
         elif [ -n "$line" ]; then
             line+=" "
@@ -74,7 +74,7 @@ SEQ_LEN=512
 if [ "$GPUS" -gt 0 ]; then
     WIDTH=512 LAYERS=8 HEADS=8 RANKS=$GPUS BATCH=$((32 * GPUS)) STEPS=$((1200 / GPUS)) LR=2e-3 THREADS=$((CORES / GPUS))
 else
-    WIDTH=256 LAYERS=4 HEADS=4 BATCH=8 STEPS=400 LR=3e-3
+    WIDTH=256 LAYERS=4 HEADS=4 BATCH=8 STEPS=480 LR=3e-3
     RANKS=$((CORES > 1 ? 2 : 1)) # two processes outrun one with two threads, and mind busy cores less
     THREADS=$((CORES / RANKS))
 fi

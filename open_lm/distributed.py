@@ -66,7 +66,7 @@ class World:
                 torch.cuda.synchronize(self.device)
 
 
-def ranks_from_environment(env: Mapping[str, str]) -> tuple[int, int, int]:
+def ranks_from_environment(env: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
     """`(rank, world size, local rank)` as torchrun, SLURM or OpenMPI told this process; (0, 1, 0) when none did."""
     for rank, size, local in (
         ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
@@ -114,7 +114,7 @@ def start_world(
 
     `backend` None means nccl for GPUs and gloo for CPUs; `force_group` makes a process group even for one rank.
     """
-    rank, size, local_rank = ranks_from_environment(os.environ)
+    rank, size, local_rank = ranks_from_environment()
     world = World(rank, size, local_rank, pick_device(device, local_rank, by_rank=device_by_rank))
     if size == 1 and not force_group:
         yield world

@@ -8,17 +8,29 @@ from typing import TYPE_CHECKING
 from open_lm.params import RunConfig, command_line, parse_args, read_config
 
 if TYPE_CHECKING:
+    from open_lm.dry_run import Forecast
     from open_lm.run import RunResult
 
 
-def main(argv: Sequence[str] | None = None) -> RunResult:
+def main(argv: Sequence[str] | None = None) -> RunResult | Forecast:
     """Train, or evaluate a checkpoint, as the flags ask.
 
     Raises:
         OpenLMError: a flag, a file or the training went wrong; the message says what to do.
     """
     config = read_config(parse_args(argv))
+    if config.tracking.dry_run:
+        return describe(config)
     return execute(config, command_line(argv))
+
+
+def describe(config: RunConfig) -> Forecast:
+    """Print what the run would do."""
+    from open_lm.dry_run import forecast
+
+    expected = forecast(config)
+    print(expected)
+    return expected
 
 
 def execute(config: RunConfig, command: str) -> RunResult:

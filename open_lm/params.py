@@ -103,7 +103,9 @@ def check(config: RunConfig) -> None:
     if not config.trains and not (config.checkpoint.resume or config.checkpoint.pretrained):
         raise ConfigError("--val-data alone evaluates a checkpoint: name it with --resume or --pretrained.")
     if config.parallel.ddp_static_graph and config.train.accum_freq > 1:
-        raise ConfigError("--ddp-static-graph and --accum-freq above 1: torch's DDP cannot combine them. Leave one out.")
+        raise ConfigError(
+            "--ddp-static-graph and --accum-freq above 1: torch's DDP cannot combine them. Leave one out."
+        )
     asks_length = config.train.train_tokens or config.train.train_num_samples
     if config.trains and not asks_length and (config.data.dataset_resampled or config.data.dataset_type == "synthetic"):
         raise ConfigError("the data have no end: say how long to train with --train-tokens or --train-num-samples.")

@@ -17,6 +17,7 @@ from open_lm import text
 from open_lm.distributed import World
 from open_lm.errors import TrainingDiverged
 from open_lm.evaluate.held_out import HeldOut
+from open_lm.tracking.devices import peak_flops
 from open_lm.tracking.meter import Meter, peak_memory_gib
 from open_lm.tracking.sink import Sink
 from open_lm.train.state import TrainState
@@ -27,10 +28,19 @@ from open_lm.train.timing import Timing
 class Recorder:
     """Adds up the reports of steps and writes them out when asked. `sinks` is empty on every rank but 0."""
 
-    def __init__(self, world: World, state: TrainState, sinks: Sequence[Sink]):
+    def __init__(
+        self,
+        world: World,
+        state: TrainState,
+        sinks: Sequence[Sink],
+        *,
+        flops_per_token: int,
+        peak_tflops: float | None,
+    ):
+        """`peak_tflops` None: that of the device, if it is a known one."""
         self._world = world
         self._sinks = sinks
-        self._meter = Meter(world, state.horizon.tokens_per_step)
+        self._meter = Meter(world, state.horizon.tokens_per_step, flops_per_token, _peak(world, peak_tflops))
         self._bar: tqdm | None = None
         self._total_steps = state.horizon.total_steps
         if world.is_master and os.isatty(2) and state.step < self._total_steps:
@@ -75,10 +85,11 @@ class Recorder:
             )
 
     def _say(self, step: int, metrics: Mapping[str, float]) -> None:
+        mfu = f" | MFU {metrics['train/mfu']:.1%}" if "train/mfu" in metrics else ""
         logging.info(
-            "step %d/%d | loss %.4f | lr %.3g | grad norm %.2f | %s tokens/s | %s tokens | %.2f GiB | %s left",
+            "step %d/%d | loss %.4f | lr %.3g | grad norm %.2f | %s tokens/s%s | %s tokens | %.2f GiB | %s left",
             step, self._total_steps, metrics["train/loss"], metrics["train/lr"], metrics["train/grad_norm"],
-            text.count(metrics["train/tokens_per_second"]), text.count(metrics["train/tokens"]),
+            text.count(metrics["train/tokens_per_second"]), mfu, text.count(metrics["train/tokens"]),
             metrics["train/peak_memory_gib"], text.duration((self._total_steps - step) * metrics["train/batch_time"]),
         )  # fmt: skip
 
@@ -119,6 +130,12 @@ class Recorder:
                 sink.close()
             except Exception as error:
                 logging.warning("%s did not close: %s", type(sink).__name__, error)
+
+
+def _peak(world: World, tflops: float | None) -> float | None:
+    if tflops is not None:
+        return tflops * 1e12
+    return peak_flops(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
 
 
 def result_rows(

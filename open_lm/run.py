@@ -14,6 +14,7 @@ from open_lm.distributed import World, start_world
 from open_lm.errors import Preempted
 from open_lm.evaluate.held_out import HeldOut, ValidationSet, evaluate
 from open_lm.model.config import ModelConfig
+from open_lm.model.describe import model_size
 from open_lm.params import RunConfig
 from open_lm.recorder import Recorder, append_json_line, result_rows
 from open_lm.run_folder import open_folder
@@ -66,7 +67,13 @@ class Run:
         """Take what the run works on, once it is built and restored."""
         self._loader = loader
         self._val_sets = val_sets
-        self._recorder = Recorder(self.world, state, self._sinks)
+        self._recorder = Recorder(
+            self.world,
+            state,
+            self._sinks,
+            flops_per_token=model_size(self.architecture).flops_per_token,
+            peak_tflops=self.config.tracking.peak_tflops,
+        )
         self._saved_at = state.step
         if loader is not None and state.step >= state.horizon.total_steps:
             logging.info("step %d of %d: nothing left to train", state.step, state.horizon.total_steps)
@@ -163,7 +170,7 @@ class Run:
 
 @contextlib.contextmanager
 def start_run(config: RunConfig, architecture: ModelConfig, command: str) -> Iterator[Run]:
-    """Open the run that `config` describes, of a model of `architecture`; on any exit log, sinks and process group are closed.
+    """Open the run that `config` describes, of a model of `architecture`; whatever happens, all is closed.
 
     Raises:
         ConfigError: the run's folder holds a run and --resume is not given.

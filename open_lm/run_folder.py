@@ -49,7 +49,7 @@ def _open(config: RunConfig) -> str:
 
 
 def holds_a_run(folder: str) -> bool:
-    """Whether anything was computed in `folder`; a start that failed before its first step leaves nothing to protect."""
+    """Whether anything was computed in `folder`: a start that failed before its first step need not be protected."""
     metrics, checkpoints = os.path.join(folder, "metrics.jsonl"), os.path.join(folder, "checkpoints")
     has_metrics = os.path.exists(metrics) and os.path.getsize(metrics) > 0
     return has_metrics or (os.path.isdir(checkpoints) and bool(os.listdir(checkpoints)))

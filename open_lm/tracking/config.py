@@ -26,7 +26,7 @@ class TrackingConfig:
     name: str | None = flag(None, "Name of the run: one path component. None: made from the time and the settings.")
     logs: str = flag(
         "./logs/",
-        "Folder that holds a folder for each run. Before Python 3.12 torchrun mistakes --logs for one of its own flags: "
+        "Folder that holds a folder for each run. Before Python 3.12 torchrun takes --logs for its own flag: "
         "write --logs-dir there.",
         aliases=("--logs-dir",),
     )
@@ -35,6 +35,10 @@ class TrackingConfig:
     report_to: str = flag("", "Where metrics go besides metrics.jsonl: wandb, tensorboard, both with a comma, or all.")
     wandb_project_name: str = flag("open-lm", "Project on Weights & Biases.")
     wandb_notes: str = flag("", "Notes of the run on Weights & Biases.")
+    peak_tflops: float | None = flag(
+        None, "TFLOP/s of one device at best, for train/mfu. None: from a table; no train/mfu for devices not in it."
+    )
+    dry_run: bool = flag(False, "Print what the run would do (flags, size, steps, tokens, learning rates) and stop.")
     debug: bool = flag(False, "Log in detail.")
 
     def __post_init__(self) -> None:

@@ -26,8 +26,10 @@ class Meter:
     Each step counts once: the loss read is the mean over the steps since the last `read`.
     """
 
-    def __init__(self, world: World, tokens_per_step: int):
+    def __init__(self, world: World, tokens_per_step: int, flops_per_token: int, peak_flops: float | None):
         self._world = world
+        self._flops_per_token = flops_per_token
+        self._peak_flops = peak_flops
         self._tokens_per_step = tokens_per_step
         self.reset()
 
@@ -56,9 +58,12 @@ class Meter:
         return means, seconds
 
     def rates(self, seconds_per_step: float) -> dict[str, float]:
-        """Tokens per second under its honest name and under OpenLM's, which says samples and means tokens."""
+        """Tokens per second, also under OpenLM's name that says samples; and the model FLOPs utilisation (PaLM,
+        arXiv:2204.02311), where the device's peak is known."""
         per_second = self._tokens_per_step / seconds_per_step
+        used = per_second * self._flops_per_token / self._world.size
         return {
+            **({"train/mfu": used / self._peak_flops} if self._peak_flops else {}),
             "train/tokens_per_second": per_second,
             "train/samples_per_second": per_second,
             "train/samples_per_second_per_gpu": per_second / self._world.size,

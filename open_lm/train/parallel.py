@@ -47,7 +47,7 @@ def shard(model: nn.Module, world: World, config: ParallelConfig) -> nn.Module:
     }
     for block in blocks(model):
         fully_shard(block, reshard_after_forward=not config.fsdp_hybrid_o2, **settings)
-    return fully_shard(model, **settings)
+    return cast("nn.Module", fully_shard(model, **settings))
 
 
 def rank_mesh(world: World, config: ParallelConfig) -> DeviceMesh:

@@ -94,7 +94,7 @@ def test_every_optional_part_appears_with_its_counts(run, tmp_path):
     shown = Page((tmp_path / "page.html").read_text()).text
     for piece in (
         "3.4 MB", "1,200 documents", "2 sources", "7 files left out", "850k tokens", "1,190 documents, 10 rejected",
-        "77 samples of 11", "100 tokens of tail", "tokens held out", "def <x>", "python a.py --x '1 & 2'",
+        "77 samples of 11", "100 tokens of tail", "held-out shards", "def <x>", "python a.py --x '1 & 2'",
         "1m01s", "1m03s",
     ):  # fmt: skip
         assert piece in shown, piece

@@ -1,0 +1,155 @@
+"""How likely a model finds continuations.
+
+Shapes: B contexts, R continuations, T positions, N scored tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from open_lm.evaluate.icl.batching import ScoringBatch
+from open_lm.model.cache import LayerCache, StaticCache
+from open_lm.precision import Precision
+
+LOGITS_AT_ONCE = 1 << 23
+"""How many fp32 logits exist at a time: 32 MiB of them."""
+
+
+class Score(NamedTuple):
+    """What a model makes of one continuation, over its tokens."""
+
+    cross_entropy: float  # mean, nats per token
+    all_greedy: bool  # each token is the most likely one
+    mean_probability: float  # of the continuation's tokens
+    least_confidence: float  # the smallest probability of any most likely token
+
+
+class Scorer:
+    """Scores batches with a Transformer (or a wrapped one) on the device that holds it."""
+
+    def __init__(self, model: nn.Module, device: torch.device, precision: Precision):
+        self.model, self.device, self.precision = model, device, precision
+        plain: Any = getattr(model, "module", model)
+        self._n_layers = plain.config.n_layers
+        self.shares_contexts = hasattr(plain, "new_cache")
+
+    @torch.inference_mode()
+    def score(self, batch: ScoringBatch) -> dict[tuple[int, int], Score]:
+        """The score of every continuation of `batch`, by (question, choice)."""
+        with self.precision.autocast():
+            tokens_N4 = self._shared(batch) if batch.shares_context else self._single(batch)
+        return _per_continuation(tokens_N4.cpu(), batch)
+
+    @torch.inference_mode()
+    def idle(self, n_forwards: int) -> None:
+        """Run the model without need, so that ranks with fewer batches keep step with the others."""
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        for _ in range(n_forwards):
+            self.model(token, head=lambda hidden_BTD, weight_VD: hidden_BTD)
+
+    def _single(self, batch: ScoringBatch) -> Tensor:
+        """Context and continuation as one sequence, padded on the right, where causality makes padding harmless."""
+        pairs = [(item.context, item.continuations[0]) for item in batch.items]
+        ids_BT = self._padded([context + continuation[:-1] for context, continuation in pairs])
+        rows, places = _scored_places([c for _, c in pairs], [len(context) - 1 for context, _ in pairs])
+        targets_N = self._ids([token for _, continuation in pairs for token in continuation])
+        return self._token_scores(ids_BT, None, rows, places, targets_N)
+
+    def _shared(self, batch: ScoringBatch) -> Tensor:
+        """Each context once; the tokens after the first of each continuation from the cache of their context."""
+        ids_BT = self._ids([item.context for item in batch.items])
+        n_continuations = [len(item.continuations) for item in batch.items]
+        continuations = [continuation for item in batch.items for continuation in item.continuations]
+        cache = ContextCache(self._n_layers) if batch.n_forwards == 2 else None
+        logits_BV = self._after_context(ids_BT, cache)
+        row_of_R = torch.repeat_interleave(torch.tensor(n_continuations)).to(self.device)
+        first_R4 = _token_stats(logits_BV[row_of_R], self._ids([c[0] for c in continuations]))
+        if cache is None:
+            return first_R4
+        rest = [continuation[1:] for continuation in continuations]
+        rows, places = _scored_places(rest, [0] * len(rest))
+        targets_N = self._ids([token for tokens in rest for token in tokens])
+        cache.reorder(row_of_R)
+        rest_N4 = self._token_scores(self._padded([c[:-1] for c in continuations]), cache, rows, places, targets_N)
+        return _interleaved(first_R4, rest_N4, [len(tokens) for tokens in rest])
+
+    def _after_context(self, ids_BT: Tensor, cache: ContextCache | None) -> Tensor:
+        """Logits after the last position, (B, V); `cache` keeps all of them."""
+        return self.model(ids_BT, past_key_values=cache, head=lambda h_BTD, w_VD: F.linear(h_BTD[:, -1], w_VD).float())
+
+    def _token_scores(self, ids_BT: Tensor, cache: Any, rows: Tensor, places: Tensor, targets_N: Tensor) -> Tensor:
+        """Statistics of the tokens that follow the positions `places` of `rows`; only their logits are computed."""
+
+        def head(hidden_BTD: Tensor, weight_VD: Tensor) -> Tensor:
+            hidden_ND = hidden_BTD[rows.to(self.device), places.to(self.device)]
+            at_once = max(1, LOGITS_AT_ONCE // weight_VD.shape[0])
+            parts = zip(hidden_ND.split(at_once), targets_N.split(at_once), strict=True)
+            return torch.cat([_token_stats(F.linear(h, weight_VD).float(), targets) for h, targets in parts])
+
+        return self.model(ids_BT, past_key_values=cache, head=head)
+
+    def _ids(self, ids: Sequence[Any]) -> Tensor:
+        return torch.tensor(ids, dtype=torch.long).to(self.device)
+
+    def _padded(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        longest = max(map(len, sequences))
+        return self._ids([[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences])
+
+
+class ContextCache(StaticCache):
+    """The keys and values of contexts, in the type they were computed in, ready to be shared by continuations."""
+
+    def __init__(self, n_layers: int):
+        self.layers: list[Any] = [LayerCache() for _ in range(n_layers)]
+
+    @property
+    def length(self) -> int:
+        past = self.layers[0].past
+        return 0 if past is None else past[0].shape[1]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let row i continue what context `rows[i]` has seen; there may be more rows than contexts."""
+        for layer in self.layers:
+            layer.past = tuple(part.index_select(0, rows) for part in layer.past)
+
+
+def _scored_places(continuations: Sequence[Sequence[int]], starts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Row and position that predict each token: the first token of row r is predicted at `starts[r]`."""
+    lengths = torch.tensor([len(continuation) for continuation in continuations])
+    rows = torch.repeat_interleave(lengths)
+    within = torch.arange(len(rows)) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    return rows, within + torch.tensor(starts)[rows]
+
+
+def _token_stats(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Per token: cross-entropy, whether it is the most likely one, its probability, the largest probability."""
+    if not len(targets_N):
+        return logits_NV.new_zeros(0, 4)
+    targets_N1 = targets_N[:, None]
+    cross_entropy_N = -logits_NV.log_softmax(-1).gather(1, targets_N1)[:, 0]
+    top_N = logits_NV.amax(-1)
+    greedy_N = logits_NV.gather(1, targets_N1)[:, 0] == top_N
+    greedy_N[greedy_N.clone()] = logits_NV[greedy_N].argmax(-1) == targets_N[greedy_N]  # of equals, the first counts
+    largest_N = (top_N - logits_NV.gather(1, targets_N1)[:, 0] - cross_entropy_N).exp()
+    return torch.stack((cross_entropy_N, greedy_N.float(), (-cross_entropy_N).exp(), largest_N), dim=1)
+
+
+def _interleaved(first_R4: Tensor, rest_N4: Tensor, n_rest: Sequence[int]) -> Tensor:
+    """The first token of each continuation put before its other tokens."""
+    parts = zip(first_R4.split(1), rest_N4.split(list(n_rest)), strict=True)
+    return torch.cat([tensor for pair in parts for tensor in pair])
+
+
+def _per_continuation(tokens_N4: Tensor, batch: ScoringBatch) -> dict[tuple[int, int], Score]:
+    names = [name for item in batch.items for name in item.names]
+    lengths = [len(continuation) for item in batch.items for continuation in item.continuations]
+    scores = {}
+    for name, part in zip(names, tokens_N4.split(lengths), strict=True):
+        mean = part.mean(0).tolist()
+        scores[name] = Score(mean[0], bool(part[:, 1].all()), mean[2], float(part[:, 3].min()))
+    return scores

@@ -115,12 +115,12 @@ train "5. Resume from the checkpoint, second half" 2 --lr-scheduler const-cooldo
 
 step "6. Score it on small tasks" "$DIR/scores/results.json" \
     "$PYTHON" eval/eval_openlm_ckpt.py --engine native --eval-yaml eval/yamls/quickstart.yaml \
-    --checkpoint "$RUN" --tokenizer "$DIR/tokenizer/tokenizer.json" --output "$DIR/scores"
+    --checkpoint "$RUN" --tokenizer "$DIR/tokenizer/tokenizer.json" --output-dir "$DIR/scores" --resume
 
 step "7. Let it write" "$DIR/samples.jsonl" \
     "$PYTHON" scripts/generate.py --checkpoint "$RUN" --tokenizer "$DIR/tokenizer/tokenizer.json" \
-    --max-gen-len 160 --temperature 0.7 --output "$DIR/samples.jsonl" \
-    --input-text "def read_lines(path):" "class Stack:" "The following example shows how to"
+    --max-gen-len 120 --temperature 0.7 --output "$DIR/samples.jsonl" \
+    --input-text "def read_lines(path):" "class Stack:" "    def __init__(self, name):" "The following example shows how to"
 
 step "8. Put it all on one page" "" \
     "$PYTHON" scripts/report.py --run "$RUN" --title "OpenLM quickstart" --corpus "$DIR/raw/corpus.json" \

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from open_lm import storage, text
 from open_lm.command import run
 from open_lm.errors import ConfigError
+from open_lm.evaluate.icl.records import read_results, short
 from open_lm.flags import Parser, add_group, flag, read_group
 from open_lm.report import page
 from open_lm.report.charts import Rule, Series, line_chart
@@ -33,7 +34,7 @@ class ReportConfig:
     scores: str | None = flag(None, "results.json of eval/eval_openlm_ckpt.py.")
     samples: str | None = flag(None, "Texts that scripts/generate.py wrote, as jsonl.")
     commands: str | None = flag(None, "The commands that made the run; lines with # explain them.")
-    timings: str | None = flag(None, "Seconds of each step: lines of `step TAB seconds`.")
+    timings: str | None = flag(None, "Seconds of each step: lines of step, tab, seconds.")
 
     def __post_init__(self) -> None:
         if not self.run:
@@ -59,7 +60,6 @@ def build(config: ReportConfig) -> str:
     facts = read_run(config.run)
     corpus = read_json(config.corpus, "--corpus") if config.corpus else None
     ledgers = [read_json(path, "--ledgers") for path in config.ledgers]
-    scores = read_json(config.scores, "--scores") if config.scores else None
     sections = [
         page.cards(headline(facts)),
         page.section("Loss", explain_loss(facts), loss_figure(facts)),
@@ -69,7 +69,7 @@ def build(config: ReportConfig) -> str:
             "Every document and token is accounted for.",
             page.flow(stages(facts, corpus, ledgers)),
         ),
-        page.section("Scores", "", score_table(scores)),
+        page.section("Scores", "The orange mark is chance, what guessing would score.", score_table(config.scores)),
         page.section("Texts it writes", "The prompt is coloured; the rest is the model's.", texts(config.samples)),
         page.section("What took how long", "", timing_table(config.timings)),
         page.section(
@@ -94,7 +94,7 @@ def headline(facts: RunFacts) -> list[tuple[str, str]]:
         cards.append((f"{held_out:.3f}", "held-out loss, nats a token"))
         cards.append((f"{math.exp(held_out):.1f}", "held-out perplexity"))
     if held_out is not None and uniform:
-        cards.append((f"{held_out / uniform:.0%}", f"of ln({facts.vocab_size}) = {uniform:.2f}, knowing nothing"))
+        cards.append((f"{held_out / uniform:.0%}", f"of ln({facts.vocab_size}) = {uniform:.2f}, the loss of a guess"))
     cards.append((text.count(facts.last("train/tokens") or 0), "tokens trained on"))
     cards.append((text.count(facts.last("train/tokens_per_second") or 0), "tokens a second at the end"))
     return cards
@@ -167,12 +167,12 @@ def stages(facts: RunFacts, corpus: Any, ledgers: Sequence[Any]) -> list[tuple[s
     )
     held_out = facts.last("valid/tokens")
     if held_out is not None:
-        found.append(("scored", f"{text.count(held_out)} tokens", ["of held-out text,", "each exactly once"]))
+        found.append(("validated on", f"{text.count(held_out)} tokens", ["of held-out text,", "each exactly once"]))
     return found
 
 
 def _names(n_ledgers: int) -> list[str]:
-    return ["tokens to train on", *["tokens held out"] * (n_ledgers - 1)][:n_ledgers]
+    return ["training shards", *["held-out shards"] * (n_ledgers - 1)][:n_ledgers]
 
 
 def ledger_stage(name: str, ledger: Any) -> tuple[str, str, list[str]]:
@@ -187,9 +187,15 @@ def ledger_stage(name: str, ledger: Any) -> tuple[str, str, list[str]]:
     return name, f"{text.count(tokens['in'])} tokens", lines
 
 
-def score_table(scores: Any) -> str:
-    """The downstream tasks of results.json."""
-    return ""
+def score_table(path: str | None) -> str:
+    """The tasks of a results.json; of several checkpoints the last."""
+    if not path:
+        return ""
+    rows = [
+        (f"{record.key}, {short(record.metric)}", record.value, record.stderr, record.chance, record.questions)
+        for record in read_results(path).runs[-1].records
+    ]
+    return page.scores(rows)
 
 
 def texts(path: str | None) -> str:

@@ -33,7 +33,7 @@ figcaption b { font-size: 15.5px; }
 .key.train::before { background: var(--train); } .key.held-out::before { background: var(--held-out); }
 .key.faint::before { background: var(--faint); } .key.third::before { background: var(--third); }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; margin-top: 12px; }
-@media (max-width: 760px) { .pair { grid-template-columns: 1fr; } }
+@media (max-width: 760px) { .pair, .texts { grid-template-columns: 1fr; } }
 svg { width: 100%; height: auto; display: block; }
 svg text { fill: var(--soft); font-size: 13px; font-variant-numeric: tabular-nums; }
 svg .axis { stroke: var(--soft); stroke-width: 1; } svg .grid { stroke: var(--line); stroke-width: 1; }
@@ -43,6 +43,7 @@ svg .line.faint { stroke: var(--faint); stroke-width: 1.3; } svg .line.train { s
 svg .line.held-out { stroke: var(--held-out); } svg .line.third { stroke: var(--third); }
 svg .dot { stroke: var(--card); stroke-width: 1.5; } svg .dot.held-out { fill: var(--held-out); }
 .pair svg text { font-size: 15px; }
+.texts { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; align-items: start; } .texts pre { margin: 0; }
 .flow { display: flex; gap: 24px; flex-wrap: wrap; }
 .flow > div { flex: 1 1 150px; padding: 12px 14px; position: relative; }
 .flow > div + div::before { content: "→"; position: absolute; left: -21px; top: 50%; transform: translateY(-50%);
@@ -53,6 +54,9 @@ svg .dot { stroke: var(--card); stroke-width: 1.5; } svg .dot.held-out { fill: v
 table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: 15px; overflow: hidden; }
 th, td { padding: 8px 14px; text-align: left; border-bottom: 1px solid var(--line); }
 tr:last-child td { border-bottom: 0; } th { color: var(--soft); font-weight: 600; font-size: 13.5px; }
+.bar { position: relative; height: 10px; min-width: 180px; border-radius: 5px; background: var(--line); }
+.bar b { position: absolute; inset: 0 auto 0 0; border-radius: 5px; background: var(--train); }
+.bar i { position: absolute; top: -4px; bottom: -4px; width: 2px; background: var(--held-out); }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 pre { padding: 12px 16px; margin: 0 0 12px; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13.5px;
   line-height: 1.5; font-family: ui-monospace, "Cascadia Mono", "DejaVu Sans Mono", Menlo, monospace;
@@ -115,10 +119,23 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><tr>{names}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
+def scores(rows: Sequence[tuple[str, float, float | None, float | None, int]]) -> str:
+    """Tasks with their scores as bars from 0 to 1: (task, score, standard error, chance, questions)."""
+    lines = []
+    for task, score, error, chance, n_questions in rows:
+        mark = f'<i style="left:{100 * chance:.1f}%"></i>' if chance else ""
+        bar = f'<div class="bar"><b style="width:{100 * score:.1f}%"></b>{mark}</div>'
+        cells = (f"{score:.3f}" + (f" ± {error:.3f}" if error is not None else ""), f"{n_questions:,}")
+        numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
+        lines.append(f"<tr><td>{escape(task)}</td><td>{bar}</td>{numbers}</tr>")
+    head = '<tr><th>task</th><th>0 … 1</th><th class="number">score</th><th class="number">questions</th></tr>'
+    return f"<table>{head}{''.join(lines)}</table>" if lines else ""
+
+
 def samples(texts: Sequence[tuple[str, str]]) -> str:
     """Written texts: (prompt, continuation)."""
     shown = (f'<pre><span class="prompt">{escape(prompt)}</span>{escape(rest)}</pre>' for prompt, rest in texts)
-    return "".join(shown)
+    return f'<div class="texts">{"".join(shown)}</div>' if texts else ""
 
 
 def commands(lines: Sequence[str]) -> str:

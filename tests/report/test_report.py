@@ -7,6 +7,7 @@ import re
 import pytest
 
 from open_lm.errors import ConfigError, DataError
+from open_lm.evaluate.icl.records import CheckpointRecords, Record, Results
 from open_lm.report.charts import Rule, Series, line_chart, ticks
 from open_lm.report.facts import read_run, smoothed
 from scripts import report
@@ -99,6 +100,31 @@ def test_every_optional_part_appears_with_its_counts(run, tmp_path):
     ):  # fmt: skip
         assert piece in shown, piece
     assert "<|endoftext|>" not in shown
+
+
+def test_scores_are_bars_with_their_chance_and_error(run, tmp_path):
+    asked = {
+        "label": "odd",
+        "shots": 0,
+        "category": None,
+        "truncated": 0,
+        "seconds": 1.0,
+        "data_sha256": "",
+        "identity": "",
+    }
+    records = [
+        Record(key="odd/0-shot", metric="InContextLearningMultipleChoiceAccuracy", value=0.625, stderr=0.0125,
+               chance=0.25, questions=1500, **asked),
+    ]  # fmt: skip
+    results = Results("native", {}, [CheckpointRecords("run", "epoch_1.pt", "tiny", "tok", records=records)], 1.0)
+    results.write(str(tmp_path))
+    report.main(
+        ["--run", str(run), "--output", str(tmp_path / "page.html"), "--scores", str(tmp_path / "results.json")]
+    )
+    content = (tmp_path / "page.html").read_text()
+    for piece in ("odd/0-shot, accuracy", "0.625 ± 0.013", "1,500"):
+        assert piece in Page(content).text, piece
+    assert 'style="width:62.5%"' in content and 'style="left:25.0%"' in content
 
 
 def test_a_run_without_checkpoint_or_validation_still_has_a_page(run, tmp_path):

@@ -70,6 +70,11 @@ class ModelConfig:
     attn_activation: str | None = None
     attn_seq_scalar: str | None = None
     attn_seq_scalar_alpha: float | None = None
+    moe_freq: int = 0
+    moe_num_experts: int | None = None
+    moe_top_k: int = 2
+    moe_capacity_factor: float = 1.25
+    moe_loss_weight: float = 0.1
 
     def __post_init__(self) -> None:
         for name in _SIZES:
@@ -86,6 +91,7 @@ class ModelConfig:
                 raise ConfigError(f"model key {name}: found {getattr(self, name)!r}, need true or false.")
         self._check_heads()
         self._check_custom_attention()
+        self._check_experts()
 
     def _check_heads(self) -> None:
         if self.head_dim < 1:
@@ -112,6 +118,24 @@ class ModelConfig:
             _require_number("attn_seq_scalar_alpha", self.attn_seq_scalar_alpha)
         elif self.attn_seq_scalar not in (None, "none"):
             raise ConfigError(f"--attn-seq-scalar {self.attn_seq_scalar} needs its exponent, --attn-seq-scalar-alpha.")
+
+    def _check_experts(self) -> None:
+        for name in ("moe_freq", "moe_capacity_factor", "moe_loss_weight"):
+            _require_number(name, getattr(self, name), zero=True)
+        if not isinstance(self.moe_freq, int):
+            raise ConfigError(f"model key moe_freq: found {self.moe_freq!r}, need a whole number of layers.")
+        _require_count("moe_top_k", self.moe_top_k)
+        if self.moe_num_experts is not None:
+            _require_count("moe_num_experts", self.moe_num_experts)
+        if self.moe_freq and (self.moe_num_experts or 0) < self.moe_top_k:
+            raise ConfigError(
+                f"--moe-freq {self.moe_freq} makes layers of experts, of which each token takes --moe-top-k "
+                f"{self.moe_top_k}: found --moe-num-experts {self.moe_num_experts}. Give at least as many."
+            )
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether block number `layer`, counted from 0, is a mixture of experts: 0 and every `moe_freq`-th after it."""
+        return self.moe_freq > 0 and layer % self.moe_freq == 0
 
     @property
     def head_dim(self) -> int:
@@ -179,6 +203,15 @@ class ModelFlags:
         choices=SEQ_SCALARS,
     )
     attn_seq_scalar_alpha: float | None = flag(None, "With custom_attn: the exponent alpha of --attn-seq-scalar.")
+    moe_freq: int = flag(
+        0, "Every how many blocks, from the first on, the feed-forward layer is a mixture of experts; 0 = none."
+    )
+    moe_num_experts: int | None = flag(None, "Experts of each such block.")
+    moe_top_k: int = flag(2, "Experts that each token goes through.")
+    moe_capacity_factor: float = flag(
+        1.25, "Assignments an expert takes in training, in even shares; what comes later is dropped. 0 drops nothing."
+    )
+    moe_loss_weight: float = flag(0.1, "Weight of the load-balancing loss in the training loss.")
 
 
 def model_names() -> list[str]:
@@ -242,9 +275,10 @@ def _require_count(name: str, value: Any) -> None:
         raise ConfigError(f"model key {name}: found {value!r}, need a whole number above 0.")
 
 
-def _require_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ConfigError(f"model key {name}: found {value!r}, need a number above 0.")
+def _require_number(name: str, value: Any, *, zero: bool = False) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+    if not is_number or (value == 0 and not zero):
+        raise ConfigError(f"model key {name}: found {value!r}, need {'0 or more' if zero else 'a number above 0'}.")
 
 
 def _require_choice(name: str, value: Any, registry: Mapping[str, str]) -> None:

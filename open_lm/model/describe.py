@@ -6,9 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+import torch
+from torch import nn
+
 from open_lm import text
 from open_lm.flags import Parser, add_group, flag, read_group
+from open_lm.model import create_model
 from open_lm.model.config import ALIASES, ModelConfig, ModelFlags, model_names, resolve
+from open_lm.model.moe import MixtureOfExperts
 
 TRAINING_BYTES_PER_PARAMETER = 16
 """With --precision amp_bf16: fp32 weight, gradient and two AdamW moments; activations come on top."""
@@ -45,20 +50,26 @@ def model_size(config: ModelConfig) -> ModelSize:
     those of the token embedding, and 12 L H K T for L layers of H heads, K wide, over a context of T; halved, because
     the attention is causal.
     """
-    import torch
-
-    from open_lm.model import create_model
-
     with torch.device("meta"):
         model = create_model(config)
     n_parameters = sum(p.numel() for p in model.parameters())
     table = config.vocab_size * config.hidden_dim
     n_tables = 1 if config.weight_tying else 2
-    in_products = n_parameters - (n_tables - 1) * table
+    in_products = n_parameters - (n_tables - 1) * table - idle_parameters(model)
     attention = 12 * config.n_layers * config.n_heads * config.head_dim * config.seq_len // 2
     return ModelSize(
         n_parameters, n_tables * table, 6 * in_products + attention, TRAINING_BYTES_PER_PARAMETER * n_parameters
     )
+
+
+def idle_parameters(model: nn.Module) -> int:
+    """Parameters of experts that one token does not go through."""
+    idle = 0
+    for module in model.modules():
+        if isinstance(module, MixtureOfExperts):
+            n_experts = sum(p.numel() for p in module.experts.parameters())
+            idle += n_experts - n_experts * module.top_k // module.n_experts
+    return idle
 
 
 def as_markdown(configs: dict[str, ModelConfig]) -> str:

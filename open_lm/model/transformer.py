@@ -16,6 +16,7 @@ from open_lm.model.cache import GrowingCache, KeyValue, LayerCache, StaticCache
 from open_lm.model.config import ModelConfig
 from open_lm.model.feed_forward import build_feed_forward
 from open_lm.model.init import scaled_normal_
+from open_lm.model.moe import Routing, over_layers
 from open_lm.model.norms import build_norm
 from open_lm.model.rotary import Angles
 
@@ -37,6 +38,17 @@ class Block(nn.Module):
         return x_BTD + self.feed_forward(self.ffn_norm(x_BTD))
 
 
+class ExpertBlock(Block):
+    """A block whose feed-forward layer is a mixture of experts; it also returns what the router did."""
+
+    def forward(  # type: ignore[override]
+        self, x_BTD: Tensor, angles: Angles | None, mask: Tensor | None = None, cache: LayerCache | None = None
+    ) -> tuple[Tensor, Routing]:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), angles, mask, cache)
+        mixed_BTD, routing = self.feed_forward(self.ffn_norm(x_BTD))
+        return x_BTD + mixed_BTD, routing
+
+
 class Transformer(nn.Module):
     """Token ids to logits of the next token; the keys of its state dict are OpenLM's."""
 
@@ -45,7 +57,9 @@ class Transformer(nn.Module):
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_dim)
         self.post_embed_norm = build_norm(config, config.hidden_dim) if config.post_embed_norm else nn.Identity()
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.layers = nn.ModuleList(
+            (ExpertBlock if config.has_experts(layer) else Block)(config, layer) for layer in range(config.n_layers)
+        )
         self.norm = build_norm(config, config.hidden_dim)
         self.output = nn.Linear(config.hidden_dim, config.vocab_size, bias=False)
         self.tie_weights()
@@ -78,9 +92,11 @@ class Transformer(nn.Module):
         use_cache: bool = False,
         attention_mask_BT: Tensor | None = None,
         *,
-        head: Callable[[Tensor, Tensor], Any] | None = None,
+        head: Callable[..., Any] | None = None,
     ) -> Any:
         """`(logits_BTV in fp32, hidden_BTD, past_key_values)`, or `head(hidden_BTD, output_VD)` when a head is given.
+
+        A model with experts calls `head(hidden_BTD, output_VD, routing=Routing)`.
 
         `attention_mask_BT` is 0 (or false) on positions that are padding, those in the cache included. With `use_cache`
         the returned `past_key_values` continue from here; a StaticCache given as `past_key_values` is itself extended.
@@ -88,20 +104,25 @@ class Transformer(nn.Module):
         cache: Any = past_key_values
         if not isinstance(cache, StaticCache) and (use_cache or cache):
             cache = GrowingCache(cache, len(self.layers))
-        hidden_BTD = self._hidden(input_ids_BT, cache, attention_mask_BT)
+        hidden_BTD, routings = self._hidden(input_ids_BT, cache, attention_mask_BT)
         if head is not None:
-            return head(hidden_BTD, self.output.weight)
+            routing = {"routing": over_layers(routings)} if routings else {}
+            return head(hidden_BTD, self.output.weight, **routing)
         logits_BTV = self.output(hidden_BTD).float()
         past = cache.key_values() if isinstance(cache, GrowingCache) else cache
         return logits_BTV, hidden_BTD, past if use_cache else None
 
-    def _hidden(self, input_ids_BT: Tensor, cache: Any, real_BS: Tensor | None) -> Tensor:
-        """What the output layer reads, (B, T, D)."""
+    def _hidden(self, input_ids_BT: Tensor, cache: Any, real_BS: Tensor | None) -> tuple[Tensor, list[Routing]]:
+        """What the output layer reads, (B, T, D), and what the routers did in each layer with experts."""
         n_new, n_past = input_ids_BT.shape[1], cache.length if cache is not None else 0
         first: Any = self.layers[0]
         angles = first.attention.pos_embed.angles(n_past, n_past + n_new, input_ids_BT.device)
         mask = None if real_BS is None else causal_mask(n_new, n_past + n_new, real_BS, input_ids_BT.device)
         x_BTD = self.post_embed_norm(self.tok_embeddings(input_ids_BT))
+        routings = []
         for number, block in enumerate(self.layers):
             x_BTD = block(x_BTD, angles, mask, cache.layers[number] if cache is not None else None)
-        return self.norm(x_BTD)
+            if isinstance(x_BTD, tuple):
+                x_BTD, routing = x_BTD
+                routings.append(routing)
+        return self.norm(x_BTD), routings

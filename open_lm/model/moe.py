@@ -1,0 +1,139 @@
+"""Mixture of experts: each token goes through the few feed-forward layers that a router picks for it.
+
+Shapes: N tokens, D model width, F hidden width of an expert, E experts, K experts of one token, C tokens an expert
+takes, A = N K assignments of a token to an expert.
+(Switch Transformer, arXiv:2101.03961; dropless as in MegaBlocks, arXiv:2211.15841.)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from open_lm.model.config import ModelConfig
+from open_lm.model.feed_forward import gated_width
+from open_lm.model.init import scaled_normal_
+
+
+class Routing(NamedTuple):
+    """What the routers of a forward pass did: over one layer, or over all layers that have experts."""
+
+    balance_loss: Tensor
+    """1 when all experts get the same share, more when not; a mean over layers, with gradients."""
+    n_dropped: Tensor
+    """Assignments that found their expert full; a sum over layers."""
+    load: Tensor
+    """The share of all assignments that each expert was chosen for: (E,), or (layers, E)."""
+
+
+def over_layers(routings: list[Routing]) -> Routing:
+    """The routing of a whole model."""
+    losses, dropped, loads = zip(*routings, strict=True)
+    return Routing(torch.stack(losses).mean(), torch.stack(dropped).sum(), torch.stack(loads))
+
+
+class Experts(nn.Module):
+    """The feed-forward layers of all experts, as two stacks of matrices; gated where `ffn_type` is, without biases."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.dim, self.layer, self.n_experts = config.hidden_dim, layer, config.moe_num_experts or 1
+        self.gated = config.ffn_type != "gelu"
+        self.activation = F.silu if config.ffn_type.startswith("swiglu") else F.gelu
+        self.width = config.ffn_dim or (gated_width(self.dim) if self.gated else 4 * self.dim)
+        self.w12 = nn.Parameter(torch.empty(self.n_experts, self.width * (2 if self.gated else 1), self.dim))
+        self.w3 = nn.Parameter(torch.empty(self.n_experts, self.dim, self.width))
+
+    def reset_parameters(self) -> None:
+        """As in the feed-forward layers: w12 1/sqrt(D); w3 1/sqrt(F) / sqrt(2 (layer + 1))."""
+        scaled_normal_(self.w12, self.dim**-0.5)
+        scaled_normal_(self.w3, self.width**-0.5 / math.sqrt(2 * (self.layer + 1)))
+
+    def of_equal_loads(self, x_ECD: Tensor) -> Tensor:
+        """Each expert applied to its C rows, as batched products."""
+        return torch.bmm(self._activated(torch.bmm(x_ECD, self.w12.mT)), self.w3.mT)
+
+    def of_any_loads(self, x_AD: Tensor, counts_E: Tensor) -> Tensor:
+        """Each expert applied to its rows of `x_AD`, which hold those of expert 0 first, `counts_E` of each."""
+        ends_E = counts_E.cumsum(0)
+        hidden_AF = self._activated(grouped_product(x_AD, self.w12, ends_E))
+        return grouped_product(hidden_AF, self.w3, ends_E)
+
+    def _activated(self, hidden: Tensor) -> Tensor:
+        if not self.gated:
+            return self.activation(hidden)
+        gate, value = hidden.chunk(2, dim=-1)
+        return self.activation(gate) * value
+
+
+class MixtureOfExperts(nn.Module):
+    """Token-choice routing: every token takes its `moe_top_k` likeliest experts, weighted by their probabilities.
+
+    In training an expert takes `moe_capacity_factor` times its even share and drops what comes later (0: it takes all);
+    in eval mode nothing is dropped, so that a token's result does not depend on what else is in the batch.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.dim, self.n_experts, self.top_k = config.hidden_dim, config.moe_num_experts or 1, config.moe_top_k
+        self.capacity_factor = config.moe_capacity_factor
+        self.router = nn.Linear(self.dim, self.n_experts, bias=False)
+        self.experts = Experts(config, layer)
+
+    def reset_parameters(self) -> None:
+        """router: 1/sqrt(D)."""
+        scaled_normal_(self.router.weight, self.dim**-0.5)
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
+        x_ND = x_BTD.flatten(0, -2)
+        probs_NE = self.router(x_ND).float().softmax(-1)
+        weights_NK, experts_NK = probs_NE.topk(self.top_k, dim=-1)
+        # First choices of all tokens come before second ones, so that those are the last to be dropped.
+        experts_A, weights_A = experts_NK.t().flatten(), weights_NK.t().flatten()
+        counts_E = F.one_hot(experts_A, self.n_experts).sum(0)
+        tokens_A = torch.arange(len(x_ND), device=x_ND.device).repeat(self.top_k)
+        order_A = experts_A.argsort(stable=True)
+        tokens_A, weights_A = tokens_A[order_A], weights_A[order_A]
+        if self.training and self.capacity_factor > 0:
+            mixed_AD, n_dropped = self._limited(x_ND[tokens_A], experts_A[order_A], counts_E)
+        else:
+            mixed_AD = self.experts.of_any_loads(x_ND[tokens_A], counts_E)
+            n_dropped = counts_E.new_zeros(())
+        out_ND = torch.zeros_like(x_ND, dtype=mixed_AD.dtype)
+        out_ND = out_ND.index_add(0, tokens_A, mixed_AD * weights_A[:, None].to(mixed_AD.dtype))
+        load_E = counts_E / len(tokens_A)
+        balance_loss = self.n_experts * (load_E * probs_NE.mean(0)).sum()
+        return out_ND.view_as(x_BTD), Routing(balance_loss, n_dropped, load_E)
+
+    def _limited(self, x_AD: Tensor, experts_A: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
+        """What the experts make of the first `capacity` rows each; zeros for the rest, which are counted."""
+        capacity = math.ceil(self.capacity_factor * len(x_AD) / self.n_experts)
+        starts_E = counts_E.cumsum(0) - counts_E
+        rank_A = torch.arange(len(x_AD), device=x_AD.device) - starts_E[experts_A]
+        fits_A = rank_A < capacity
+        slot_A = experts_A * capacity + rank_A.clamp(max=capacity - 1)
+        x_AD = x_AD * fits_A[:, None]
+        slots_SD = x_AD.new_zeros(self.n_experts * capacity, self.dim).index_add(0, slot_A, x_AD)
+        mixed_SD = self.experts.of_equal_loads(slots_SD.view(self.n_experts, capacity, self.dim)).flatten(0, 1)
+        return mixed_SD[slot_A] * fits_A[:, None], (~fits_A).sum()
+
+
+def grouped_product(x_AD: Tensor, weights_EFD: Tensor, ends_E: Tensor) -> Tensor:
+    """Rows `ends[e-1]` to `ends[e]` of `x` times matrix `e` transposed: one kernel on GPUs that can, else a loop."""
+    kind = x_AD.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        x_AD, weights_EFD = x_AD.to(dtype), weights_EFD.to(dtype)
+    if has_grouped_kernel(x_AD):
+        return F.grouped_mm(x_AD, weights_EFD.mT, offs=ends_E.to(torch.int32))
+    sizes = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
+    return torch.cat([x @ weight.t() for x, weight in zip(x_AD.split(sizes), weights_EFD, strict=True)])
+
+
+def has_grouped_kernel(x: Tensor) -> bool:
+    """Whether torch's grouped product runs for `x`: bf16 on GPUs of compute capability 9 and newer."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] >= 9

@@ -18,7 +18,6 @@ BEGAN=$SECONDS
 ensure_environment requirements.txt
 PYTHON=${PYTHON#"$PWD"/}
 TORCHRUN=$(dirname "$PYTHON")/torchrun
-export TOKENIZERS_PARALLELISM=true
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 
@@ -104,7 +103,7 @@ train() {
         env OMP_NUM_THREADS=$THREADS "$TORCHRUN" --standalone --nproc-per-node "$RANKS" -m -- open_lm.main \
         --model "$DIR/model.json" \
         --dataset-manifest "$DIR/shards/train/manifest.jsonl" --multiple-data-passes \
-        --val-data "$DIR/shards/held-out/00000000.tar" --val-names held-out \
+        --val-data "$DIR/shards/held-out/00000000.tar" --val-names text \
         --val-num-samples $((128 * SEQ_LEN)) --val-every-steps $((STEPS / 8)) \
         --global-batch-size "$BATCH" --train-tokens $((HALF * $2)) --num-checkpoints "$2" \
         --lr "$LR" --warmup $((STEPS / 16)) --wd 0.1 --grad-clip-norm 1 \

@@ -12,6 +12,7 @@ ENGINES = Registry(
     "engine",
     {
         "native": "open_lm.evaluate.icl.runner:NativeRunner",
+        "llm-foundry": "open_lm.evaluate.foundry.runner:FoundryRunner",
     },
 )
 

@@ -86,7 +86,7 @@ def _evaluate_one(
     """Run what is not kept for one checkpoint; after each task the files hold it."""
     runner = ENGINES.load(config.engine)(
         subject, suite, world, _max_seq_len(config, suite, subject), _precision(config, suite, world),
-        config.batch_tokens,
+        batch_tokens=config.batch_tokens,
     )  # fmt: skip
     done = {(record.key, record.identity): _same(record, kept, subject) for run in kept for record in run.records}
     total = sum(runner.n_questions(key) for key in runner.keys)
@@ -143,6 +143,6 @@ def _show(results: Results, folder: str) -> None:
         print(terminal_table(run.records))
         for name, value in run.averages.items():
             print(f"{name}: {value:.4f}")
-        if truncated := sum(record.truncated for record in run.records):
+        if truncated := sum(record.truncated or 0 for record in run.records):
             print(f"{truncated} prompts were longer than the context and lost their start.")
     print(f"\nwritten: {storage.join(folder, 'results.json')}, results.csv, results.md", flush=True)

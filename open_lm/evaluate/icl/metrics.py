@@ -17,7 +17,7 @@ N_BUCKETS = 10
 
 @dataclass(frozen=True)
 class Metric:
-    """A number, its standard error (of a mean over questions; None where it is no such mean), and how many questions."""
+    """A number, its standard error (None where it is no mean over questions), and how many questions."""
 
     value: float
     stderr: float | None

@@ -32,7 +32,7 @@ class Record:
     stderr: float | None
     chance: float | None
     questions: int
-    truncated: int
+    truncated: int | None  # prompts that lost their start; None: the engine does not say
     seconds: float
     data_sha256: str
     identity: str  # of what was asked: the task's settings, its data, the precision, the engine

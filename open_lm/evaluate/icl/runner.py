@@ -1,77 +1,92 @@
-"""How the native engine serves the evaluation command: tasks by key, records out."""
+"""How the native engine serves the evaluation command: jobs by key, records out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from open_lm.distributed import World
-from open_lm.evaluate.icl.engine import IclEngine, Job, JobResult
+from open_lm.evaluate.icl.engine import IclEngine
+from open_lm.evaluate.icl.jobs import Job, JobBook
+from open_lm.evaluate.icl.metrics import Metric
 from open_lm.evaluate.icl.records import Record, identity_of
 from open_lm.evaluate.icl.subject import Subject
 from open_lm.evaluate.icl.suite import Suite
 
+Progress = Callable[[int], None]
 
-class NativeRunner:
-    """The jobs of a suite for one checkpoint, in order."""
 
-    def __init__(
-        self, subject: Subject, suite: Suite, world: World, max_seq_len: int, precision: str, batch_tokens: int | None
-    ):
-        self.engine = IclEngine(
-            subject.model,
-            subject.tokenizer,
-            max_seq_len=max_seq_len,
-            world=world,
-            precision=precision,
-            batch_tokens=batch_tokens,
-            subset_batches=suite.subset_batches,
-            batch_size=suite.batch_size,
-        )
-        self._fixed = (subject.tokenizer.fingerprint, max_seq_len, precision, suite.subset_batches, suite.batch_size)
-        self._jobs = {job.key: job for job in self.engine.jobs(suite.tasks)}
+class Runner:
+    """The jobs of a suite for one checkpoint, in order; each engine says how one is scored."""
+
+    engine_name = ""
+
+    def __init__(self, subject: Subject, suite: Suite, world: World, max_seq_len: int, precision: str):
+        self.subject, self.suite, self.world = subject, suite, world
+        self.max_seq_len, self.precision = max_seq_len, precision
+        self.book = JobBook(suite.tasks, subset_batches=suite.subset_batches, batch_size=suite.batch_size)
+        self.jobs = {job.key: job for job in self.book.jobs}
 
     @property
     def keys(self) -> list[str]:
         """What there is to run."""
-        return list(self._jobs)
+        return list(self.jobs)
 
     def n_questions(self, key: str) -> int:
         """How many questions job `key` asks."""
-        return self.engine.n_questions(self._jobs[key])
+        return self.book.n_questions(self.jobs[key])
 
     def identity(self, key: str) -> str:
-        """What decides the scores of job `key` beside the weights."""
-        return job_identity("native", self._jobs[key], self.engine.data_sha256(self._jobs[key]), self._fixed)
+        """A short text that two askings share only when engine, task, data and settings are the same."""
+        job, suite = self.jobs[key], self.suite
+        task = {name: value for name, value in vars(job.task).items() if name not in ("data_path", "num_fewshot")}
+        settings = (self.max_seq_len, self.precision, suite.subset_batches, suite.batch_size)
+        data = self.book.file(job.task).sha256
+        fingerprint = self.subject.tokenizer.fingerprint
+        return identity_of(self.engine_name, task, job.n_shots, job.category, data, fingerprint, settings)
 
-    def run(self, key: str, progress: Callable[[int], None]) -> list[Record]:
+    def run(self, key: str, progress: Progress) -> list[Record]:
         """Score job `key`; every rank must call this and gets the same records."""
-        return records_of(self.engine.run(self._jobs[key], progress), self.identity(key))
+        raise NotImplementedError
+
+    def records(
+        self, job: Job, metrics: Mapping[str, Metric], *, truncated: int | None, seconds: float
+    ) -> list[Record]:
+        """One record for each metric of a job."""
+        shared: dict[str, Any] = {
+            "key": job.key,
+            "label": job.task.label,
+            "shots": job.n_shots,
+            "category": job.category,
+            "chance": job.task.random_baseline,
+            "truncated": truncated,
+            "seconds": round(seconds, 3),
+            "data_sha256": self.book.file(job.task).sha256,
+            "identity": self.identity(job.key),
+        }
+        return [
+            Record(metric=name, value=m.value, stderr=m.stderr, questions=m.n_questions, **shared)
+            for name, m in metrics.items()
+        ]
 
 
-def job_identity(engine: str, job: Job, data_sha256: str, fixed: tuple) -> str:
-    """A short text that two askings share only when engine, task, data and settings are the same."""
-    task = {name: value for name, value in vars(job.task).items() if name not in ("data_path", "num_fewshot")}
-    return identity_of(engine, task, job.n_shots, job.category, data_sha256, fixed)
+class NativeRunner(Runner):
+    """Jobs scored by the native engine."""
 
+    engine_name = "native"
 
-def records_of(result: JobResult, identity: str) -> list[Record]:
-    """One record for each metric of a job."""
-    job = result.job
-    return [
-        Record(
-            key=job.key,
-            label=job.task.label,
-            shots=job.n_shots,
-            category=job.category,
-            metric=name,
-            value=metric.value,
-            stderr=metric.stderr,
-            chance=job.task.random_baseline,
-            questions=metric.n_questions,
-            truncated=result.n_truncated,
-            seconds=round(result.seconds, 3),
-            data_sha256=result.data.sha256,
-            identity=identity,
+    def __init__(self, *args: Any, batch_tokens: int | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.engine = IclEngine(
+            self.subject.model,
+            self.subject.tokenizer,
+            max_seq_len=self.max_seq_len,
+            world=self.world,
+            precision=self.precision,
+            batch_tokens=batch_tokens,
         )
-        for name, metric in result.metrics.items()
-    ]
+
+    def run(self, key: str, progress: Progress) -> list[Record]:
+        """Score job `key`."""
+        result = self.engine.run(self.jobs[key], self.book, progress)
+        return self.records(result.job, result.metrics, truncated=result.n_truncated, seconds=result.seconds)

@@ -1,5 +1,6 @@
 """Text to shards on one machine: tokenize, pack, shuffle; every document and token is accounted for."""
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -29,6 +30,12 @@ class Make2048:
     tokenizer: str = flag(
         "EleutherAI/gpt-neox-20b",
         "Hub id, local Hugging Face folder, or tokenizer.json file. It names the end of text.",
+    )
+    tmp_dir: str | None = flag(
+        None, "Local folder for unfinished work when the output is a url. None: the current folder."
+    )
+    upload_to_s3: bool = flag(
+        False, "Write to $S3_BASE/<name of --output-dir> instead; unfinished work stays beside --output-dir."
     )
     seqlen: int = flag(2048, "Tokens a model sees at once. A sample is one longer, since targets are shifted by one.")
     shard_size: int = flag(8192, "Samples in a shard; the last one may hold fewer.")
@@ -65,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     flags = read_group(parser.parse_args(argv), Make2048)
 
     from open_lm.data import ledger as books
-    from open_lm.data.build import build_data_set, destination
+    from open_lm.data.build import build_data_set
     from open_lm.data.encoding import choose_encoder
     from open_lm.data.text_input import sample_texts
 
@@ -79,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     started = time.monotonic()
     ledger = build_data_set(
         job,
-        destination(flags.output_dir),
+        where_to(flags),
         tokenizer.to_json(),
         n_workers=n_workers(flags),
         encoder=encoder,
@@ -119,10 +126,27 @@ def make_job(flags: Make2048) -> tuple[Any, Any]:
     return job, tokenizer
 
 
+def where_to(flags: Make2048) -> Any:
+    """The destination the flags name.
+
+    Raises:
+        ConfigError: --upload-to-s3 without the environment variable S3_BASE.
+    """
+    from open_lm.data.build import Destination, destination
+
+    if not flags.upload_to_s3:
+        return destination(flags.output_dir, flags.tmp_dir)
+    base = os.environ.get("S3_BASE", "")
+    if not storage.is_remote(base):
+        raise ConfigError(
+            f"--upload-to-s3: S3_BASE is {base!r}. Set it to the prefix to write below, as s3://bucket/data."
+        )
+    local = destination(flags.output_dir)
+    return Destination(storage.join(base, os.path.basename(local.folder)), local.workplace)
+
+
 def n_workers(flags: Make2048) -> int:
     """One process a core, unless the flag says otherwise."""
-    import os
-
     return flags.num_workers or len(os.sched_getaffinity(0))
 
 

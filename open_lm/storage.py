@@ -2,14 +2,28 @@
 
 import contextlib
 import glob as local_glob
+import io
+import logging
 import os
+import random
+import re
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
 from open_lm.errors import StorageError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_RANGE_BYTES = 8 << 20
+_TRIES = 8
+_FIRST_PAUSE_SECONDS = 0.2
+_LONGEST_PAUSE_SECONDS = 20.0
 
 
 def is_remote(url: str) -> bool:
@@ -40,17 +54,24 @@ def shown(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
+def redacted(message: str) -> str:
+    """`message` without what may be secret in it: queries and users of urls, keys, tokens."""
+    without_queries = re.sub(r"(\w+://)(?:[^/\s@]+@)?([^\s?'\"]*)\?[^\s'\")]*", r"\1\2", message)
+    without_users = re.sub(r"(\w+://)[^/\s@]+@", r"\1", without_queries)
+    return re.sub(r"\b(?:AKIA|ASIA)[A-Z0-9]{12,}|\bhf_\w{8,}|(?<=token=)\S+", "***", without_users)
+
+
 def open_read(url: str) -> IO[bytes]:
-    """Open `url` for reading bytes.
+    """Open `url` for reading bytes. A remote file is read in ranges; a failed one is asked for again where it broke.
 
     Raises:
-        StorageError: it is missing, is a folder, or cannot be reached.
+        StorageError: it is missing, is a folder, cannot be reached, or changes while it is read.
     """
+    if is_remote(url):
+        return io.BufferedReader(_RemoteFile(url), _RANGE_BYTES)
     try:
-        if is_remote(url):
-            return _filesystem(url).open(url, "rb")
         return open(local_path(url), "rb")
-    except (OSError, ValueError, ImportError) as error:
+    except OSError as error:
         raise _storage_error("read", url, error) from error
 
 
@@ -62,12 +83,12 @@ def read_bytes(url: str) -> bytes:
 
 def read_range(url: str, start: int, stop: int) -> bytes:
     """Bytes `start` to `stop` of `url`; fewer only where the file ends."""
+    if is_remote(url):
+        return _patiently("read", url, lambda: _filesystem(url).cat_file(url, start=start, end=stop))
     try:
-        if is_remote(url):
-            return _filesystem(url).cat_file(url, start=start, end=stop)
         with open(local_path(url), "rb", buffering=0) as file:
             return os.pread(file.fileno(), stop - start, start)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise _storage_error("read", url, error) from error
 
 
@@ -81,13 +102,17 @@ def read_text(url: str) -> str:
 
 def exists(url: str) -> bool:
     """Whether there is a file or folder at `url`."""
-    return _filesystem(url).exists(url) if is_remote(url) else local_path(url).exists()
+    if is_remote(url):
+        return bool(_patiently("look for", url, lambda: _filesystem(url).exists(url)))
+    return local_path(url).exists()
 
 
 def size_bytes(url: str) -> int:
     """How many bytes the file at `url` holds."""
+    if is_remote(url):
+        return int(_patiently("read", url, lambda: _filesystem(url).size(url)))
     try:
-        return int(_filesystem(url).size(url)) if is_remote(url) else local_path(url).stat().st_size
+        return local_path(url).stat().st_size
     except OSError as error:
         raise _storage_error("read", url, error) from error
 
@@ -95,11 +120,12 @@ def size_bytes(url: str) -> int:
 def glob(pattern: str) -> list[str]:
     """The files that match `pattern` (`**` crosses folders), sorted; one without wildcards is itself, if it exists."""
     if is_remote(pattern):
-        filesystem, scheme = _filesystem(pattern), pattern.split("://")[0]
-        return sorted(f"{scheme}://{path}" if "://" not in path else path for path in filesystem.glob(pattern))
-    found = local_glob.glob(str(local_path(pattern)), recursive=True)
+        scheme = pattern.split("://")[0]
+        found = _patiently("list", pattern, lambda: _filesystem(pattern).glob(pattern))
+        return sorted(f"{scheme}://{path}" if "://" not in path else path for path in found)
+    matches = local_glob.glob(str(local_path(pattern)), recursive=True)
     literal = [str(local_path(pattern))] if local_path(pattern).exists() else []
-    return sorted(set(found) or set(literal))
+    return sorted(set(matches) or set(literal))
 
 
 @contextlib.contextmanager
@@ -149,8 +175,12 @@ def write_text(url: str, content: str) -> None:
 
 def remove(url: str) -> None:
     """Delete the file at `url`; a missing one is fine."""
+    if is_remote(url):
+        with contextlib.suppress(FileNotFoundError):
+            _patiently("remove", url, lambda: _filesystem(url).rm(url), missing_is_error=False)
+        return
     with contextlib.suppress(FileNotFoundError):
-        _filesystem(url).rm(url) if is_remote(url) else local_path(url).unlink()
+        local_path(url).unlink()
 
 
 def free_bytes(folder: str) -> int | None:
@@ -194,29 +224,121 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _filesystem(url: str) -> Any:
+    """fsspec's filesystem for the scheme of `url`; endpoints and credentials come from the environment."""
     import fsspec
 
+    scheme = url.split("://")[0]
     try:
-        return fsspec.filesystem(url.split("://")[0])
-    except (ImportError, ValueError) as error:
+        return fsspec.filesystem(scheme, **({"use_listings_cache": False} if scheme in ("s3", "s3a") else {}))
+    except ImportError as error:
+        package = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp"}
+        hint = package.get(scheme.removesuffix("s") if scheme == "https" else scheme, f"the fsspec driver of {scheme}")
+        raise StorageError(f"{shown(url)}: {scheme}:// needs a package (pip install {hint}).") from error
+    except ValueError as error:
         raise _storage_error("open", url, error) from error
+
+
+def _patiently(action: str, url: str, attempt: Callable[[], T], *, missing_is_error: bool = True) -> T:
+    """What `attempt` returns, tried again with growing, random pauses while the trouble may pass.
+
+    Raises:
+        StorageError: it is missing or forbidden, or the tries are used up.
+    """
+    for tries in range(1, _TRIES + 1):
+        try:
+            return attempt()
+        except FileNotFoundError as error:
+            if not missing_is_error:
+                raise
+            raise StorageError(f"cannot {action} {shown(url)}: there is no such file.") from error
+        except StorageError:
+            raise
+        except Exception as error:  # every driver has its own kinds
+            if tries == _TRIES or not _may_pass(error):
+                raise _storage_error(action, url, error, tries) from error
+            pause = random.uniform(0.5, 1) * min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2 ** (tries - 1))
+            log.warning("%s %s: %s; try %d in %.1f s", action, shown(url), _reason(error), tries + 1, pause)
+            time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether trying again may help: not for what is forbidden, misused or not there."""
+    status = getattr(error, "status", None) or getattr(error, "response", None)
+    if isinstance(status, dict):
+        status = status.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    if isinstance(status, int) and 400 <= status < 500:
+        return status in (408, 409, 425, 429)
+    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError"):
+        return False
+    return not isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError | TypeError | ValueError)
+
+
+class _RemoteFile(io.RawIOBase):
+    """A remote file as a stream of ranges. It is the same file to its end: its size and tag are compared."""
+
+    def __init__(self, url: str):
+        super().__init__()
+        self._url, self._position = url, 0
+        self._size, self._tag = self._identity()
+
+    def _identity(self) -> tuple[int, str | None]:
+        info = _patiently("read", self._url, lambda: _filesystem(self._url).info(self._url))
+        if info.get("type") == "directory" or info.get("size") is None:
+            raise StorageError(f"cannot read {shown(self._url)}: is a folder, or its size is not known.")
+        return int(info["size"]), info.get("ETag")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence])
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self._position + len(buffer), self._size)
+        if self._position >= stop:
+            return 0
+        content = _patiently("read", self._url, lambda: self._range(self._position, stop))
+        if stop == self._size and self._tag is not None and self._identity() != (self._size, self._tag):
+            raise StorageError(f"{shown(self._url)}: has changed while it was read. Start again.")
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
+
+    def _range(self, start: int, stop: int) -> bytes:
+        content = _filesystem(self._url).cat_file(self._url, start=start, end=stop)
+        if len(content) != stop - start:
+            raise OSError(f"got {len(content)} of {stop - start} bytes from byte {start}")
+        return content
 
 
 @contextlib.contextmanager
 def _remote_atomic(url: str) -> Iterator[IO[bytes]]:
-    """One upload: the object is made when the file closes; an error before that discards what was sent."""
-    filesystem = _filesystem(url)
-    with tempfile.TemporaryFile() as buffer:
+    """One upload when the block ends: the object is made when all of it has arrived, or not at all."""
+    with tempfile.NamedTemporaryFile() as buffer:
         yield buffer
-        buffer.seek(0)
-        try:
-            with filesystem.open(url, "wb") as target:
-                while block := buffer.read(8 << 20):
-                    target.write(block)
-        except OSError as error:
-            raise _storage_error("write", url, error) from error
+        buffer.flush()
+        size = buffer.tell()
+
+        def upload() -> None:
+            _filesystem(url).put_file(buffer.name, url)
+            if (found := _filesystem(url).size(url)) != size:
+                raise OSError(f"{found} of {size} bytes arrived")
+
+        _patiently("write", url, upload)
 
 
-def _storage_error(action: str, url: str, error: Exception) -> StorageError:
-    reason = getattr(error, "strerror", None) or str(error)
-    return StorageError(f"cannot {action} {shown(url)}: {reason}.")
+def _reason(error: Exception) -> str:
+    return redacted(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+
+
+def _storage_error(action: str, url: str, error: Exception, tries: int = 1) -> StorageError:
+    after = f" (tried {tries} times)" if tries > 1 else ""
+    return StorageError(f"cannot {action} {shown(url)}: {_reason(error)}{after}.")

@@ -46,8 +46,9 @@ class Batch:
             yield Batch(inputs, targets)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on `device`, copied without waiting where its memory is pinned."""
-        return Batch(self.inputs_BT.to(device, non_blocking=True), self.targets_BT.to(device, non_blocking=True))
+        """The batch on `device`; the copy to a GPU goes through pinned memory, so that nothing waits for it."""
+        batch = self.pin_memory() if torch.device(device).type == "cuda" and self.device.type == "cpu" else self
+        return Batch(batch.inputs_BT.to(device, non_blocking=True), batch.targets_BT.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory; torch's DataLoader calls this."""

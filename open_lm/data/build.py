@@ -54,7 +54,7 @@ def destination(folder: str, tmp_dir: str | None = None) -> Destination:
     """The workplace of `folder`: beside it, so that a rename publishes it; or in `tmp_dir`."""
     if storage.is_remote(folder):
         name = folder.split("://")[1].strip("/").replace("/", "_") + _UNFINISHED
-        return Destination(folder, os.path.join(tmp_dir or os.path.join(os.getcwd()), name))
+        return Destination(folder, os.path.join(tmp_dir or os.getcwd(), name))
     folder = str(storage.local_path(folder).absolute())
     return Destination(folder, folder + _UNFINISHED)
 

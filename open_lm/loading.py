@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from open_lm import storage
 from open_lm.checkpoint.find import latest
+from open_lm.checkpoint.hub import download, is_hub
+from open_lm.checkpoint.transformers_folder import from_transformers
 from open_lm.checkpoint.weights import clean_state_dict, load_file
 from open_lm.errors import CheckpointError, ConfigError
 from open_lm.model.config import ModelConfig, ModelFlags, resolve
@@ -19,19 +22,44 @@ from open_lm.model.transformer import Transformer
 def load_model(
     path: str | PathLike[str], *, model: str | None = None, device: str = "cpu", dtype: Any = None, **architecture: Any
 ) -> Transformer:
-    """The model stored at `path` (an epoch_K.pt or a run folder), in eval mode.
+    """The model stored at `path`, in eval mode.
 
-    `model` (a registered name or a JSON file) and `architecture` (`model_norm="rms_norm"`) say what it is where the
-    file does not. `dtype` is that of the weights ("bfloat16" or a torch.dtype); None keeps the file's.
+    `path` is an epoch_K.pt, a run folder, a folder of transformers (Llama, OLMo, GPT-NeoX or one that OpenLM exported),
+    or hf://owner/name[@revision]. `model` (a registered name or a JSON file) and `architecture`
+    (`model_norm="rms_norm"`) say what it is where the file does not. `dtype` is that of the weights ("bfloat16" or a
+    torch.dtype); None keeps the file's.
 
     Raises:
         CheckpointError: the file is missing or damaged, holds no weights of this architecture, or none is known.
         ConfigError: no such `model`.
+        StorageError: it cannot be downloaded.
     """
-    file = weights_file(fspath(path))
+    dtype = torch_dtype(dtype)
+    source = str(download(fspath(path))) if is_hub(fspath(path)) else fspath(path)
+    if is_transformers_folder(source):
+        config, weights = from_transformers(Path(source))
+        require_same(
+            config, resolve(ModelFlags(model=model, **architecture)).to_dict() if model else architecture, source
+        )
+        return build(config, weights, source, device, dtype).eval()
+    file = weights_file(source)
     content = load_file(file)
     config = architecture_of(content, file, model, architecture)
-    return build(config, clean_state_dict(content), file, device, torch_dtype(dtype)).eval()
+    return build(config, clean_state_dict(content), file, device, dtype).eval()
+
+
+def stored_facts(path: str | PathLike[str]) -> dict[str, Any]:
+    """All that the checkpoint at `path` says beside its weights: step, tokens, config, metrics; {} if nothing."""
+    source = str(download(fspath(path))) if is_hub(fspath(path)) else fspath(path)
+    if is_transformers_folder(source):
+        return {}
+    content = load_file(weights_file(source))
+    return {name: value for name, value in content.items() if name != "state_dict"} if "state_dict" in content else {}
+
+
+def is_transformers_folder(path: str) -> bool:
+    """Whether `path` is a local folder with a config.json."""
+    return not storage.is_remote(path) and (storage.local_path(path) / "config.json").is_file()
 
 
 def weights_file(path: str) -> str:
@@ -45,9 +73,16 @@ def weights_file(path: str) -> str:
     if storage.is_remote(path) or storage.local_path(path).is_file():
         return path
     found = latest(path)
+    if found is None and len(only := raw_weights(path)) == 1:
+        return only[0]
     if found is None:
         raise CheckpointError(f"{path}: no complete checkpoint in this folder. Give an epoch_K.pt or a run's folder.")
     return found
+
+
+def raw_weights(folder: str) -> list[str]:
+    """The files of weights right in a folder that is no run: as repositories on the Hub hold them."""
+    return [str(p) for kind in ("*.pt", "*.safetensors") for p in sorted(storage.local_path(folder).glob(kind))]
 
 
 def architecture_of(content: dict[str, Any], path: str, model: str | None, architecture: dict[str, Any]) -> ModelConfig:

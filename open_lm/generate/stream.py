@@ -18,7 +18,7 @@ class Decodes(Protocol):
 
 
 class Stream:
-    """One text being written; pass `watch` to `generate`, which ends the text at the first of `stops` that is complete."""
+    """One text being written; pass `watch` to `generate`: it ends the text when one of `stops` is complete."""
 
     def __init__(self, tokenizer: Decodes, stops: Sequence[str] = (), show: Callable[[str], None] | None = None):
         self._tokenizer, self._stops, self._show = tokenizer, stops, show

@@ -1,0 +1,86 @@
+"""How a folder of transformers is read: its config.json and weights become ours, without running any code of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from open_lm.checkpoint.families import from_native
+from open_lm.checkpoint.weights import clean_state_dict, load_file
+from open_lm.errors import CheckpointError
+from open_lm.model.config import ModelConfig
+
+
+def from_transformers(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Our config and weights of the model in `folder`.
+
+    Raises:
+        CheckpointError: the folder is damaged, or the model has something that our architectures do not; named.
+    """
+    values = _read_json(folder / "config.json")
+    weights: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        weights |= clean_state_dict(load_file(str(file)))
+    try:
+        if values.get("model_type") == "open_lm":
+            return _own_config(values), weights
+        return from_native(values, weights)
+    except KeyError as error:
+        raise CheckpointError(f"{folder}: {error} is missing in its config or weights. Download it again.") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
+def _own_config(values: Mapping[str, Any]) -> ModelConfig:
+    known = {f.name for f in fields(ModelConfig)}
+    ours = {name: value for name, value in values.items() if name in known}
+    if ours.get("attn_activation"):
+        ours["attn_name"] = "custom_attn"
+    return ModelConfig(**ours, ffn_dim=values["ffn_width"], weight_tying=bool(values.get("tie_word_embeddings")))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights in a folder: safetensors if there are any, else .pt or .bin, whole or in shards.
+
+    Raises:
+        CheckpointError: there are none, several that are no shards of one, or an index names a file elsewhere.
+    """
+    for pattern in ("*.safetensors", "*.pt", "*.bin"):
+        found = sorted(path for path in folder.glob(pattern) if path.name != "training_args.bin")
+        indexes = sorted(folder.glob(f"{pattern}.index.json"))
+        if indexes:
+            return _shards(indexes[0])
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found)
+            raise CheckpointError(f"{folder}: several files of weights ({names}). Name one of them.")
+        if found:
+            return found
+    raise CheckpointError(f"{folder}: no weights (.safetensors, .pt or .bin) in it.")
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(_read_json(index)["weight_map"].values()))
+    except (KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index}: no index of weights ({error!r}). Download it again.") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{index}: names {name!r}, a file outside its folder. Refused.")
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index}: {name} is missing. Download the folder again.")
+    return [index.parent / name for name in names]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}). Download it again.") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: holds a {type(values).__name__}, not keys and values. Download it again.")
+    return values

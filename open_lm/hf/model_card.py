@@ -1,0 +1,61 @@
+"""What does the page of an exported model say? The facts its checkpoint holds, and how to load it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from open_lm import text
+
+
+def model_card(title: str, facts: dict[str, Any], model: Any, class_name: str, difference: float) -> str:
+    """The README.md of an exported model, with the metadata block that the Hub reads."""
+    config = model.config
+    n_parameters = sum({p.data_ptr(): p.numel() for p in model.parameters()}.values())
+    own_code = ", trust_remote_code=True" if class_name == "OpenLMForCausalLM" else ""
+    rows = [
+        ("parameters", text.count(n_parameters)),
+        ("layers × width, heads", f"{config.n_layers} × {config.hidden_dim}, {config.n_heads}"),
+        ("context", f"{config.seq_len} tokens"),
+        ("norm, feed-forward, positions",
+         f"{config.model_norm}, {config.ffn_type}, {config.positional_embedding_type}"),
+        *training_facts(facts),
+    ]  # fmt: skip
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [open_lm]
+---
+# {title}
+
+A language model trained with OpenLM.
+
+| | |
+|---|---|
+{table}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER"{own_code})
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+
+Loaded as `{class_name}`; its logits differ from OpenLM's own by at most {difference:.2g} (fp32).
+"""
+
+
+def training_facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the checkpoint knows of its training, as rows of the table; those it does not know are left out."""
+    flags = (facts.get("config") or {}).get("flags") or {}
+    data = flags.get("dataset_manifest") or flags.get("train_data")
+    rows = [
+        ("run", facts.get("name")),
+        ("steps", facts.get("step")),
+        ("tokens seen", text.count(facts["tokens"]) if facts.get("tokens") else None),
+        ("data", ", ".join(data) if isinstance(data, list) else data),
+        ("peak learning rate", flags.get("lr")),
+        *((f"held-out loss ({', '.join(map(str, m.get('val_data') or []))})", f"{m['loss']:.4f}")
+          for m in facts.get("evaluation_metrics") or [] if isinstance(m, dict) and "loss" in m),
+    ]  # fmt: skip
+    return [(name, str(value)) for name, value in rows if value not in (None, "", [])]

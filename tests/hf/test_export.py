@@ -1,0 +1,157 @@
+"""Exported folders load in plain transformers, in a process that cannot import open_lm, and write the same text."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import BASE, CONFIGS, make_model, save_checkpoint
+
+import open_lm
+from open_lm.errors import CheckpointError, ConfigError
+from open_lm.generate import generate
+from open_lm.hf.export import ExportConfig, export, main
+
+ROOT = Path(__file__).resolve().parents[2]
+IDS = torch.randint(2, BASE["vocab_size"], (2, 30), generator=torch.Generator().manual_seed(5))
+PROMPTS = [IDS[0, :4].tolist(), IDS[1, :9].tolist()]
+
+OUTSIDE = """
+import json, sys, torch
+try:
+    import open_lm
+except ImportError:
+    pass
+else:
+    raise SystemExit("open_lm can be imported")
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+found = {}
+for name, folder in json.loads(sys.argv[1]).items():
+    own = name.startswith("own")
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=own).eval()
+    reference = torch.load(folder + ".reference.pt")
+    with torch.inference_mode():
+        logits = model(reference["ids"]).logits
+    width = max(map(len, reference["prompts"]))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in reference["prompts"]])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in reference["prompts"]])
+    text = lambda **how: model.generate(
+        ids, attention_mask=mask, max_new_tokens=10, do_sample=False, pad_token_id=0, **how)[:, width:].tolist()
+    found[name] = {
+        "class": type(model).__name__, "off": (logits - reference["logits"]).abs().max().item(),
+        "greedy": text(), "beams": text(num_beams=3), "uncached": text(use_cache=False),
+    }
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Every tiny model, exported: `{name: folder}`, beside each what OpenLM computes."""
+    folder = tmp_path_factory.mktemp("exported")
+    folders = {}
+    for name in CONFIGS:
+        model = make_model(name)
+        path = save_checkpoint(model, folder / f"{name}.pt")
+        export(ExportConfig(checkpoint=path, out=str(folder / name)))
+        with torch.inference_mode():
+            reference = {"logits": model(IDS)[0], "ids": IDS, "prompts": PROMPTS}
+        torch.save(reference, folder / f"{name}.reference.pt")
+        folders[name] = str(folder / name)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def outside(exported, tmp_path_factory):
+    """What a process without open_lm finds in the folders."""
+    cache = str(tmp_path_factory.mktemp("hf_home"))
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", OUTSIDE, json.dumps(exported)], cwd=cache, capture_output=True, text=True,
+        env={**os.environ, "HF_HOME": cache, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_ours_in_the_class_that_fits(outside, name):
+    expected = {"llama": "LlamaForCausalLM", "olmo": "OlmoForCausalLM", "own": "OpenLMForCausalLM"}
+    assert outside[name]["class"] == expected[name.split("_")[0]]
+    assert outside[name]["off"] < 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "own_custom"])  # its L^-alpha counts padding
+def test_left_padded_batches_write_what_we_write(outside, name):
+    model = make_model(name)
+    assert outside[name]["greedy"] == generate(model, PROMPTS, temperature=0, max_gen_len=10)
+    assert outside[name]["greedy"] == outside[name]["uncached"]
+    assert outside[name]["beams"] == generate(model, PROMPTS, num_beams=3, max_gen_len=10)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_load_model_reads_its_own_export_back(exported, name):
+    with torch.inference_mode():
+        off = (open_lm.load_model(exported[name])(IDS)[0] - make_model(name)(IDS)[0]).abs().max()
+    assert off < 1e-5
+
+
+def test_the_command_writes_weights_tokenizer_and_card_and_prints_the_difference(tmp_path, tokenizer_file, capsys):
+    metrics = [{"loss": 3.25, "val_data": ["held_out"]}]
+    path = save_checkpoint(make_model("llama"), tmp_path / "e.pt", evaluation_metrics=metrics)
+    out = tmp_path / "out"
+    main(["--checkpoint", path, "--out", str(out), "--tokenizer", str(tokenizer_file), "--dtype", "bfloat16"])
+    assert "logits after reloading differ by at most" in capsys.readouterr().out
+    config, generation = (json.loads((out / f).read_text()) for f in ("config.json", "generation_config.json"))
+    assert (config["dtype"], config["eos_token_id"], generation["eos_token_id"]) == ("bfloat16", 0, 0)
+    card = (out / "README.md").read_text()
+    for fact in (
+        "| steps | 7 |",
+        "| tokens seen | 12k |",
+        "shards/a.tar",
+        "held-out loss (held_out) | 3.2500",
+        "0.003",
+    ):
+        assert fact in card
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer("a b").input_ids == [2, 28, 3]
+    assert tokenizer.decode([2, 28, 3]) == "a b"
+
+
+def test_a_model_that_reloads_differently_is_refused_and_nothing_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr("open_lm.hf.export.TOLERANCE", -1.0)
+    path = save_checkpoint(make_model("llama"), tmp_path / "e.pt")
+    with pytest.raises(CheckpointError, match="logits after reloading are off by"):
+        export(ExportConfig(checkpoint=path, out=str(tmp_path / "out")))
+    assert [p.name for p in tmp_path.iterdir()] == ["e.pt"]
+
+
+def test_a_wrong_permutation_would_be_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr("open_lm.checkpoint.families.pairs_to_halves", lambda weight, head_dim: weight)
+    path = save_checkpoint(make_model("llama_pairs_gqa"), tmp_path / "e.pt")
+    with pytest.raises(CheckpointError, match="logits after reloading are off by"):
+        export(ExportConfig(checkpoint=path, out=str(tmp_path / "out")))
+
+
+def test_bad_flags_are_named_before_anything_is_written(tmp_path, tokenizer_file):
+    path = save_checkpoint(make_model("llama"), tmp_path / "e.pt")
+    with pytest.raises(ConfigError, match=r"--out .* exists"):
+        main(["--checkpoint", path, "--out", str(tmp_path)])
+    with pytest.raises(ConfigError, match="--checkpoint is missing"):
+        main(["--out", "x"])
+    with pytest.raises(ConfigError, match="--push x: need owner/name"):
+        main(["--checkpoint", path, "--out", str(tmp_path / "x"), "--push", "x"])
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, tokenizer_file, monkeypatch):
+    monkeypatch.setitem(BASE, "vocab_size", 20)
+    path = save_checkpoint(make_model("llama"), tmp_path / "e.pt")
+    with pytest.raises(ConfigError, match="29 tokens, the model 20"):
+        main(["--checkpoint", path, "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer_file)])
+    assert not (tmp_path / "out").exists()

@@ -14,11 +14,12 @@ def create_model(config_or_args: Any) -> nn.Module:
 
     from open_lm.model.config import config_of
     from open_lm.model.init import init_weights
-    from open_lm.model.transformer import Transformer
+    from open_lm.model.variants import ARCHITECTURES
 
+    config = config_of(config_or_args)
     device = torch.get_default_device()
     with torch.device("meta"):  # torch's own layers would fill their weights a first time, for nothing
-        model = Transformer(config_of(config_or_args))
+        model = ARCHITECTURES.load(type(config).__name__)(config)
     if device.type != "meta":
         model.to_empty(device=device)
         init_weights(model)

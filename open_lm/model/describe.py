@@ -12,7 +12,8 @@ from torch import nn
 from open_lm import text
 from open_lm.flags import Parser, add_group, flag, read_group
 from open_lm.model import create_model
-from open_lm.model.config import ALIASES, ModelConfig, ModelFlags, model_names, resolve
+from open_lm.model.architecture import MambaConfig, ModelConfig
+from open_lm.model.config import ALIASES, ModelFlags, model_names, resolve
 from open_lm.model.moe import MixtureOfExperts
 
 TRAINING_BYTES_PER_PARAMETER = 16
@@ -43,22 +44,27 @@ class DescribeFlags:
     json: bool = flag(False, "Print one JSON object a line.")
 
 
-def model_size(config: ModelConfig) -> ModelSize:
+def model_size(config: ModelConfig | MambaConfig) -> ModelSize:
     """The size of an architecture, counted on a model without memory.
 
     FLOPs per token are those of training, forward and backward, as in PaLM (arXiv:2204.02311): 6 for every weight but
-    those of the token embedding, and 12 L H K T for L layers of H heads, K wide, over a context of T; halved, because
-    the attention is causal.
+    those of the token embedding, and what mixes positions. That is 12 L H K T for L layers of H heads, K wide, over a
+    context of T; halved, because the attention is causal. In a Mamba it is 18 L I N for I channels with N numbers of
+    state (6 products and sums forward, twice that backward).
     """
     with torch.device("meta"):
         model = create_model(config)
     n_parameters = sum(p.numel() for p in model.parameters())
     table = config.vocab_size * config.hidden_dim
-    n_tables = 1 if config.weight_tying else 2
+    if isinstance(config, MambaConfig):
+        tied, mixing = config.tie_embeddings, 18 * config.n_layer * config.inner_dim * config.d_state
+    else:
+        tied = config.weight_tying
+        mixing = 12 * config.n_layers * config.n_heads * config.head_dim * config.seq_len // 2
+    n_tables = 1 if tied else 2
     in_products = n_parameters - (n_tables - 1) * table - idle_parameters(model)
-    attention = 12 * config.n_layers * config.n_heads * config.head_dim * config.seq_len // 2
     return ModelSize(
-        n_parameters, n_tables * table, 6 * in_products + attention, TRAINING_BYTES_PER_PARAMETER * n_parameters
+        n_parameters, n_tables * table, 6 * in_products + mixing, TRAINING_BYTES_PER_PARAMETER * n_parameters
     )
 
 
@@ -84,7 +90,7 @@ def as_markdown(configs: dict[str, ModelConfig]) -> str:
         size = model_size(config)
         cells = [
             f"{name} ({', '.join(also[name])})" if also[name] else name,
-            *(config.hidden_dim, config.n_layers, config.n_heads, config.seq_len, config.vocab_size),
+            *(config.hidden_dim, config.n_layers, getattr(config, "n_heads", "–"), config.seq_len, config.vocab_size),
             *(f"{n:,}" for n in (size.parameters, size.embedding_parameters, size.non_embedding_parameters)),
             *(text.count(float(size.flops_per_token)), text.size(size.training_bytes)),
         ]

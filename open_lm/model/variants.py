@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from open_lm.registry import Registry
 
+ARCHITECTURES = Registry(
+    "architecture",
+    {
+        "ModelConfig": "open_lm.model.transformer:Transformer",
+        "MambaConfig": "open_lm.model.mamba:Mamba",
+    },
+)
 NORMS = Registry(
     "norm",
     {
@@ -38,6 +45,8 @@ ATTENTIONS = Registry(
     {
         "auto": "open_lm.model.attend:torch_attention",
         "torch_attn": "open_lm.model.attend:torch_attention",
+        "xformers_attn": "open_lm.model.attend_xformers:xformers_attention",
+        "xformers_attn_variable_length": "open_lm.model.attend_xformers:xformers_attention",
         "custom_attn": "open_lm.model.attend:custom_attention",
     },
 )

@@ -37,7 +37,12 @@ def test_registered_names_mean_what_openlm_means_by_them(row):
 
 
 def test_every_registered_name_is_in_the_table():
-    assert {*model_names(), *ALIASES} == {row[0] for row in ROWS}
+    mambas = {"mamba_130m": (768, 12), "mamba_1b": (2048, 36), "mamba_7b": (4096, 64)}
+    assert {*model_names(), *ALIASES} == {row[0] for row in ROWS} | set(mambas)
+    for name, sizes in mambas.items():
+        config = resolve(ModelFlags(model=name, qk_norm=True))
+        assert (config.d_model, config.n_layer, config.vocab_size, config.seq_len) == (*sizes, 50432, 2048)
+        assert ModelConfig.from_dict(config.to_dict()) == config
 
 
 def test_a_key_of_the_json_wins_over_the_flag():
@@ -85,6 +90,9 @@ def test_an_unknown_model_names_the_nearest(tmp_path):
         (json.dumps({**TINY, "norm_eps": 0}), "norm_eps: found 0"),
         (json.dumps({**TINY, "rotary_base": "1e4"}), "rotary_base: found '1e4'"),
         (json.dumps({**TINY, "attn_name": "custom_attn"}), "needs --attn-activation"),
+        (json.dumps({"d_model": 8, "n_layer": 1, "seq_len": 4}), "missing vocab_size"),
+        (json.dumps({"d_model": 8, "n_layer": 0, "seq_len": 4, "vocab_size": 9}), "n_layer: found 0"),
+        (json.dumps({**TINY, "d_model": 8}), "unknown key 'hidden_dim'"),
         (json.dumps({**TINY, "attn_activation": "relu"}), "needs --attn-name custom_attn"),
         (
             json.dumps({**TINY, "attn_name": "custom_attn", "attn_activation": "relu", "attn_seq_scalar": "max"}),

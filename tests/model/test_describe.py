@@ -28,6 +28,13 @@ def test_parameters_equal_a_count_by_hand(name):
     assert model_size(config).parameters == counted_by_hand(config)
 
 
+def test_a_mamba_has_the_parameters_of_its_modules():
+    config = resolve(ModelFlags(model="mamba_130m"))
+    inner, rank = 1536, 48
+    mixer = 768 * 2 * inner + inner * 5 + inner * (rank + 32) + rank * inner + inner + inner * 16 + inner + inner * 768
+    assert model_size(config).parameters == 12 * (mixer + 768) + 768 + 50432 * 768
+
+
 def test_llama_2_7b_has_the_parameters_its_authors_publish():
     assert model_size(resolve(ModelFlags(model="llama2_7b"))).parameters == 6_738_415_616
 

@@ -37,15 +37,13 @@ def load_model(
     dtype = torch_dtype(dtype)
     source = str(download(fspath(path))) if is_hub(fspath(path)) else fspath(path)
     if is_transformers_folder(source):
-        config, weights = from_transformers(Path(source))
-        require_same(
-            config, resolve(ModelFlags(model=model, **architecture)).to_dict() if model else architecture, source
-        )
-        return build(config, weights, source, device, dtype).eval()
-    file = weights_file(source)
-    content = load_file(file)
-    config = architecture_of(content, file, model, architecture)
-    return build(config, clean_state_dict(content), file, device, dtype).eval()
+        stored, weights = from_transformers(Path(source))
+    else:
+        source = weights_file(source)
+        content = load_file(source)
+        stored, weights = stored_config(content, source), clean_state_dict(content)
+    config = checked(stored, source, model, architecture)
+    return build(config, weights, source, device, dtype).eval()
 
 
 def stored_facts(path: str | PathLike[str]) -> dict[str, Any]:
@@ -85,22 +83,26 @@ def raw_weights(folder: str) -> list[str]:
     return [str(p) for kind in ("*.pt", "*.safetensors") for p in sorted(storage.local_path(folder).glob(kind))]
 
 
-def architecture_of(content: dict[str, Any], path: str, model: str | None, architecture: dict[str, Any]) -> ModelConfig:
+def stored_config(content: dict[str, Any], path: str) -> ModelConfig | None:
+    """The architecture that a checkpoint states, if it does."""
+    stored = (content.get("config") or {}).get("model")
+    return ModelConfig.from_dict(stored, path) if stored else None
+
+
+def checked(stored: ModelConfig | None, path: str, model: str | None, architecture: dict[str, Any]) -> ModelConfig:
     """The architecture that the file states, checked against what was asked for; without a statement what was asked.
 
     Raises:
         CheckpointError: none is known, or the two differ.
     """
-    stored = (content.get("config") or {}).get("model")
     asked = resolve(ModelFlags(model=model, **architecture)) if model else None
     if stored is None and asked is None:
         raise CheckpointError(f"{path} does not say which model it is of: give --model and its flags.")
     if stored is None:
         assert asked is not None
         return asked
-    config = ModelConfig.from_dict(stored, path)
-    require_same(config, asked.to_dict() if asked else architecture, path)
-    return config
+    require_same(stored, asked.to_dict() if asked else architecture, path)
+    return stored
 
 
 def require_same(config: ModelConfig, asked: dict[str, Any], path: str) -> None:

@@ -16,8 +16,8 @@ from open_lm.errors import CheckpointError
 from open_lm.model.config import ModelConfig
 
 
-def from_transformers(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Our config and weights of the model in `folder`.
+def from_transformers(folder: Path) -> tuple[ModelConfig | None, dict[str, Tensor]]:
+    """Our config and weights of the model in `folder`; None for a config.json that says nothing of an architecture.
 
     Raises:
         CheckpointError: the folder is damaged, or the model has something that our architectures do not; named.
@@ -27,8 +27,8 @@ def from_transformers(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     for file in weight_files(folder):
         weights |= clean_state_dict(load_file(str(file)))
     try:
-        if values.get("model_type") == "open_lm":
-            return _own_config(values), weights
+        if values.get("model_type", "open_lm") == "open_lm":
+            return own_config(values, f"{folder}/config.json"), weights
         return from_native(values, weights)
     except KeyError as error:
         raise CheckpointError(f"{folder}: {error} is missing in its config or weights. Download it again.") from error
@@ -36,12 +36,17 @@ def from_transformers(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         raise CheckpointError(f"{folder}: {error}") from error
 
 
-def _own_config(values: Mapping[str, Any]) -> ModelConfig:
+def own_config(values: Mapping[str, Any], origin: str) -> ModelConfig | None:
+    """The architecture in a config.json that we exported, or that has OpenLM's keys; None if it has not."""
     known = {f.name for f in fields(ModelConfig)}
     ours = {name: value for name, value in values.items() if name in known}
-    if ours.get("attn_activation"):
+    if "hidden_dim" not in ours:
+        return None
+    if values.get("attn_activation"):
         ours["attn_name"] = "custom_attn"
-    return ModelConfig(**ours, ffn_dim=values["ffn_width"], weight_tying=bool(values.get("tie_word_embeddings")))
+    if "ffn_width" in values:
+        ours |= {"ffn_dim": values["ffn_width"], "weight_tying": bool(values.get("tie_word_embeddings"))}
+    return ModelConfig.from_dict(ours, origin)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -55,6 +55,8 @@ def import_model(config: ImportConfig) -> float | None:
     local = Path(config.model).expanduser()
     folder = local if local.is_dir() else download(f"hf://{config.model.removeprefix('hf://')}")
     architecture, weights = from_transformers(folder)
+    if architecture is None:
+        raise CheckpointError(f"{config.model}: its config.json does not say which architecture it is.")
     model = build(architecture, weights, config.model, "cpu", None)
     difference = largest_difference(model, folder) if config.check else None
     write_checkpoint(model, config.model, config.out)

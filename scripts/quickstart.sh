@@ -61,7 +61,7 @@ mkdir -p "$DIR" || fail "$DIR cannot be made. Name another folder: bash scripts/
 
 say "What does this machine have?"
 PROBE="import os, torch; gpus = torch.cuda.device_count(); info = '/proc/cpuinfo'; \
-bf16 = torch.cuda.is_bf16_supported() if gpus else os.path.exists(info) and 'bf16' in open(info).read(); \
+bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if gpus else os.path.exists(info) and 'bf16' in open(info).read(); \
 print(gpus, os.cpu_count(), 'amp_bf16' if bf16 else 'amp' if gpus else 'fp32')"
 printf '$ %s\n' "$(typed "$PYTHON" -c "$PROBE")"
 read -r GPUS CORES PRECISION < <("$PYTHON" -c "$PROBE")

@@ -17,7 +17,7 @@ from open_lm.params import RunConfig
 from open_lm.precision import Precision
 from open_lm.train.config import ScheduleConfig
 from open_lm.train.horizon import Horizon, horizon
-from open_lm.train.optim import build_optimizer
+from open_lm.train.optim import build_optimizers
 from open_lm.train.parallel import wrap
 from open_lm.train.schedule import Schedule
 from open_lm.train.state import TrainState
@@ -119,7 +119,7 @@ def build_state(config: RunConfig, architecture: ModelConfig, world: World, step
     wrapped = wrap(model, world, parallel)
     return TrainState(
         model=wrapped,
-        optimizer=build_optimizer(wrapped, config.optimizer, config.schedule.lr),
+        optimizers=build_optimizers(wrapped, config.optimizer, config.schedule.lr),
         precision=precision,
         lr_at=build_schedule(config.schedule, steps),
         horizon=steps,

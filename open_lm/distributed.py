@@ -37,17 +37,19 @@ class World:
         return total
 
     def any(self, claim: bool) -> bool:
-        """Whether `claim` holds on at least one rank; every rank gets the same answer."""
+        """Whether `claim` holds on at least one rank; every rank gets the same answer. No rank waits for its GPU."""
         if self.size == 1:
             return claim
-        return bool(self.sum(torch.tensor(int(claim))).item())
+        claims = torch.tensor(int(claim))
+        dist.all_reduce(claims)
+        return bool(claims.item())
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value`, on every rank."""
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -76,6 +78,11 @@ def ranks_from_environment(env: Mapping[str, str] = os.environ) -> tuple[int, in
         if rank in env and size in env:
             return int(env[rank]), int(env[size]), int(env.get(local, 0))
     return 0, 1, 0
+
+
+def process_group_backend(name: str | None, device: torch.device) -> str:
+    """What carries tensors between ranks: gloo for those on CPUs always, `name` (None: nccl) for those on GPUs."""
+    return f"cpu:gloo,cuda:{name or 'nccl'}" if device.type == "cuda" else name or "gloo"
 
 
 def pick_device(name: str, local_rank: int, *, by_rank: bool = True) -> torch.device:
@@ -123,7 +130,7 @@ def start_world(
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
     dist.init_process_group(
-        backend or ("nccl" if world.device.type == "cuda" else "gloo"),
+        process_group_backend(backend, world.device),
         init_method=init_method,
         rank=rank,
         world_size=size,

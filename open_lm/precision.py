@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,17 +42,20 @@ class Precision:
         """Accumulate the gradients of `loss`, scaled where fp16 needs it."""
         (self.scaler.scale(loss) if self.scaler else loss).backward()
 
-    def step(self, model: nn.Module, optimizer: Optimizer, clip: Callable[[nn.Module], Tensor]) -> Tensor:
-        """Clip, take the optimizer step and clear the gradients; returns the gradient norm before clipping."""
-        if self.scaler is None:
-            norm = clip(model)
-            optimizer.step()
-        else:
-            self.scaler.unscale_(optimizer)
-            norm = clip(model)
-            self.scaler.step(optimizer)
+    def step(self, model: nn.Module, optimizers: Sequence[Optimizer], clip: Callable[[nn.Module], Tensor]) -> Tensor:
+        """Clip, take the optimizers' steps and clear the gradients; returns the gradient norm before clipping."""
+        if self.scaler is not None:
+            for optimizer in optimizers:
+                self.scaler.unscale_(optimizer)
+        norm = clip(model)
+        for optimizer in optimizers:
+            if self.scaler is not None:
+                self.scaler.step(optimizer)
+            else:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if self.scaler is not None:
             self.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
         return norm
 
     def state_dict(self) -> dict[str, Any]:

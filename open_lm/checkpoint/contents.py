@@ -18,6 +18,9 @@ from torch.optim import Optimizer
 from open_lm.checkpoint.weights import load_file
 from open_lm.errors import CheckpointError
 
+FREE_KEYS = {"seq_len", "attn_name"}
+"""Keys of an architecture that do not change what its weights mean."""
+
 
 def stored_config(path: str) -> dict[str, Any]:
     """What a checkpoint of ours knows of its run: `model` (the architecture) and `flags`.
@@ -32,24 +35,24 @@ def stored_config(path: str) -> dict[str, Any]:
 
 
 def require_same_architecture(stored: Mapping[str, Any], here: Mapping[str, Any], path: str) -> None:
-    """Refuse a checkpoint of another architecture: rotary and head_rotary, say, have the same weights by name and shape.
-
+    """Refuse a checkpoint of another architecture: rotary and head_rotary, say, have weights of the same names and shapes.
+    """Refuse a checkpoint of another architecture: rotary and head_rotary weights, say, have the same names and shapes.
     Raises:
         CheckpointError: naming each key that differs.
     """
-    differences = [
-        f"{key} {stored[key]!r} (here {here[key]!r})" for key in stored if key in here and stored[key] != here[key]
-    ]
+    shared = (set(stored) & set(here)) - FREE_KEYS
+    differences = [f"{key} {stored[key]!r} (here {here[key]!r})" for key in sorted(shared) if stored[key] != here[key]]
     if differences:
         raise CheckpointError(
-            f"{path} is of another model: {', '.join(differences)}. Leave out --model and its flags to take the checkpoint's."
+            f"{path} is of another model: {', '.join(differences)}. "
+            "Leave out --model and its flags to take the checkpoint's."
         )
 
 
-def gather(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+def gather(model: nn.Module, optimizers: list[Optimizer]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Weights and optimizer state on the CPU by parameter name, complete on rank 0; every rank must call this."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(model, options=options), get_optimizer_state_dict(model, optimizer, options=options)
+    return get_model_state_dict(model, options=options), get_optimizer_state_dict(model, optimizers, options=options)
 
 
 def load_weights(model: nn.Module, weights: dict[str, Any], origin: str, *, broadcast: bool) -> None:
@@ -67,10 +70,10 @@ def load_weights(model: nn.Module, weights: dict[str, Any], origin: str, *, broa
         ) from error
 
 
-def load_optimizer(model: nn.Module, optimizer: Optimizer, saved: dict[str, Any], *, broadcast: bool) -> None:
-    """Put the optimizer state `saved` (needed on rank 0 only, with `broadcast`) into `optimizer` on every rank."""
+def load_optimizers(model: nn.Module, optimizers: list[Optimizer], saved: dict[str, Any], *, broadcast: bool) -> None:
+    """Put the optimizer state `saved` (needed on rank 0 only, with `broadcast`) into `optimizers` on every rank."""
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast)
-    set_optimizer_state_dict(model, optimizer, saved, options=options)
+    set_optimizer_state_dict(model, optimizers, saved, options=options)
 
 
 def by_name(saved: dict[str, Any], model: nn.Module) -> dict[str, Any]:

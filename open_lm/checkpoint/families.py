@@ -37,7 +37,7 @@ def native_family(config: ModelConfig) -> str | None:
     gated = config.ffn_type in ("swiglu", "swiglu_torch")
     turned = config.positional_embedding_type in ("rotary", "llama_rotary")
     plain = not config.qk_norm and not config.post_embed_norm and config.attn_name != "custom_attn"
-    if not (gated and turned and plain and config.to_dict().get("moe_freq", 0) == 0):
+    if not (gated and turned and plain and config.moe_freq == 0):
         return None
     if config.model_norm == "rms_norm":
         return "llama"

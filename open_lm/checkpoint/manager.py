@@ -13,7 +13,7 @@ from open_lm import storage, text
 from open_lm.checkpoint import commit as commits
 from open_lm.checkpoint.commit import Commit
 from open_lm.checkpoint.config import CheckpointConfig
-from open_lm.checkpoint.contents import by_name, gather, load_optimizer, load_weights, require_same_architecture
+from open_lm.checkpoint.contents import by_name, gather, load_optimizers, load_weights, require_same_architecture
 from open_lm.checkpoint.find import latest
 from open_lm.checkpoint.weights import clean_state_dict, load_file
 from open_lm.distributed import World
@@ -28,7 +28,7 @@ class Saved(Protocol):
     """What of a training state the checkpoints read and set."""
 
     model: nn.Module
-    optimizer: Optimizer
+    optimizers: list[Optimizer]
     precision: Precision
     world: World
     step: int
@@ -59,7 +59,7 @@ class Checkpoints:
         Raises:
             StorageError: the last checkpoint of the run, or the third in a row, could not be written.
         """
-        weights, optimizer = gather(state.model, state.optimizer)
+        weights, optimizer = gather(state.model, state.optimizers)
         problem: str | None = None
         if state.world.is_master:
             try:
@@ -178,7 +178,7 @@ class Checkpoints:
         folder, name = storage.parent(path), path.rpartition("/")[2]
         companions = self._companions(folder, name) if reads else {}
         optimizer = by_name(companions["optimizer"]["optimizer"], state.model) if reads else {}
-        load_optimizer(state.model, state.optimizer, optimizer, broadcast=broadcast)
+        load_optimizers(state.model, state.optimizers, optimizer, broadcast=broadcast)
         rest = (companions["optimizer"].get("scaler", {}), companions["stats"]) if reads else None
         scaler, stats = state.world.broadcast(rest)
         state.precision.load_state_dict(scaler)

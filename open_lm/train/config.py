@@ -10,7 +10,15 @@ from open_lm.flags import flag
 from open_lm.registry import Registry
 from open_lm.train.schedule import SCHEDULES
 
-OPTIMIZERS = Registry("optimizer", {"adamw": "open_lm.train.optim:build_adamw"})
+OPTIMIZERS = Registry(
+    "optimizer",
+    {
+        "adamw": "open_lm.train.optim:build_adamw",
+        "muon": "open_lm.train.optim:build_muon",
+        "lion": "open_lm.train.optim:build_lion",
+        "adafactor": "open_lm.train.optim:build_adafactor",
+    },
+)
 MEANINGLESS = ("fsdp_backward_prefetch", "fsdp_limit_all_gathers", "fsdp_use_orig_params", "fsdp_checkpoint")
 PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "fp32")
 

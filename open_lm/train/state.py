@@ -16,11 +16,12 @@ from open_lm.train.tasks import Task
 
 @dataclass
 class TrainState:
-    """The weights, the optimizer and the step are saved; the rest is rebuilt from the flags."""
+    """The weights, the optimizers and the step are saved; the rest is rebuilt from the flags."""
 
     model: nn.Module
     """As the step calls it: wrapped for the ranks, compiled, or plain."""
-    optimizer: Optimizer
+    optimizers: list[Optimizer]
+    """Each over its own parameters; most rules need only one."""
     precision: Precision
     lr_at: Callable[[int], float]
     horizon: Horizon

@@ -36,7 +36,7 @@ def train_step(state: TrainState, batch: Batch, *, accum: int, clip: float | Non
 
     The loss is the mean over the unmasked targets of all ranks, so neither `accum` nor the world size changes it.
     """
-    lr = set_lr(state.optimizer, state.lr_at(state.step))
+    lr = set_lr(state.optimizers, state.lr_at(state.step))
     n_targets = state.world.sum(batch.n_targets).clamp(min=1)
     sums = torch.zeros(2, device=batch.device)
     for micro, is_last in with_last(batch.split(accum)):
@@ -47,7 +47,7 @@ def train_step(state: TrainState, batch: Batch, *, accum: int, clip: float | Non
                 state.precision.backward(losses.total / n_targets * state.world.size)
         sums += torch.stack((losses.cross_entropy, losses.squared_log_z)).detach()
     with timing("optim_step"):
-        grad_norm = state.precision.step(state.model, state.optimizer, lambda model: clip_grad_norm(model, clip))
+        grad_norm = state.precision.step(state.model, state.optimizers, lambda model: clip_grad_norm(model, clip))
     state.step += 1
     state.tokens += state.horizon.tokens_per_step
     loss, z_loss = sums / n_targets

@@ -10,19 +10,19 @@ from open_lm.model.config import ModelConfig
 from open_lm.precision import Precision
 from open_lm.train.config import OptimizerConfig
 from open_lm.train.horizon import Horizon
-from open_lm.train.optim import build_optimizer
+from open_lm.train.optim import build_optimizers
 from open_lm.train.state import TrainState
 from open_lm.train.tasks import NextToken
 
 CONFIG = ModelConfig(hidden_dim=16, n_layers=2, n_heads=2, seq_len=12, vocab_size=37, model_norm="gain_only_layer_norm")
 
 
-def make_state(precision="fp32", z_loss=0.0, dtype=torch.float32, world=None, wrap=lambda model: model):
+def make_state(precision="fp32", z_loss=0.0, dtype=torch.float32, world=None, optimizer="adamw"):
     torch.manual_seed(0)
-    model = wrap(create_model(CONFIG).to(dtype))
+    model = create_model(CONFIG).to(dtype)
     return TrainState(
         model=model,
-        optimizer=build_optimizer(model, OptimizerConfig(), lr=1e-2),
+        optimizers=build_optimizers(model, OptimizerConfig(optimizer=optimizer), lr=1e-2),
         precision=Precision(precision, "cpu"),
         lr_at=lambda step: 1e-2,
         horizon=Horizon((10,), tokens_per_step=8 * CONFIG.seq_len),

@@ -26,7 +26,7 @@ def step(state, batch, accum=1, clip=None):
 def gradients_of(state, batch, accum=1):
     """The gradients a step would use: taken where the step clips them."""
     kept = {}
-    state.optimizer.step = lambda: kept.update({n: p.grad.clone() for n, p in state.model.named_parameters()})
+    state.optimizers[0].step = lambda: kept.update({n: p.grad.clone() for n, p in state.model.named_parameters()})
     report = step(state, batch, accum)
     return report, kept
 
@@ -72,7 +72,7 @@ def test_clipping_scales_the_gradients_down_to_the_limit(tiny):
     make_state, make_batch, _ = tiny
     state = make_state()
     seen = []
-    state.optimizer.step = lambda: seen.extend(p.grad.clone() for p in state.model.parameters())
+    state.optimizers[0].step = lambda: seen.extend(p.grad.clone() for p in state.model.parameters())
     report = step(state, make_batch(), clip=0.1)
     assert report.grad_norm > 0.1
     assert torch.stack([g.norm() for g in seen]).norm().item() == pytest.approx(0.1, rel=1e-3)
@@ -106,15 +106,17 @@ def test_bf16_means_bf16_everywhere(tiny):
     state.model.layers[0].attention.in_proj.register_forward_hook(lambda m, i, o: seen.add(o.dtype))
     step(state, make_batch())
     assert seen == {torch.bfloat16}
-    assert {s["exp_avg"].dtype for s in state.optimizer.state.values()} == {torch.bfloat16}
+    assert {s["exp_avg"].dtype for s in state.optimizers[0].state.values()} == {torch.bfloat16}
 
 
 def test_weight_decay_acts_on_matrices_only(tiny):
     make_state, _, _ = tiny
     state = make_state()
     names = {id(p): n for n, p in state.model.named_parameters()}
-    decayed, kept = ({names[id(p)] for p in group["params"]} for group in state.optimizer.param_groups)
-    assert state.optimizer.param_groups[0]["weight_decay"] > 0 == state.optimizer.param_groups[1]["weight_decay"]
+    decayed, kept = ({names[id(p)] for p in group["params"]} for group in state.optimizers[0].param_groups)
+    assert (
+        state.optimizers[0].param_groups[0]["weight_decay"] > 0 == state.optimizers[0].param_groups[1]["weight_decay"]
+    )
     assert all("norm" in name or "embeddings" in name for name in kept)
     assert "output.weight" in decayed and "tok_embeddings.weight" in kept
     assert decayed | kept == set(names.values())
@@ -126,13 +128,13 @@ def test_one_adamw_step_equals_the_formula(tiny):
     state = make_state(dtype=torch.float64)
     before = {n: p.detach().clone() for n, p in state.model.named_parameters()}
     got = {}
-    original = state.optimizer.step
+    original = state.optimizers[0].step
 
     def spy():
         got.update({n: p.grad.clone() for n, p in state.model.named_parameters()})
         original()
 
-    state.optimizer.step = spy
+    state.optimizers[0].step = spy
     step(state, make_batch())
     for name, parameter in state.model.named_parameters():
         decay = 0.2 if decays(name, parameter) else 0.0

@@ -35,8 +35,8 @@ def stored_config(path: str) -> dict[str, Any]:
 
 
 def require_same_architecture(stored: Mapping[str, Any], here: Mapping[str, Any], path: str) -> None:
-    """Refuse a checkpoint of another architecture: rotary and head_rotary, say, have weights of the same names and shapes.
-    """Refuse a checkpoint of another architecture: rotary and head_rotary weights, say, have the same names and shapes.
+    """Refuse a checkpoint of another architecture: rotary and head_rotary weights, say, look the same.
+
     Raises:
         CheckpointError: naming each key that differs.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,7 @@ from open_lm.checkpoint.hub import download, is_hub
 from open_lm.checkpoint.transformers_folder import from_transformers
 from open_lm.checkpoint.weights import clean_state_dict, load_file
 from open_lm.errors import CheckpointError, ConfigError
+from open_lm.model import create_model
 from open_lm.model.config import ModelConfig, ModelFlags, resolve
 from open_lm.model.transformer import Transformer
 
@@ -22,7 +24,7 @@ from open_lm.model.transformer import Transformer
 def load_model(
     path: str | PathLike[str], *, model: str | None = None, device: str = "cpu", dtype: Any = None, **architecture: Any
 ) -> Transformer:
-    """The model stored at `path`, in eval mode.
+    """The model stored at `path`, in eval mode: a Transformer, or a Mamba, which is called alike.
 
     `path` is an epoch_K.pt, a run folder, a folder of transformers (Llama, OLMo, GPT-NeoX or one that OpenLM exported),
     or hf://owner/name[@revision]. `model` (a registered name or a JSON file) and `architecture`
@@ -112,7 +114,7 @@ def require_same(config: ModelConfig, asked: dict[str, Any], path: str) -> None:
         CheckpointError: naming each key that differs.
     """
     stored = config.to_dict()
-    free = () if config.attn_name == "custom_attn" else ("attn_name",)
+    free = () if stored.get("attn_name") == "custom_attn" else ("attn_name",)
     differences = [
         f"{key} {stored[key]!r} (asked {value!r})"
         for key, value in asked.items()
@@ -133,9 +135,8 @@ def build(
         CheckpointError: a weight is missing, left over, or has another shape.
     """
     with torch.device("meta"):
-        model = Transformer(config)
-    if config.weight_tying:
-        weights = with_both_names(weights)
+        model = cast("Transformer", create_model(config))
+    weights = under_every_name(model, weights)
     require_fit(model, weights, path)
     kept = {name: tensor.to(device, dtype, copy=True) for name, tensor in weights.items() if not is_constant(name)}
     model.load_state_dict(kept, assign=True, strict=False)
@@ -143,15 +144,19 @@ def build(
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             module.to_empty(device=device)
             cast("Any", module).reset_parameters()
-    if config.weight_tying:
-        model.tok_embeddings.weight = model.output.weight
     return model
 
 
-def with_both_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tied weights under both their names, however many of them the file has."""
-    tied = weights.get("output.weight", weights.get("tok_embeddings.weight"))
-    return weights if tied is None else {**weights, "output.weight": tied, "tok_embeddings.weight": tied}
+def under_every_name(model: Transformer, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, those that `model` ties under all their names, however many of them the file has."""
+    names_of = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of[id(parameter)].append(name)
+    tied: dict[str, Tensor] = {}
+    for names in names_of.values():
+        found = [weights[name] for name in names if name in weights]
+        tied |= dict.fromkeys(names, found[0]) if found else {}
+    return weights | tied
 
 
 def is_constant(name: str) -> bool:

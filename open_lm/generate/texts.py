@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ class Texts:
             self.cache.reorder(rows)
 
 
-def last_position(hidden_BTD: Tensor, weight_VD: Tensor) -> Tensor:
+def last_position(hidden_BTD: Tensor, weight_VD: Tensor, **_: Any) -> Tensor:
     """Logits of the last position alone, (B, V): those of the others are never computed."""
     return F.linear(hidden_BTD[:, -1], weight_VD).float()
 

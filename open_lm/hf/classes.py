@@ -24,7 +24,7 @@ def to_transformers(config: ModelConfig, weights: dict[str, Tensor]) -> Any:
     Raises:
         ConfigError: it has experts or state-space layers, which neither transformers nor the travelling file has.
     """
-    if not isinstance(config, ModelConfig) or config.to_dict().get("moe_freq"):
+    if not isinstance(config, ModelConfig) or config.moe_freq:
         raise ConfigError("only dense transformers can be exported; this model has experts or state-space layers.")
     from transformers import AutoConfig, AutoModelForCausalLM
 

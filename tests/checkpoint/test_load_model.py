@@ -107,6 +107,22 @@ def test_tied_weights_stay_tied_under_whichever_name_the_file_has(tmp_path, drop
     assert torch.equal(loaded.output.weight, next(w for n, w in weights.items() if w.shape == (19, 16)))
 
 
+@pytest.mark.parametrize("architecture", [
+    {"d_model": 16, "n_layer": 2, "vocab_size": 19, "seq_len": 12},
+    {**CONFIG.to_dict(), "moe_freq": 2, "moe_num_experts": 4},
+])  # fmt: skip
+def test_experts_and_state_space_models_load_and_write(tmp_path, architecture):
+    torch.manual_seed(0)
+    made = create_model(ModelConfig.from_dict(architecture)).eval()
+    torch.save({"state_dict": made.state_dict(), "config": {"model": made.config.to_dict()}}, tmp_path / "e.pt")
+    loaded = open_lm.load_model(tmp_path / "e.pt")
+    assert same(loaded, made)
+    prompts = [[1, 2, 3], [4, 5, 6]]
+    assert open_lm.generate(loaded, prompts, temperature=0, max_gen_len=5) == open_lm.generate(
+        loaded, prompts, temperature=0, max_gen_len=5, use_cache=False
+    )
+
+
 def test_a_file_without_rotary_frequencies_loads_with_fresh_ones(model, tmp_path):
     weights = {name: w for name, w in model.state_dict().items() if "inv_freq" not in name}
     torch.save({"state_dict": weights, "config": {"model": CONFIG.to_dict()}}, tmp_path / "e.pt")

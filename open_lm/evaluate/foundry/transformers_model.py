@@ -47,7 +47,7 @@ class WrappedModel(PreTrainedModel, GenerationMixin):
 def wrapped(model: nn.Module) -> WrappedModel:
     """`model` as transformers sees it."""
     ours: Any = model.config
-    config = WrappedConfig(
+    config = WrappedConfig(  # type: ignore[call-arg]
         vocab_size=ours.vocab_size,
         hidden_size=ours.hidden_dim,
         num_hidden_layers=ours.n_layers,

@@ -38,8 +38,8 @@ class ScoringBatch:
 
     @property
     def n_questions(self) -> int:
-        """Over how many questions this batch reaches."""
-        return len({question for item in self.items for question, _ in item.names})
+        """How many questions begin in this batch; over all batches each counts once."""
+        return sum(choice == 0 for item in self.items for _, choice in item.names)
 
 
 def scored_items(questions: Sequence[Question], *, share_contexts: bool) -> list[Scored]:

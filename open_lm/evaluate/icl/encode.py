@@ -29,6 +29,10 @@ class PromptEncoder:
         """The ids of each text with what the tokenizer puts around it."""
         return [encoding.ids for encoding in self._backend.encode_batch(list(texts), add_special_tokens=True)]
 
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens left out."""
+        return self._backend.decode(list(ids), skip_special_tokens=True)
+
     def preambles(self, texts: Sequence[str]) -> list[list[int]]:
         """As `with_special`, without an end-of-text token at the end: the question follows."""
         distinct = list(dict.fromkeys(texts))

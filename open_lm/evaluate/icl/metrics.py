@@ -10,7 +10,7 @@ import numpy as np
 
 from open_lm.evaluate.icl.encode import Question
 from open_lm.evaluate.icl.scoring import Score
-from open_lm.evaluate.icl.task import EXACT_MATCH, LM_ACCURACY, LM_CALIBRATION, MC_ACCURACY, MC_CALIBRATION
+from open_lm.evaluate.icl.task import LM_ACCURACY, LM_CALIBRATION, MC_ACCURACY, MC_CALIBRATION
 
 N_BUCKETS = 10
 
@@ -86,5 +86,3 @@ _MEASURES = {
     LM_CALIBRATION: _lm_calibration,
     MC_CALIBRATION: _mc_calibration,
 }
-
-GENERATION_METRICS = (EXACT_MATCH,)

@@ -50,6 +50,8 @@ def _row(line: str, task: Task, where: str) -> dict[str, Any]:
     _CHECKS[task.icl_task_type](row, task, where)
     if task.has_categories:
         _text(row, "category", where)
+    if task.icl_task_type == "generation_task_with_answers":
+        row["aliases"] = list(dict.fromkeys([row["answer"], *(row.get("aliases") or [])]))
     if task.strip_dataset:
         row = {key: value.strip() if isinstance(value, str) else value for key, value in row.items()}
     return row

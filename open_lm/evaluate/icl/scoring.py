@@ -35,7 +35,7 @@ class Scorer:
     def __init__(self, model: nn.Module, device: torch.device, precision: Precision):
         self.model, self.device, self.precision = model, device, precision
         plain: Any = getattr(model, "module", model)
-        self._n_layers = plain.config.n_layers
+        self.n_layers = plain.config.n_layers
         self.shares_contexts = hasattr(plain, "new_cache")
 
     @torch.inference_mode()
@@ -65,8 +65,8 @@ class Scorer:
         ids_BT = self._ids([item.context for item in batch.items])
         n_continuations = [len(item.continuations) for item in batch.items]
         continuations = [continuation for item in batch.items for continuation in item.continuations]
-        cache = ContextCache(self._n_layers) if batch.n_forwards == 2 else None
-        logits_BV = self._after_context(ids_BT, cache)
+        cache = ContextCache(self.n_layers) if batch.n_forwards == 2 else None
+        logits_BV = self.after(ids_BT, cache)
         row_of_R = torch.repeat_interleave(torch.tensor(n_continuations)).to(self.device)
         first_R4 = _token_stats(logits_BV[row_of_R], self._ids([c[0] for c in continuations]))
         if cache is None:
@@ -78,7 +78,7 @@ class Scorer:
         rest_N4 = self._token_scores(self._padded([c[:-1] for c in continuations]), cache, rows, places, targets_N)
         return _interleaved(first_R4, rest_N4, [len(tokens) for tokens in rest])
 
-    def _after_context(self, ids_BT: Tensor, cache: ContextCache | None) -> Tensor:
+    def after(self, ids_BT: Tensor, cache: ContextCache | None) -> Tensor:
         """Logits after the last position, (B, V); `cache` keeps all of them."""
         return self.model(ids_BT, past_key_values=cache, head=lambda h_BTD, w_VD: F.linear(h_BTD[:, -1], w_VD).float())
 

@@ -1,0 +1,127 @@
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from icl_setup import tiny_model
+
+from open_lm.evaluate.icl.batching import plan_batches
+from open_lm.evaluate.icl.encode import Choice, Question
+from open_lm.evaluate.icl.metrics import measure
+from open_lm.evaluate.icl.scoring import Score, Scorer
+from open_lm.evaluate.icl.task import LM_ACCURACY, LM_CALIBRATION, MC_ACCURACY, MC_CALIBRATION
+from open_lm.precision import Precision
+
+ids = st.lists(st.integers(0, 399), min_size=1, max_size=9).map(tuple)
+questions = st.builds(
+    lambda context, continuations: Question(tuple(Choice(context, c) for c in continuations), 0, False),
+    ids,
+    st.lists(ids, min_size=1, max_size=4),
+)
+
+
+def reference(model, context, continuation):
+    """One sequence alone, all its logits, in fp64 from the logits on."""
+    with torch.no_grad():
+        logits = model(torch.tensor([[*context, *continuation]]))[0][0].double()
+    log_p = logits.log_softmax(-1)[len(context) - 1 : -1]
+    target = torch.tensor(continuation)
+    chosen = log_p[torch.arange(len(target)), target]
+    return Score(
+        float(-chosen.mean()), bool((log_p.argmax(-1) == target).all()), float(chosen.exp().mean()),
+        float(log_p.max(-1).values.exp().min()),
+    )  # fmt: skip
+
+
+def scores_of(model, asked, budget, share=True):
+    scorer = Scorer(model, torch.device("cpu"), Precision("fp32", "cpu"))
+    batches = plan_batches(asked, budget, share_contexts=share)
+    found = [scorer.score(batch) for batch in batches]
+    assert sum(len(part) for part in found) == sum(len(question.choices) for question in asked)
+    return {name: score for part in found for name, score in part.items()}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(questions, min_size=1, max_size=6), st.sampled_from([1, 40, 4096]), st.booleans())
+def test_every_continuation_scores_as_it_does_alone(model, asked, budget, share):
+    scores = scores_of(model, asked, budget, share)
+    for number, question in enumerate(asked):
+        for index, choice in enumerate(question.choices):
+            expected = reference(model, choice.context, choice.continuation)
+            assert scores[number, index] == pytest.approx(expected, rel=2e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "head_rotary", "none"])
+def test_a_shared_context_works_for_every_kind_of_position(positions):
+    model = tiny_model(positional_embedding_type=positions, qk_norm=True, model_norm="gain_only_layer_norm")
+    choices = tuple(Choice((5, 6, 7), continuation) for continuation in ((8,), (9, 10, 11)))
+    scores = scores_of(model, [Question(choices, 0, False)], 4096)
+    for index, choice in enumerate(choices):
+        assert scores[0, index] == pytest.approx(reference(model, choice.context, choice.continuation), rel=2e-4)
+
+
+def test_a_context_runs_once_and_single_tokens_need_no_second_pass():
+    asked = [Question(tuple(Choice((1, 2, n), (c,)) for c in range(4)), 0, False) for n in range(3)]
+    (batch,) = plan_batches(asked, 4096)
+    assert (batch.n_forwards, len(batch.items), batch.n_questions) == (1, 3, 3)
+
+
+@given(st.lists(questions, max_size=20), st.integers(1, 200))
+def test_batches_hold_every_choice_once_within_their_budget(asked, budget):
+    batches = plan_batches(asked, budget)
+    names = [name for batch in batches for item in batch.items for name in item.names]
+    assert sorted(names) == sorted((n, c) for n, q in enumerate(asked) for c in range(len(q.choices)))
+    for batch in batches:
+        if len(batch.items) > 1:
+            widths = [len(i.context) + max(map(len, i.continuations)) for i in batch.items]
+            rows = sum(len(i.continuations) for i in batch.items)
+            assert rows * max(widths) <= budget
+
+
+def measured(name, golds, *per_question):
+    asked = [Question(tuple(Choice((1,), (1,)) for _ in scores), gold, False) for gold, scores in zip(golds, per_question, strict=True)]  # fmt: skip
+    flat = {(n, c): Score(*score) for n, scores in enumerate(per_question) for c, score in enumerate(scores)}
+    return measure([name], asked, flat)[name]
+
+
+def test_accuracies_by_hand():
+    # least cross-entropy wins; of equals the first; so right, wrong, right
+    found = measured(MC_ACCURACY, [1, 1, 0], [(2, 0, 0, 0), (1, 0, 0, 0)], [(1, 0, 0, 0), (1, 0, 0, 0)], [(3, 0, 0, 0), (3.5, 0, 0, 0)])  # fmt: skip
+    assert found.value == pytest.approx(2 / 3)
+    assert found.stderr == pytest.approx(math.sqrt(2 / 9 / 2))
+    found = measured(LM_ACCURACY, [0, 0], [(1, True, 0, 0)], [(1, False, 0, 0)])
+    assert (found.value, found.n_questions) == (0.5, 2)
+
+
+def test_calibration_errors_by_hand():
+    # confidences 0.62 (right) and 0.68 (wrong) share the bucket around 0.65; 1.0 (right) falls in the last, around 0.95
+    found = measured(LM_CALIBRATION, [0, 0, 0], [(1, True, 0, 0.62)], [(1, False, 0, 0.68)], [(1, True, 0, 1.0)])
+    assert found.value == pytest.approx(2 / 3 * abs(0.5 - 0.65) + 1 / 3 * abs(1 - 0.95))
+    # 0.3 of 0.4 together is a confidence of 0.75, and right
+    found = measured(MC_CALIBRATION, [0], [(1, False, 0.3, 0), (1, False, 0.1, 0)])
+    assert found.value == pytest.approx(0.25)
+
+
+def test_overflowing_perplexities_are_equal_and_the_first_wins():
+    assert measured(MC_ACCURACY, [0], [(200, 0, 0, 0), (100, 0, 0, 0)]).value == 1.0
+
+
+def test_equal_logits_count_only_for_the_first_token():
+    from open_lm.evaluate.icl.scoring import _token_stats
+
+    logits = torch.tensor([[0.0, 2.0, 2.0], [0.0, 2.0, 2.0], [1.0, 0.0, 0.0]])
+    stats = _token_stats(logits, torch.tensor([1, 2, 1]))
+    assert stats[:, 1].tolist() == [1.0, 0.0, 0.0]
+    assert stats[:, 3].tolist() == pytest.approx([math.e**2 / (1 + 2 * math.e**2)] * 2 + [math.e / (2 + math.e)])
+
+
+def test_forwards_are_counted_alike_for_ranks_that_idle(model):
+    calls = itertools.count()
+    handle = model.norm.register_forward_hook(lambda *_: next(calls))
+    try:
+        Scorer(model, torch.device("cpu"), Precision("fp32", "cpu")).idle(3)
+    finally:
+        handle.remove()
+    assert next(calls) == 3

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh: makes .venv in the clone and installs what is asked for, once.
 #
 #   ensure_environment requirements.txt [requirements-dev.txt ...]

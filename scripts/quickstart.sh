@@ -74,7 +74,7 @@ if [ "$GPUS" -gt 0 ]; then
     WIDTH=512 LAYERS=8 HEADS=8 RANKS=$GPUS BATCH=$((32 * GPUS)) STEPS=$((1200 / GPUS)) LR=2e-3
     THREADS=$((CORES > GPUS ? CORES / GPUS : 1))
 else
-    WIDTH=256 LAYERS=4 HEADS=4 BATCH=8 STEPS=480 LR=3e-3
+    WIDTH=256 LAYERS=4 HEADS=4 BATCH=8 STEPS=400 LR=3e-3
     RANKS=$((CORES > 1 ? 2 : 1)) # two processes outrun one with two threads, and mind busy cores less
     THREADS=$((CORES / RANKS))
 fi

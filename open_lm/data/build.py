@@ -22,13 +22,13 @@ from open_lm.data.preprocess import (
     TAILS,
     FileTask,
     Job,
-    SortedRuns,
     Workplace,
     join_tails,
     make_shard,
     shard_name,
     tokenize,
 )
+from open_lm.data.runs import SortedRuns
 from open_lm.data.text_input import is_packed
 from open_lm.data.workers import run_tasks
 from open_lm.errors import ConfigError, DataError

@@ -73,6 +73,14 @@ class DataConfig:
     skip_steps: tuple[str, ...] = flag(
         (), "Ranges `a-b` of batches, counted from 0, that are left out (after a loss spike); later ones move up."
     )
+    target_mask_left: int | None = flag(
+        None,
+        "Do not train on targets up to and including the first token with this id; sequences without it are whole.",
+    )
+    squash_mask_left: bool = flag(
+        False, "Take the --target-mask-left token out of the sequence; samples must then be one token longer."
+    )
+    target_mask_individual: int | None = flag(None, "Do not train on targets with this id, for example padding.")
     ignore_parse_errors: bool = flag(
         False, "Go on when a sequence cannot be read: its place is masked, said and counted. Without it, the run stops."
     )
@@ -80,6 +88,11 @@ class DataConfig:
         0.09, "Accepted for old scripts and ignored: no step is ever short of data here. See --ignore-parse-errors."
     )
     data_tolerate_num_ckpts: int = flag(0, "Accepted for old scripts and ignored, as --data-tolerate-error-p.")
+    data_cache: str | None = flag(
+        None,
+        "Local folder where remote shards are kept whole, fetched ahead of their use. None: read in pieces, not kept.",
+    )
+    data_cache_gb: float = flag(100.0, "Most the --data-cache holds, in GB; the longest unused shards go first.")
     val_data: tuple[str, ...] = flag(
         (), "Held-out shards, one or more sets, each as --train-data; every sequence is scored exactly once."
     )
@@ -113,6 +126,10 @@ class DataConfig:
         for key in self.val_data_key:
             if key not in ("auto", *SAMPLE_FORMATS):
                 raise ConfigError(f"--val-data-key {key}: choose one of auto, {', '.join(SAMPLE_FORMATS)}.")
+        if self.data_cache_gb <= 0:
+            raise ConfigError(f"--data-cache-gb {self.data_cache_gb}: must be above 0.")
+        if self.squash_mask_left and self.target_mask_left is None:
+            raise ConfigError("--squash-mask-left: needs --target-mask-left, the token to take out.")
         self.skipped_ranges()
 
     def skipped_ranges(self) -> list[tuple[int, int]]:

@@ -152,7 +152,7 @@ def run_settings(run: str) -> tuple[DataConfig, int, int]:
 
 def _step(flags: Inspect, step: int) -> Iterator[str]:
     """The samples of one step, in the order of the batch."""
-    from open_lm.data.loader import make_geometry, make_plan
+    from open_lm.data.geometry import make_geometry, make_plan
     from open_lm.data.shards import read_samples
     from open_lm.data.sources import Source, open_sources
 

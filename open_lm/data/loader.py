@@ -11,21 +11,12 @@ import numpy as np
 import torch
 
 from open_lm.data.batch import IGNORED, Batch
+from open_lm.data.cache import ShardCache
 from open_lm.data.config import DataConfig
+from open_lm.data.geometry import Geometry, make_geometry, make_plan
+from open_lm.data.masking import masked_batch
 from open_lm.data.pipeline import StepSource, run_pipeline
-from open_lm.data.plan import (
-    DEFAULT_LANES,
-    DEFAULT_WINDOW,
-    ORDER,
-    LaneStream,
-    Plan,
-    ResampledStream,
-    Stream,
-    choose_lanes,
-    key,
-    mix,
-    share_columns,
-)
+from open_lm.data.plan import ORDER, Plan, key, mix
 from open_lm.data.reader import SampleReader
 from open_lm.data.sources import Source, open_sources
 from open_lm.data.validation import validation_batches
@@ -35,43 +26,7 @@ __all__ = ["Loader", "build_loader", "validation_batches"]
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Geometry:
-    """Where batches begin in the stream, and which slice of each is this rank's."""
-
-    global_batch: int
-    rank: int
-    world_size: int
-    skipped: tuple[tuple[int, int], ...] = ()
-    first_step: int = 0
-    first_position: int = 0
-
-    def __post_init__(self) -> None:
-        if self.global_batch % self.world_size:
-            raise ConfigError(
-                f"--global-batch-size {self.global_batch} does not divide among {self.world_size} ranks. "
-                "Choose a multiple of the number of processes."
-            )
-
-    @property
-    def local_batch(self) -> int:
-        return self.global_batch // self.world_size
-
-    def consumed(self, step: int) -> int:
-        """Sequences of the stream that steps before `step` have used."""
-        return self.first_position + (step - self.first_step) * self.global_batch
-
-    def positions_of(self, step: int) -> np.ndarray:
-        """The places in the stream of this rank's samples of `step`."""
-        start = self.consumed(step) + self.rank * self.local_batch
-        return self.shifted(np.arange(start, start + self.local_batch))
-
-    def shifted(self, positions: np.ndarray) -> np.ndarray:
-        """`positions` with the skipped ranges [first, end) left out."""
-        for first, end in self.skipped:
-            positions = np.where(positions >= first, positions + end - first, positions)
-        return positions
+_READ_AHEAD_STEPS = 16
 
 
 class Loader:
@@ -102,7 +57,13 @@ class Loader:
         """
         self.require(stop_step)
         source = StepSource(self.geometry.positions_of, self.plan.reader_of, start_step, stop_step)
-        steps = run_pipeline(source, self._fill, n_workers=self._config.workers, batch=self.geometry.local_batch)
+        steps = run_pipeline(
+            source,
+            self._fill,
+            n_workers=self._config.workers,
+            batch=self.geometry.local_batch,
+            ahead=_READ_AHEAD_STEPS if self._config.data_cache else 0,
+        )
         for step, (tokens_BS, holes) in enumerate(steps, start_step):
             yield self._masked(tokens_BS, holes, step)
 
@@ -194,7 +155,13 @@ class Loader:
 
     def _masked(self, tokens_BS: torch.Tensor, holes: list[tuple[int, str]], step: int) -> Batch:
         """The batch; the rows of holes are masked, or end the run."""
-        batch = Batch.from_samples(tokens_BS)
+        config = self._config
+        batch = masked_batch(
+            tokens_BS,
+            left_of=config.target_mask_left,
+            individual=config.target_mask_individual,
+            squash=config.squash_mask_left,
+        )
         if not holes:
             return batch
         if not self._config.ignore_parse_errors:
@@ -236,6 +203,8 @@ def build_loader(
     """
     if config.data_tolerate_error_p != 0.09 or config.data_tolerate_num_ckpts:
         log.warning("--data-tolerate-*: ignored, every step gets its whole batch. See --ignore-parse-errors.")
+    if config.squash_mask_left:
+        seq_len += 1
     geometry = make_geometry(config, global_batch=global_batch, rank=rank, world_size=world_size)
     if config.dataset_type == "synthetic":
         random_ids = SyntheticSamples(vocab_size, seq_len, seed)
@@ -249,45 +218,20 @@ def build_loader(
         shares = ", ".join(f"{source.name} {share:.4f}" for source, share in zip(sources, plan.shares, strict=True))
         log.info("share of each source in every batch: %s", shares)
     n_sequences = None if config.dataset_resampled else plan.length([source.n_sequences for source in sources])
-    fill = PlannedSamples(plan, SampleReader([s.shards for s in sources], data_key=config.data_key,
-                                             vocab_size=vocab_size, seq_len=seq_len, seed=seed))  # fmt: skip
-    loader = Loader(plan, sources, fill, geometry, config=config, seed=seed, n_sequences=n_sequences)
+    reader = SampleReader(
+        [source.shards for source in sources],
+        data_key=config.data_key,
+        vocab_size=vocab_size,
+        seq_len=seq_len,
+        seed=seed,
+        cache=ShardCache(config.data_cache, config.data_cache_gb * 1e9) if config.data_cache else None,
+    )
+    loader = Loader(
+        plan, sources, PlannedSamples(plan, reader), geometry, config=config, seed=seed, n_sequences=n_sequences
+    )
     if n_steps is not None:
         loader.require(n_steps)
     return loader
-
-
-def make_geometry(config: DataConfig, *, global_batch: int, rank: int, world_size: int) -> Geometry:
-    """Where this rank's batches lie in the stream, with --skip-steps left out."""
-    skipped = tuple((first * global_batch, (last + 1) * global_batch) for first, last in config.skipped_ranges())
-    return Geometry(global_batch, rank, world_size, skipped)
-
-
-def make_plan(sources: list[Source], config: DataConfig, *, seed: int, global_batch: int) -> Plan:
-    """The order of the samples of `sources`."""
-    if len(sources) == 1:
-        return Plan((_stream(sources[0], config, seed=seed, salt=0, columns=global_batch),))
-    weights = config.train_data_mix_weights or tuple(source.n_sequences * source.factor for source in sources)
-    pattern = share_columns(weights, max(_row(global_batch), len(sources)))
-    columns = np.bincount(pattern).tolist()
-    streams = (_stream(source, config, seed=seed, salt=k, columns=columns[k]) for k, source in enumerate(sources))
-    return Plan(tuple(streams), pattern)
-
-
-def _row(columns: int) -> int:
-    """The smallest multiple of `columns` that makes a good number of lanes."""
-    return columns * -(-DEFAULT_LANES // columns)
-
-
-def _stream(source: Source, config: DataConfig, *, seed: int, salt: int, columns: int) -> Stream:
-    names, counts = [shard.name for shard in source.shards], [shard.n_sequences for shard in source.shards]
-    lanes, window = choose_lanes(source.n_sequences, columns)
-    kind: type[LaneStream | ResampledStream] = LaneStream
-    if config.dataset_resampled:
-        kind, lanes, window = ResampledStream, _row(columns), DEFAULT_WINDOW
-    lanes = config.shuffle_lanes or lanes
-    window = 1 if config.disable_buffer else config.shuffle_window or window
-    return kind(names, counts, seed=seed, salt=salt, lanes=lanes, window=window)
 
 
 @dataclass(frozen=True)
@@ -300,6 +244,11 @@ class PlannedSamples:
     def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, list[tuple[int, str]]]:
         found = self.plan.locate(positions)
         return self.reader.read(found.source, found.shard, found.place, positions)
+
+    def fetch_ahead(self, positions: np.ndarray) -> None:
+        """Have the shards of these positions fetched in the background."""
+        found = self.plan.locate(positions)
+        self.reader.fetch_ahead(found.source, found.shard)
 
 
 @dataclass(frozen=True)

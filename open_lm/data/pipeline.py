@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -60,9 +61,10 @@ class ReadStage:
     """The second stage: requests become parts, plain dicts of tensors. An expected error travels as a part."""
 
     fill: Fill
+    ahead: int = 0
 
     def __call__(self, requests: Iterable[Request]) -> Iterator[dict[str, Any]]:
-        for request in requests:
+        for request in self._announced(requests) if self.ahead else requests:
             part: dict[str, Any] = {"step": request.step, "worker": request.worker}
             try:
                 tokens, holes = self.fill(request.positions)
@@ -72,6 +74,16 @@ class ReadStage:
             holes = [(int(request.slots[row]), reason) for row, reason in holes]
             yield part | {"slots": torch.from_numpy(request.slots), "tokens": torch.from_numpy(tokens), "holes": holes}
 
+    def _announced(self, requests: Iterable[Request]) -> Iterator[Request]:
+        """The same requests, each made known to `fill` some steps before its turn."""
+        waiting: deque[Request] = deque()
+        for request in requests:
+            self.fill.fetch_ahead(request.positions)  # type: ignore[attr-defined]
+            waiting.append(request)
+            if len(waiting) > self.ahead:
+                yield waiting.popleft()
+        yield from waiting
+
 
 class StepParts(NamedTuple):
     """One rank's samples of one step (B, seq_len + 1) as int64, and (row, reason) of its holes."""
@@ -80,13 +92,13 @@ class StepParts(NamedTuple):
     holes: list[tuple[int, str]]
 
 
-def run_pipeline(source: StepSource, fill: Fill, *, n_workers: int, batch: int) -> Iterator[StepParts]:
-    """The steps of `source` in order, read by `n_workers` processes (0: by this one).
+def run_pipeline(source: StepSource, fill: Fill, *, n_workers: int, batch: int, ahead: int = 0) -> Iterator[StepParts]:
+    """The steps of `source` in order, read by `n_workers` processes (0: by this one), announced `ahead` steps before.
 
     Raises:
         DataError: a worker died, hung or ended early; errors of the workers are raised here as they are.
     """
-    pipeline = wds.DataPipeline(source, ReadStage(fill))
+    pipeline = wds.DataPipeline(source, ReadStage(fill, ahead))
     if not n_workers:
         yield from (_together([part], source.start + k, batch) for k, part in enumerate(iter(pipeline)))
         return

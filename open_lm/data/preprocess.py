@@ -24,13 +24,13 @@ from open_lm import storage
 from open_lm.data.encoding import DocumentEncoder
 from open_lm.data.formats import token_dtype
 from open_lm.data.packing import pack, shuffle_keys
+from open_lm.data.runs import SortedRuns, write_sorted
 from open_lm.data.shards import BLOCK, write_shard
 from open_lm.data.text_input import BAD_LINE_REASONS, Line, Rejected, document_text, is_packed, read_lines
 from open_lm.data.tokenizers import Tokenizer
 from open_lm.errors import DataError
 
 VERSION = 1
-N_BINS = 1 << 16
 _BATCH_CHARACTERS = 2 << 20
 _BATCH_DOCUMENTS = 1024
 TAILS = "tails"
@@ -227,15 +227,6 @@ def _document_encoder(folder: str, name: str, eot_token: str, encoder: str, dtyp
     return DocumentEncoder(Tokenizer(backend, name, eot_token=eot_token), encoder, np.dtype(dtype))
 
 
-def write_sorted(path: str, samples: np.ndarray, keys: np.ndarray) -> None:
-    """One file: the keys in order, then the samples in that order."""
-    order = np.argsort(keys, kind="stable")
-    with storage.open_atomic(path) as file:
-        file.write(keys[order].tobytes())
-        for start in range(0, len(order), 4096):
-            file.write(samples[order[start : start + 4096]].tobytes())
-
-
 def join_tails(job: Job, folder: str, blocks: list[str]) -> dict[str, Any]:
     """The tokens left over at the ends of all blocks, in their order, as one more block."""
     work = Workplace(folder)
@@ -246,54 +237,6 @@ def join_tails(job: Job, folder: str, blocks: list[str]) -> dict[str, Any]:
     samples, tail = pack(tails, job.sample_tokens)
     write_sorted(work.path(f"{TAILS}.bin"), samples, shuffle_keys(len(samples), seed=job.seed, block=TAILS))
     return work.record(TAILS, {"samples": len(samples), "tail": len(tail)})
-
-
-@dataclass(frozen=True)
-class SortedRuns:
-    """All samples of a job in their final order, read from the sorted files of its blocks."""
-
-    folder: str
-    names: tuple[str, ...]
-    counts: tuple[int, ...]
-    sample_tokens: int
-    dtype: str
-
-    def count_bins(self) -> np.ndarray:
-        """How many samples have a key below each of 65536 equal steps: where to look for the n-th sample."""
-        bins = np.zeros(N_BINS, np.int64)
-        for name, n in zip(self.names, self.counts, strict=True):
-            if n:
-                bins += np.bincount((self._keys(name, n) >> np.uint64(48)).astype(np.int64), minlength=N_BINS)
-        return np.concatenate([np.zeros(1, np.int64), np.cumsum(bins)])
-
-    def read(self, start: int, stop: int, below: np.ndarray) -> np.ndarray:
-        """Samples `start` to `stop` of the final order; `below` is what `count_bins` gave."""
-        low = int(np.searchsorted(below, start, side="right")) - 1
-        high = int(np.searchsorted(below, stop, side="left"))
-        keys, owners, rows = [], [], []
-        for owner, (name, n) in enumerate(zip(self.names, self.counts, strict=True)):
-            if not n:
-                continue
-            mine = self._keys(name, n)
-            first = int(np.searchsorted(mine, np.uint64(low << 48)))
-            last = n if high >= N_BINS else int(np.searchsorted(mine, np.uint64(high << 48)))
-            if last > first:
-                keys.append(np.array(mine[first:last]))
-                owners.append(np.full(last - first, owner))
-                rows.append(np.arange(first, last))
-        order = np.argsort(np.concatenate(keys), kind="stable")[start - below[low] : stop - below[low]]
-        return self._gather(np.concatenate(owners)[order], np.concatenate(rows)[order])
-
-    def _keys(self, name: str, n: int) -> np.ndarray:
-        return np.memmap(os.path.join(self.folder, f"{name}.bin"), np.uint64, "r", 0, (n,))
-
-    def _gather(self, owners: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        samples = np.empty((len(rows), self.sample_tokens), self.dtype)
-        for owner in np.unique(owners):
-            places, name, n = np.flatnonzero(owners == owner), self.names[owner], self.counts[owner]
-            path, shape = os.path.join(self.folder, f"{name}.bin"), (n, self.sample_tokens)
-            samples[places] = np.memmap(path, self.dtype, "r", 8 * n, shape)[rows[places]]
-        return samples
 
 
 def shard_name(number: int) -> str:

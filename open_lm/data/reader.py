@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from open_lm import storage
+from open_lm.data.cache import ShardCache
 from open_lm.data.manifest import Shard
 from open_lm.data.plan import key, mix
 from open_lm.data.shards import BLOCK, ShardIndex, check_header, check_ids, decode_member
@@ -29,13 +30,21 @@ class SampleReader:
     """
 
     def __init__(
-        self, shards: Sequence[Sequence[Shard]], *, data_key: str, vocab_size: int, seq_len: int, seed: int = 0
+        self,
+        shards: Sequence[Sequence[Shard]],
+        *,
+        data_key: str,
+        vocab_size: int,
+        seq_len: int,
+        seed: int = 0,
+        cache: ShardCache | None = None,
     ):
         self.shards, self.data_key = [list(source) for source in shards], data_key
         self.vocab_size, self.seq_len = vocab_size, seq_len
         self._crop_key = key("crop", seed)
         self._indexes: OrderedDict[str, ShardIndex] = OrderedDict()
-        self._files = _Files()
+        self._announced: OrderedDict[str, None] = OrderedDict()
+        self._files, self._cache = _Files(), cache
 
     def read(
         self, source: np.ndarray, shard: np.ndarray, index: np.ndarray, position: np.ndarray
@@ -47,7 +56,7 @@ class SampleReader:
         self._fetch(asked, index.tolist())
         for row, (one, at) in enumerate(zip(asked, index.tolist(), strict=True)):
             try:
-                tokens[row] = self._cropped(self._sample(one, at), int(position[row]))
+                tokens[row] = self._cropped(self._sample_or_reason(one, at), int(position[row]))
             except ValueError as error:
                 tokens[row] = -1
                 holes.append((row, f"shard {storage.shown(one.url)}, sample {at}: {error}."))
@@ -57,7 +66,7 @@ class SampleReader:
         """Get what is remote side by side before it is used one by one."""
         wanted = []
         for shard, at in zip(shards, indexes, strict=True):
-            if storage.is_remote(shard.url):
+            if storage.is_remote(shard.url) and not self._cache:
                 found = self._index_of(shard)
                 if at < len(found):
                     start = int(found.offsets[at]) - BLOCK
@@ -65,12 +74,21 @@ class SampleReader:
         if wanted:
             self._files.fetch(wanted)
 
+    def _sample_or_reason(self, shard: Shard, at: int) -> np.ndarray:
+        """One sample; ValueError when it cannot be had. A copy that left the cache in between is fetched again."""
+        for _ in range(10 if self._cache else 1):
+            try:
+                return self._sample(shard, at)
+            except (FileNotFoundError, StorageError) as error:
+                reason = str(error)
+        raise ValueError(reason)
+
     def _sample(self, shard: Shard, at: int) -> np.ndarray:
         found = self._index_of(shard)
         if at >= len(found):
             raise ValueError(_miscounted(shard, found))
         offset, size = int(found.offsets[at]), int(found.sizes[at])
-        content = self._files.read(shard.url, offset - BLOCK, offset + size)
+        content = self._files.read(self._place(shard), offset - BLOCK, offset + size)
         if len(content) != BLOCK + size:
             raise ValueError(f"the file ends at byte {offset - BLOCK + len(content)}, inside the sample")
         name = check_header(content[:BLOCK], size, found.key)
@@ -104,20 +122,37 @@ class SampleReader:
         if shard.layout and shard.key and self.data_key in ("auto", shard.key):
             return ShardIndex.regular(shard.key, list(shard.layout), shard.n_sequences)
         try:
-            found = index_shard(shard.url, self.data_key)
+            found = index_shard(self._place(shard), self.data_key)
         except DataError as error:
             raise ValueError(str(error)) from None
         if len(found) != shard.n_sequences:
             raise ValueError(_miscounted(shard, found))
         return found
 
+    def _place(self, shard: Shard) -> str:
+        """Where the shard is read: its url, or its copy in the cache."""
+        if not self._cache or not storage.is_remote(shard.url):
+            return shard.url
+        return self._cache.local(shard.url)
+
+    def fetch_ahead(self, source: np.ndarray, shard: np.ndarray) -> None:
+        """Say which shards will be read soon."""
+        if self._cache:
+            places = dict.fromkeys(zip(source.tolist(), shard.tolist(), strict=True))
+            urls = dict.fromkeys(self.shards[s][k].url for s, k in places)
+            self._cache.fetch_ahead(url for url in urls if storage.is_remote(url) and self._is_news(url))
+
+    def _is_news(self, url: str) -> bool:
+        news = url not in self._announced
+        self._announced[url] = None
+        if len(self._announced) > _KEPT_INDEXES:
+            self._announced.popitem(last=False)
+        return news
+
     def _check_size(self, shard: Shard) -> None:
         if shard.size_bytes is None:
             return
-        try:
-            found = storage.size_bytes(shard.url)
-        except StorageError as error:
-            raise ValueError(str(error)) from None
+        found = storage.size_bytes(self._place(shard))
         if found != shard.size_bytes:
             raise ValueError(
                 f"the manifest says {shard.size_bytes} bytes, the file has {found}; make the manifest again"
@@ -144,6 +179,8 @@ class _Files:
         if descriptor is None:
             try:
                 descriptor = os.open(storage.local_path(url), os.O_RDONLY)
+            except FileNotFoundError:
+                raise
             except OSError as error:
                 raise ValueError(f"cannot be opened ({error.strerror})") from None
             self._descriptors[url] = descriptor

@@ -117,13 +117,14 @@ def build_state(config: RunConfig, architecture: ModelConfig, world: World, step
     torch.manual_seed(config.train.seed)
     model = create_model(architecture).to(world.device, precision.weight_dtype)
     wrapped = wrap(model, world, parallel)
+    balance = architecture.moe_loss_weight if any(map(architecture.has_experts, range(architecture.n_layers))) else None
     return TrainState(
         model=wrapped,
         optimizers=build_optimizers(wrapped, config.optimizer, config.schedule.lr),
         precision=precision,
         lr_at=build_schedule(config.schedule, steps),
         horizon=steps,
-        task=NextToken(config.train.z_loss_coefficient),
+        task=NextToken(config.train.z_loss_coefficient, balance),
         world=world,
     )
 

@@ -50,11 +50,11 @@ class Recorder:
 
     def add(self, report: StepReport) -> None:
         """Count one step, without waiting for its figures."""
-        self._meter.add(torch.stack((report.loss, report.z_loss)), report.grad_norm.reshape(1).to(report.loss.dtype))
+        self._meter.add(report.parts, report.grad_norm.reshape(1).to(report.parts.dtype))
         if self._bar is not None:
             self._bar.update()
 
-    def write(self, state: TrainState, lr: float, timing: Timing, *, with_z_loss: bool) -> None:
+    def write(self, state: TrainState, lr: float, timing: Timing) -> None:
         """Write the means over the steps since the last call; every rank must call this.
 
         Raises:
@@ -64,10 +64,10 @@ class Recorder:
         if not n_steps:
             return
         times = {f"train/{name}_time": total / n_steps for name, total in timing.read().items()}
-        (loss, z_loss, grad_norm), seconds = self._meter.read()
+        (*parts, grad_norm), seconds = self._meter.read()
+        loss = parts[0]
         metrics = {
-            "train/loss": loss,
-            **({"train/z_loss": z_loss} if with_z_loss else {}),
+            **{f"train/{name}": part for name, part in zip(state.task.names, parts, strict=True)},
             "train/grad_norm": grad_norm,
             "train/lr": lr,
             "train/tokens": state.tokens,

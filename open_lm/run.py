@@ -83,7 +83,7 @@ class Run:
         self._recorder.add(report)
         every = self.config.tracking.log_every_n_steps
         if state.step % every == 0 or state.step == state.horizon.total_steps or self._save_due(state):
-            self._recorder.write(state, report.lr, timing, with_z_loss=self.config.train.z_loss_coefficient > 0)
+            self._recorder.write(state, report.lr, timing)
 
     def validate_if_due(self, state: TrainState) -> None:
         """Measure the held-out loss at the ends of intervals, or every --val-every-steps."""

@@ -71,7 +71,7 @@ def _evaluate_one(model: nn.Module, held_out: ValidationSet, world: World, preci
 def _sums(model: nn.Module, batch: Batch, precision: Precision) -> Tensor:
     """Summed loss, counted tokens and counted sequences of one batch, in fp64."""
 
-    def head(hidden_BTD: Tensor, weight_VD: Tensor) -> Tensor:
+    def head(hidden_BTD: Tensor, weight_VD: Tensor, **_: object) -> Tensor:
         return linear_cross_entropy(hidden_BTD.flatten(0, 1), weight_VD, batch.targets_BT.flatten()).cross_entropy
 
     with precision.autocast():

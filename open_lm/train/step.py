@@ -22,13 +22,18 @@ T = TypeVar("T")
 class StepReport:
     """One step's figures. The tensors stay on the device, so that no step waits to be read.
 
-    `loss` and `z_loss` are this rank's share of the mean over all ranks' targets: sum them over ranks to read them.
+    `parts` are this rank's shares of means over all ranks' targets, one for each of the task's `names`: sum them over
+    ranks to read them.
     """
 
-    loss: Tensor
-    z_loss: Tensor
+    parts: Tensor
     grad_norm: Tensor
     lr: float
+
+    @property
+    def loss(self) -> Tensor:
+        """This rank's share of the mean cross-entropy."""
+        return self.parts[0]
 
 
 def train_step(state: TrainState, batch: Batch, *, accum: int, clip: float | None, timing: Timing) -> StepReport:
@@ -38,20 +43,19 @@ def train_step(state: TrainState, batch: Batch, *, accum: int, clip: float | Non
     """
     lr = set_lr(state.optimizers, state.lr_at(state.step))
     n_targets = state.world.sum(batch.n_targets).clamp(min=1)
-    sums = torch.zeros(2, device=batch.device)
+    parts = torch.zeros(len(state.task.names), device=batch.device)
     for micro, is_last in with_last(batch.split(accum)):
         with grad_sync(state.model, enabled=is_last):
             with timing("forward"), state.precision.autocast():
                 losses = state.task.loss_sums(state.model, micro)
             with timing("backward"):  # DDP and FSDP average gradients over ranks: undo that, the loss is a sum
                 state.precision.backward(losses.total / n_targets * state.world.size)
-        sums += torch.stack((losses.cross_entropy, losses.squared_log_z)).detach()
+        parts += losses.parts
     with timing("optim_step"):
         grad_norm = state.precision.step(state.model, state.optimizers, lambda model: clip_grad_norm(model, clip))
     state.step += 1
     state.tokens += state.horizon.tokens_per_step
-    loss, z_loss = sums / n_targets
-    return StepReport(loss, z_loss, grad_norm, lr)
+    return StepReport(parts / n_targets, grad_norm, lr)
 
 
 def with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:

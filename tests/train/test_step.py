@@ -40,7 +40,7 @@ def test_loss_and_gradients_equal_a_hand_written_reference(tiny, accum, z_loss):
     expected = reference.loss(parameters, batch.inputs_BT, batch.targets_BT, config.n_layers, config.n_heads, z_loss)
     gradients = dict(zip(parameters, torch.autograd.grad(expected, parameters.values()), strict=True))
     report, got = gradients_of(state, batch, accum)
-    assert report.loss + z_loss * report.z_loss == pytest.approx(expected.item(), abs=2e-6)
+    assert report.parts[0] + z_loss * report.parts[1] == pytest.approx(expected.item(), abs=2e-6)
     assert got.keys() == gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
@@ -152,3 +152,18 @@ def test_a_scheduler_that_would_rise_is_refused():
 
     with pytest.raises(ConfigError, match="--lr-cooldown-end"):
         ScheduleConfig(lr=1e-4, lr_cooldown_end=1e-3)
+
+
+def test_a_model_with_experts_trains_on_both_losses(tmp_path):
+    import json
+
+    from runs import metrics, run, write_data
+
+    architecture = {"hidden_dim": 16, "n_layers": 2, "n_heads": 2, "seq_len": 16, "vocab_size": 16}
+    experts = {"moe_freq": 2, "moe_num_experts": 4, "moe_top_k": 2}
+    (tmp_path / "moe.json").write_text(json.dumps(architecture | experts))
+    run(tmp_path, write_data(tmp_path / "data"), "--model", str(tmp_path / "moe.json"), "--moe-loss-weight", "0.5")
+    losses, balance = metrics(tmp_path), metrics(tmp_path, key="train/load_balancing_loss")
+    assert losses[12] < losses[1] - 0.1
+    assert all(value >= 0.99 for value in balance.values())  # 1 is the least: equal shares
+    assert all(0.25 <= value <= 1 for value in metrics(tmp_path, key="train/expert_load_max").values())

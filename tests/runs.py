@@ -36,8 +36,8 @@ def flags(tmp_path, manifest, *extra, name="run", steps=12, batch=8):
     """Flags of a run of `steps` steps on the CPU in fp32."""
     return [
         "--dataset-manifest", manifest, "--model", "open_lm_test_tiny", "--device", "cpu", "--precision", "fp32",
-        "--global-batch-size", str(batch), "--train-tokens", str(steps * batch * SEQ_LEN), "--warmup", "2", "--lr", "1e-2",
-        "--log-every-n-steps", "1", "--workers", "0", "--logs-dir", str(tmp_path / "logs"), "--name", name, *extra,
+        "--global-batch-size", str(batch), "--train-tokens", str(steps * batch * SEQ_LEN), "--warmup", "2",
+        "--lr", "1e-2", "--log-every-n-steps", "1", "--workers", "0", "--logs-dir", str(tmp_path / "logs"), "--name", name, *extra,
     ]  # fmt: skip
 
 

@@ -202,9 +202,9 @@ def test_braces_name_shards_and_openlms_flags_work_together(tmp_path, manifest):
     shards, logs = str(tmp_path / "data" / "{00000000..00000001}.tar"), str(tmp_path / "logs")
     arguments = [
         "--train-data", shards, "--train-num-samples", str(6 * 8 * SEQ_LEN), "--epochs", "2", "--batch-size", "8",
-        "--model", "open_lm_test_tiny", "--device", "cpu", "--precision", "amp_bf16", "--z-loss", "1e-4", "--accum", "2",
+        "--model", "open_lm_test_tiny", "--device", "cpu", "--precision", "amp_bf16", "--z-loss", "1e-4",
         "--lr-scheduler", "const-cooldown", "--epochs-cooldown", "1", "--warmup", "1", "--logs", logs, "--name", "run",
-        "--log-every-n-steps", "1", "--torchcompile", "--workers", "1",
+        "--log-every-n-steps", "1", "--torchcompile", "--workers", "1", "--accum", "2",
     ]  # fmt: skip
     assert main(arguments).step == 12
     assert metrics(tmp_path, key="train/lr")[12] < metrics(tmp_path, key="train/lr")[6] == 5e-4

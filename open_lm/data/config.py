@@ -20,7 +20,7 @@ SAMPLE_FORMATS = Registry(
 )
 """How the token ids of one sample are written: the extension of its member in the tar."""
 
-DATASET_TYPES = ("auto", "webdataset", "synthetic")
+DATASET_TYPES = ("auto", "webdataset", "npy", "synthetic")
 
 ENCODERS = ("auto", "fastokens", "tokenizers")
 """Who turns text into ids in preprocessing; auto is the fastest that proves itself exact."""
@@ -49,7 +49,8 @@ class DataConfig:
     )
     dataset_type: str = flag(
         "auto",
-        "Kind of training data; auto means webdataset. synthetic: random ids, no files.",
+        "Kind of training data; auto means webdataset. npy: flat token arrays of OLMo (--train-data *.npy). "
+        "synthetic: random ids, no files.",
         choices=DATASET_TYPES,
     )
     dataset_resampled: bool = flag(
@@ -116,6 +117,8 @@ class DataConfig:
             raise ConfigError("--train-data-mix-weights and --train-data-upsampling-factors: give one of the two.")
         if self.dataset_type == "synthetic" and sources:
             raise ConfigError("--dataset-type synthetic: reads no files. Remove --train-data or --dataset-manifest.")
+        if self.dataset_type == "npy" and self.dataset_manifest:
+            raise ConfigError("--dataset-type npy: flat arrays have no manifest. Name them with --train-data.")
         if self.workers < 0:
             raise ConfigError(f"--workers {self.workers}: must be 0 or more.")
         if self.val_data_key and len(self.val_data_key) != len(self.val_data):

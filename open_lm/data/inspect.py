@@ -158,6 +158,8 @@ def _step(flags: Inspect, step: int) -> Iterator[str]:
 
     if flags.run:
         config, seed, batch = run_settings(flags.run)
+        if config.dataset_type != "auto" and config.dataset_type != "webdataset":
+            raise ConfigError(f"--run: its data is of --dataset-type {config.dataset_type}; only shards can be shown.")
         sources = open_sources(config)
     else:
         config, seed, batch = DataConfig(), flags.seed, flags.global_batch_size

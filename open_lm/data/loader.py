@@ -212,7 +212,7 @@ def build_loader(
         return Loader(Plan((random_ids,)), nowhere, random_ids, geometry, config=config, seed=seed, n_sequences=None)
     if not (config.train_data or config.dataset_manifest):
         raise ConfigError("--train-data or --dataset-manifest: neither was given. Name the training shards.")
-    sources = open_sources(config)
+    sources = open_sources(config, vocab_size=vocab_size, sample_tokens=seq_len + 1)
     plan = make_plan(sources, config, seed=seed, global_batch=global_batch)
     if len(sources) > 1:
         shares = ", ".join(f"{source.name} {share:.4f}" for source, share in zip(sources, plan.shares, strict=True))

@@ -11,6 +11,7 @@ import numpy as np
 
 from open_lm import storage
 from open_lm.data.cache import ShardCache
+from open_lm.data.flat import FLAT_KEYS
 from open_lm.data.manifest import Shard
 from open_lm.data.plan import key, mix
 from open_lm.data.shards import BLOCK, ShardIndex, check_header, check_ids, decode_member
@@ -69,8 +70,8 @@ class SampleReader:
             if storage.is_remote(shard.url) and not self._cache:
                 found = self._index_of(shard)
                 if at < len(found):
-                    start = int(found.offsets[at]) - BLOCK
-                    wanted.append((shard.url, start, start + BLOCK + int(found.sizes[at])))
+                    start = max(0, int(found.offsets[at]) - BLOCK)
+                    wanted.append((shard.url, start, int(found.offsets[at]) + int(found.sizes[at])))
         if wanted:
             self._files.fetch(wanted)
 
@@ -88,6 +89,9 @@ class SampleReader:
         if at >= len(found):
             raise ValueError(_miscounted(shard, found))
         offset, size = int(found.offsets[at]), int(found.sizes[at])
+        if found.key in FLAT_KEYS:
+            content = self._files.read(self._place(shard), offset, offset + size)
+            return check_ids(np.frombuffer(content, FLAT_KEYS[found.key]), self.vocab_size)
         content = self._files.read(self._place(shard), offset - BLOCK, offset + size)
         if len(content) != BLOCK + size:
             raise ValueError(f"the file ends at byte {offset - BLOCK + len(content)}, inside the sample")
@@ -119,7 +123,7 @@ class SampleReader:
 
     def _make_index(self, shard: Shard) -> ShardIndex:
         self._check_size(shard)
-        if shard.layout and shard.key and self.data_key in ("auto", shard.key):
+        if shard.layout and shard.key and (self.data_key in ("auto", shard.key) or shard.key in FLAT_KEYS):
             return ShardIndex.regular(shard.key, list(shard.layout), shard.n_sequences)
         try:
             found = index_shard(self._place(shard), self.data_key)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from open_lm import storage
 from open_lm.data.config import DataConfig
+from open_lm.data.flat import open_flat
 from open_lm.data.manifest import FILENAME, Shard, fingerprint, read_manifest
 from open_lm.data.shards import ShardIndex, read_index, regular_index, shard_name
 from open_lm.errors import ConfigError, DataError, StorageError
@@ -35,8 +36,10 @@ class Source:
         return fingerprint(self.shards)
 
 
-def open_sources(config: DataConfig) -> list[Source]:
+def open_sources(config: DataConfig, *, vocab_size: int = 0, sample_tokens: int = 0) -> list[Source]:
     """The sources the flags name. Without weights or factors they are pooled into one.
+
+    Flat arrays are cut into samples of `sample_tokens` ids below `vocab_size`; shards do not need these two.
 
     Raises:
         DataError: a manifest or shard is damaged, or a source holds no samples.
@@ -45,9 +48,9 @@ def open_sources(config: DataConfig) -> list[Source]:
     if config.dataset_manifest:
         sources = [Source(storage.shown(url), tuple(read_manifest(url))) for url in config.dataset_manifest]
     elif config.train_data_upsampling_factors:
-        sources = _parts_with_factors(config)
+        sources = _parts_with_factors(config, vocab_size, sample_tokens)
     else:
-        sources = [open_source(value, config.data_key) for value in config.train_data]
+        sources = [_open(config, value, vocab_size, sample_tokens) for value in config.train_data]
     for source in sources:
         if not source.n_sequences:
             raise DataError(f"source {source.name}: holds no sequences. Check the path.")
@@ -55,7 +58,16 @@ def open_sources(config: DataConfig) -> list[Source]:
     return sources if weighted or len(sources) == 1 else [_pooled(sources)]
 
 
-def _parts_with_factors(config: DataConfig) -> list[Source]:
+def _open(config: DataConfig, value: str, vocab_size: int, sample_tokens: int) -> Source:
+    if config.dataset_type != "npy":
+        return open_source(value, config.data_key)
+    urls = [url for part in value.split("::") for url in expand(part)]
+    flat = [open_flat(url, vocab_size=vocab_size, sample_tokens=sample_tokens) for url in urls]
+    shards = [replace(shard, name=name) for shard, name in zip(flat, _names(urls), strict=True)]
+    return Source(storage.shown(value), tuple(shards))
+
+
+def _parts_with_factors(config: DataConfig, vocab_size: int, sample_tokens: int) -> list[Source]:
     parts = [part for value in config.train_data for part in value.split("::")]
     texts = str(config.train_data_upsampling_factors).split("::")
     try:
@@ -67,7 +79,7 @@ def _parts_with_factors(config: DataConfig) -> list[Source]:
             f"--train-data-upsampling-factors {config.train_data_upsampling_factors}: need one number above 0 "
             f"for each of the {len(parts)} parts of --train-data, joined by `::`."
         )
-    sources = [open_source(part, config.data_key) for part in parts]
+    sources = [_open(config, part, vocab_size, sample_tokens) for part in parts]
     return [replace(source, factor=factor) for source, factor in zip(sources, factors, strict=True)]
 
 

@@ -36,8 +36,8 @@ def tiny_tokenizer(folder: Path) -> Tokenizer:
 
 
 def tiny_config(**changes) -> ModelConfig:
-    settings = dict(hidden_dim=32, n_layers=2, n_heads=2, seq_len=128, vocab_size=400, model_norm="rms_norm")
-    return ModelConfig(**{**settings, "positional_embedding_type": "llama_rotary", **changes})
+    settings = {"hidden_dim": 32, "n_layers": 2, "n_heads": 2, "seq_len": 128, "vocab_size": 400}
+    return ModelConfig(**{**settings, "model_norm": "rms_norm", "positional_embedding_type": "llama_rotary", **changes})
 
 
 def tiny_model(seed: int = 0, **changes) -> torch.nn.Module:
@@ -57,7 +57,7 @@ def write_checkpoint(path: Path, model: torch.nn.Module, tokenizer: str | None =
 
 
 def task_of(path: Path | str, kind: str, **settings) -> Task:
-    entry = dict(label="task", dataset_uri=str(path), icl_task_type=kind, num_fewshot=[0])
+    entry = {"label": "task", "dataset_uri": str(path), "icl_task_type": kind, "num_fewshot": [0]}
     return read_task({**entry, **settings}, "test.yaml")
 
 

@@ -36,7 +36,9 @@ class WrappedModel(PreTrainedModel, GenerationMixin):
         logits_BTV, _, _ = self.inner(input_ids, attention_mask_BT=attention_mask)
         return CausalLMOutputWithPast(logits=logits_BTV)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, attention_mask: Any = None, **ignored: Any) -> dict:
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, attention_mask: Any = None, **ignored: Any
+    ) -> dict:
         """Every step sees the whole text."""
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 

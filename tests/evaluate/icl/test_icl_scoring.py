@@ -81,14 +81,21 @@ def test_batches_hold_every_choice_once_within_their_budget(asked, budget):
 
 
 def measured(name, golds, *per_question):
-    asked = [Question(tuple(Choice((1,), (1,)) for _ in scores), gold, False) for gold, scores in zip(golds, per_question, strict=True)]  # fmt: skip
+    asked = [
+        Question((Choice((1,), (1,)),) * len(scores), gold, False)
+        for gold, scores in zip(golds, per_question, strict=True)
+    ]
     flat = {(n, c): Score(*score) for n, scores in enumerate(per_question) for c, score in enumerate(scores)}
     return measure([name], asked, flat)[name]
 
 
+def with_loss(*losses):
+    return [(loss, False, 0.0, 0.0) for loss in losses]
+
+
 def test_accuracies_by_hand():
-    # least cross-entropy wins; of equals the first; so right, wrong, right
-    found = measured(MC_ACCURACY, [1, 1, 0], [(2, 0, 0, 0), (1, 0, 0, 0)], [(1, 0, 0, 0), (1, 0, 0, 0)], [(3, 0, 0, 0), (3.5, 0, 0, 0)])  # fmt: skip
+    # least cross-entropy wins, of equals the first: right, wrong, right
+    found = measured(MC_ACCURACY, [1, 1, 0], with_loss(2, 0), with_loss(1, 1), with_loss(3, 3.5))
     assert found.value == pytest.approx(2 / 3)
     assert found.stderr == pytest.approx(math.sqrt(2 / 9 / 2))
     found = measured(LM_ACCURACY, [0, 0], [(1, True, 0, 0)], [(1, False, 0, 0)])
@@ -105,7 +112,7 @@ def test_calibration_errors_by_hand():
 
 
 def test_overflowing_perplexities_are_equal_and_the_first_wins():
-    assert measured(MC_ACCURACY, [0], [(200, 0, 0, 0), (100, 0, 0, 0)]).value == 1.0
+    assert measured(MC_ACCURACY, [0], with_loss(200, 100)).value == 1.0
 
 
 def test_equal_logits_count_only_for_the_first_token():

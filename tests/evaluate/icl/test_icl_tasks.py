@@ -6,7 +6,7 @@ from open_lm.evaluate.icl.rows import read_rows
 from open_lm.evaluate.icl.suite import read_suite, require_data
 from open_lm.evaluate.icl.task import read_task
 
-ENTRY = dict(label="a", dataset_uri="a.jsonl", icl_task_type="language_modeling", num_fewshot=[0, 3])
+ENTRY = {"label": "a", "dataset_uri": "a.jsonl", "icl_task_type": "language_modeling", "num_fewshot": [0, 3]}
 
 
 def test_a_task_takes_llm_foundrys_defaults():
@@ -73,7 +73,7 @@ def test_an_empty_file_is_an_error(tmp_path, content):
 
 
 def test_a_missing_file_is_an_error(tmp_path):
-    with pytest.raises(OpenLMError, match="a.jsonl"):
+    with pytest.raises(OpenLMError, match=r"a\.jsonl"):
         read_rows(task_of(tmp_path / "a.jsonl", "language_modeling"))
 
 
@@ -88,7 +88,8 @@ def test_a_suite_reads_what_llm_foundry_writes(tmp_path):
                                          "icl_task_type: language_modeling, num_fewshot: [0]}\n")  # fmt: skip
     path = tmp_path / "eval.yaml"
     path.write_text(
-        "max_seq_len: 64\ndevice_eval_batch_size: 4\nprecision: amp_bf16\nseed: 28\nloggers: {}\nicl_tasks: tasks.yaml\n"
+        "max_seq_len: 64\ndevice_eval_batch_size: 4\nprecision: amp_bf16\nseed: 28\nloggers: {}\n"
+        "icl_tasks: tasks.yaml\n"
         "fsdp_config: {sharding_strategy: FULL_SHARD}\neval_gauntlet: {weighting: EQUAL, categories: []}\n"
     )
     suite = read_suite(str(path))

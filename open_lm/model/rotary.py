@@ -5,6 +5,8 @@ Angles are computed in fp32 whatever the type of the activations: in bf16 they w
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -105,11 +107,43 @@ def position_angles(head_dim: int, base: float, start: int, stop: int, device: t
 
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`x` with channel i turned against channel i + K/2; products in fp32, the result in the type of `x`."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
+    return _Rotation.apply(x, cos, sin, False)
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`x` with channel 2i turned against channel 2i + 1; products in fp32, the result in the type of `x`."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+    return _Rotation.apply(x, cos, sin, True)
+
+
+class _Rotation(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back, so nothing of `x` is kept and few temporaries are made."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, in_pairs: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.in_pairs = in_pairs
+        return turned(x, cos, sin, in_pairs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        return turned(grad, cos, -sin, ctx.in_pairs), None, None, None
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor, in_pairs: bool) -> Tensor:
+    """The rotation itself: `first cos - second sin` and `second cos + first sin` for the two channels of each pair."""
+    dtype = torch.promote_types(x.dtype, cos.dtype)
+    out = x.to(dtype, copy=True)
+    for_first, for_second = _channels(out, in_pairs)
+    first, second = _channels(x.to(dtype), in_pairs)
+    for_first.mul_(cos).addcmul_(second, sin, value=-1)
+    for_second.mul_(cos).addcmul_(first, sin)
+    return out.type_as(x)
+
+
+def _channels(x: Tensor, in_pairs: bool) -> tuple[Tensor, Tensor]:
+    """The first and the second channel of each pair, as views."""
+    if in_pairs:
+        return x[..., 0::2], x[..., 1::2]
+    half = x.shape[-1] // 2
+    return x[..., :half], x[..., half:]

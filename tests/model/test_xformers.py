@@ -69,5 +69,5 @@ def test_on_the_cpu_torch_computes_it(xformers):
 
 def test_without_xformers_the_error_names_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "xformers", None)
-    with pytest.raises(ConfigError, match="--attn-name xformers_attn needs xformers.*pip install xformers"):
+    with pytest.raises(ConfigError, match=r"--attn-name xformers_attn needs xformers.*pip install xformers"):
         pair("xformers_attn")

@@ -96,7 +96,7 @@ class Transformer(nn.Module):
     ) -> Any:
         """`(logits_BTV in fp32, hidden_BTD, past_key_values)`, or `head(hidden_BTD, output_VD)` when a head is given.
 
-        A model with experts calls `head(hidden_BTD, output_VD, routing=Routing)`.
+        In training mode a model with experts calls `head(hidden_BTD, output_VD, routing=Routing)`.
 
         `attention_mask_BT` is 0 (or false) on positions that are padding, those in the cache included. With `use_cache`
         the returned `past_key_values` continue from here; a StaticCache given as `past_key_values` is itself extended.
@@ -106,7 +106,7 @@ class Transformer(nn.Module):
             cache = GrowingCache(cache, len(self.layers))
         hidden_BTD, routings = self._hidden(input_ids_BT, cache, attention_mask_BT)
         if head is not None:
-            routing = {"routing": over_layers(routings)} if routings else {}
+            routing = {"routing": over_layers(routings)} if routings and self.training else {}
             return head(hidden_BTD, self.output.weight, **routing)
         logits_BTV = self.output(hidden_BTD).float()
         past = cache.key_values() if isinstance(cache, GrowingCache) else cache

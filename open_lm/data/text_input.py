@@ -90,13 +90,13 @@ with contextlib.suppress(ImportError):  # three times as fast
 class _Unpacked(io.RawIOBase):
     """The unpacked bytes of frames that follow each other. Reads little at a time, so that no bomb fills the memory."""
 
-    _PIECE = 8192
+    _PIECE = 2048
 
     def __init__(self, file: IO[bytes], url: str, new_frame: Any):
         super().__init__()
         self._file, self._url, self._new_frame = file, url, new_frame
         self._frame: Any = None
-        self._packed, self._ready, self._n_read = b"", b"", 0
+        self._packed, self._ready, self._n_read = b"", memoryview(b""), 0
 
     def readable(self) -> bool:
         return True
@@ -110,7 +110,7 @@ class _Unpacked(io.RawIOBase):
                 if self._frame is not None:
                     raise DataError(f"{storage.shown(self._url)}: cut off at byte {self._n_read}. Copy it again.")
                 return 0
-            self._ready = self._unpack()
+            self._ready = memoryview(self._unpack())
         n = min(len(buffer), len(self._ready))
         buffer[:n] = self._ready[:n]
         self._ready = self._ready[n:]

@@ -21,6 +21,12 @@ def load_script(relative):
 
 
 @pytest.fixture(scope="session")
+def script():
+    """`script(path)` loads a command as a module."""
+    return load_script
+
+
+@pytest.fixture(scope="session")
 def make_2048():
     return load_script("datapreprocess/make_2048.py").main
 

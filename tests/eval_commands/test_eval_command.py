@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from icl_setup import ROOT, SAMPLES, tiny_model, write_checkpoint, write_rows, write_tokenizer
@@ -98,7 +99,7 @@ def test_resuming_runs_only_what_is_missing_or_changed(files, tmp_path, monkeypa
 
 def test_a_failing_task_keeps_the_finished_ones(files, tmp_path):
     bad = write_rows(tmp_path / "bad.jsonl", [{"context": "a", "continuation": "word " * 500}])
-    tasks = json.loads(open(files["yaml"]).read())["icl_tasks"]
+    tasks = json.loads(Path(files["yaml"]).read_text())["icl_tasks"]
     tasks.append({"label": "bad", "dataset_uri": str(bad), "icl_task_type": "language_modeling", "num_fewshot": [0]})
     (tmp_path / "y.yaml").write_text(json.dumps({"max_seq_len": 64, "icl_tasks": tasks}))
     code, _, err = evaluate("--eval-yaml", tmp_path / "y.yaml", "--checkpoint", files["checkpoint"],
@@ -112,7 +113,7 @@ def test_a_failing_task_keeps_the_finished_ones(files, tmp_path):
 
 def test_an_interrupt_keeps_the_finished_tasks(files, tmp_path):
     slow = write_rows(tmp_path / "slow.jsonl", [{"context": f"a {i}", "continuation": "b " * 20} for i in range(60000)])
-    tasks = json.loads(open(files["yaml"]).read())["icl_tasks"][:1]
+    tasks = json.loads(Path(files["yaml"]).read_text())["icl_tasks"][:1]
     tasks.append({"label": "slow", "dataset_uri": str(slow), "icl_task_type": "language_modeling", "num_fewshot": [0]})
     (tmp_path / "y.yaml").write_text(json.dumps({"max_seq_len": 64, "icl_tasks": tasks}))
     flags = ["--eval-yaml", tmp_path / "y.yaml", "--checkpoint", files["checkpoint"], "--output-dir", tmp_path / "out"]
@@ -130,13 +131,14 @@ def test_an_interrupt_keeps_the_finished_tasks(files, tmp_path):
 
 
 def test_gauntlet_averages_are_centred_on_chance(files, tmp_path):
-    benchmarks = [{"name": n, "num_fewshot": 0, "random_baseline": b} for n, b in [("python_words", 0.0), ("python_choices", 0.5)]]  # fmt: skip
+    chance = {"python_words": 0.0, "python_choices": 0.5}
+    benchmarks = [{"name": name, "num_fewshot": 0, "random_baseline": share} for name, share in chance.items()]
     gauntlet = {"categories": [{"name": "python", "benchmarks": benchmarks}], "averages": {"all": ["python"]}}
     results = in_process("--eval-yaml", yaml_of(tmp_path / "y.yaml", eval_gauntlet=gauntlet), "--checkpoint",
                          files["checkpoint"], "--output-dir", tmp_path / "out")  # fmt: skip
     (run,) = results.runs
     words, choices = (record.value for record in run.records)
-    assert run.averages == pytest.approx({k: (words + (choices - 0.5) / 0.5) / 2 for k in ("python", "all")})
+    assert run.averages == pytest.approx(dict.fromkeys(("python", "all"), (words + (choices - 0.5) / 0.5) / 2))
 
 
 @pytest.mark.parametrize(
@@ -176,6 +178,12 @@ def test_a_checkpoint_without_a_tokenizer_asks_for_one(tmp_path, files):
 
 
 def test_help_is_quick_to_import():
-    code = "import sys, runpy; sys.argv=['x','--help']\ntry: runpy.run_path(%r, run_name='__main__')\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"  # noqa: E501
+    code = "\n".join([
+        "import sys, runpy",
+        "sys.argv = ['x', '--help']",
+        "try: runpy.run_path(%r, run_name='__main__')",
+        "except SystemExit: pass",
+        "assert 'torch' not in sys.modules",
+    ])  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code % str(SCRIPT)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

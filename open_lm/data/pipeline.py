@@ -102,9 +102,12 @@ def run_pipeline(source: StepSource, fill: Fill, *, n_workers: int, batch: int, 
     if not n_workers:
         yield from (_together([part], source.start + k, batch) for k, part in enumerate(iter(pipeline)))
         return
-    parts = iter(_web_loader(pipeline, n_workers))
-    for step in range(source.start, source.stop):
-        yield _together([_next(parts, step) for _ in range(n_workers)], step, batch)
+    parts = iter(_web_loader(pipeline, n_workers).pipeline[0])  # torch's own iterator, so that it can be ended here
+    try:
+        for step in range(source.start, source.stop):
+            yield _together([_next(parts, step) for _ in range(n_workers)], step, batch)
+    finally:
+        parts._shutdown_workers()  # else a traceback that somebody keeps would keep the workers
 
 
 def _web_loader(pipeline: wds.DataPipeline, n_workers: int) -> wds.WebLoader:
@@ -119,7 +122,7 @@ def _web_loader(pipeline: wds.DataPipeline, n_workers: int) -> wds.WebLoader:
     )
 
 
-def _next(parts: Iterator[dict[str, Any]], step: int) -> dict[str, Any]:
+def _next(parts: Any, step: int) -> dict[str, Any]:
     try:
         return next(parts)
     except StopIteration:

@@ -178,6 +178,15 @@ class MambaConfig:
         return self.n_layer
 
     @property
+    def moe_loss_weight(self) -> float:
+        """Nothing: a Mamba has no experts."""
+        return 0.0
+
+    def has_experts(self, layer: int) -> bool:
+        """Never."""
+        return False
+
+    @property
     def inner_dim(self) -> int:
         """Channels of a block."""
         return self.expand * self.d_model

@@ -114,3 +114,9 @@ def test_it_learns(precision):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_its_config_offers_what_training_reads_of_any_config():
+    sizes = (CONFIG.hidden_dim, CONFIG.n_layers, CONFIG.vocab_size, CONFIG.seq_len, CONFIG.moe_loss_weight)
+    assert sizes == (24, 2, 37, 64, 0.0)
+    assert not CONFIG.has_experts(0)

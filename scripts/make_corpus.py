@@ -101,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     storage.require_writable(config.output_dir, "--output-dir")
     sizes, rejected = judge(find(config.stdlib, config.site_packages))
     chosen = fit(sizes, round(config.max_megabytes * 1e6))
+    clear(config.output_dir)
     rejected["beyond the share of its package"] = len(sizes) - len(chosen)
     report = write(chosen, config) | {"rejected": dict(sorted(rejected.items())), "python": platform.python_version()}
     storage.write_text(storage.join(config.output_dir, "corpus.json"), json.dumps(report, indent=2) + "\n")
@@ -219,6 +220,13 @@ def _level(totals: Sequence[int], limit: int) -> int:
             return limit // (len(totals) - index)
         limit -= total
     return max(totals, default=0)
+
+
+def clear(folder: str) -> None:
+    """Remove an earlier corpus, so that no file of it is taken for one of this; corpus.json goes first."""
+    for name in ("corpus.json", "*.jsonl.zst"):
+        for path in storage.glob(storage.join(folder, name)):
+            storage.remove(path)
 
 
 def write(documents: Sequence[Document], config: CorpusConfig) -> dict:

@@ -141,6 +141,14 @@ def test_the_corpus_depends_neither_on_its_place_nor_on_file_times(environment, 
     assert digests(tmp_path / "raw") == digests(tmp_path / "raw2")
 
 
+def test_a_corpus_replaces_an_earlier_one_whole(environment, tmp_path):
+    corpus(environment, tmp_path / "raw", "--n-files", "5")
+    corpus(environment, tmp_path / "raw", "--n-files", "2")
+    assert sorted(path.name for path in (tmp_path / "raw").iterdir()) == [
+        "corpus.json", "held-out.jsonl.zst", "train-00.jsonl.zst", "train-01.jsonl.zst",
+    ]  # fmt: skip
+
+
 def test_held_out_documents_are_chosen_by_their_id_alone(environment, tmp_path):
     corpus(environment, tmp_path / "raw")
     before = {document["id"] for document in read(tmp_path / "raw" / "held-out.jsonl.zst")}

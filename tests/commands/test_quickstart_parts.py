@@ -143,9 +143,10 @@ def test_the_corpus_depends_neither_on_its_place_nor_on_file_times(environment, 
 
 def test_a_corpus_replaces_an_earlier_one_whole(environment, tmp_path):
     corpus(environment, tmp_path / "raw", "--n-files", "5")
+    (tmp_path / "raw" / "mine.jsonl.zst").touch()
     corpus(environment, tmp_path / "raw", "--n-files", "2")
     assert sorted(path.name for path in (tmp_path / "raw").iterdir()) == [
-        "corpus.json", "held-out.jsonl.zst", "train-00.jsonl.zst", "train-01.jsonl.zst",
+        "corpus.json", "held-out.jsonl.zst", "mine.jsonl.zst", "train-00.jsonl.zst", "train-01.jsonl.zst",
     ]  # fmt: skip
 
 

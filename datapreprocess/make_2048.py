@@ -89,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         where_to(flags),
         tokenizer.to_json(),
         n_workers=n_workers(flags),
+        n_writers=flags.num_consumers or None,
         encoder=encoder,
         resume=flags.resume,
         overwrite=flags.overwrite,

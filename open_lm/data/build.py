@@ -65,6 +65,7 @@ def build_data_set(
     tokenizer_json: str,
     *,
     n_workers: int,
+    n_writers: int | None = None,
     encoder: str = "tokenizers",
     resume: bool = False,
     overwrite: bool = False,
@@ -84,7 +85,7 @@ def build_data_set(
         blocks = _tokenize_all(job, work, encoder, n_workers)
         join_tails(job, work.folder, blocks)
         runs = _runs(job, work, [*blocks, TAILS])
-        rows = _write_all(job, work, to, runs, n_workers)
+        rows = _write_all(job, work, to, runs, n_writers or n_workers)
         ledger = make_ledger(job, work, blocks, rows)
         _publish(to, rows, ledger, overwrite)
     shutil.rmtree(to.workplace, ignore_errors=True)

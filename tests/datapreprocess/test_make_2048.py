@@ -80,6 +80,16 @@ def test_all_shards_but_the_last_are_full_and_the_manifest_finds_every_sample(
             assert content[first + k * step : first + k * step + size].endswith(tokens.tobytes())
 
 
+def test_readers_and_writers_are_as_many_as_asked_for(make_2048, raw, tmp_path, tokenizer_json, texts, monkeypatch):
+    from open_lm.data import build
+
+    seen, real = {}, build.run_tasks
+    monkeypatch.setattr(build, "run_tasks", lambda *a, **k: seen.update({k["label"]: a[1]}) or real(a[0], 1, **k))
+    args = ["--input-files", raw("a.jsonl", texts), "--output-dir", str(tmp_path / "out"), "--tokenizer"]
+    make_2048([*args, str(tokenizer_json), "--seqlen", "15", "--num-workers", "5", "--num-consumers", "7"])
+    assert seen == {"tokenize": 5, "write shards": 7}
+
+
 @pytest.mark.parametrize("n_workers", [2, 3])
 def test_shards_do_not_depend_on_the_number_of_workers(make_2048, raw, tmp_path, tokenizer_json, texts, n_workers):
     files = [raw("a.jsonl", texts), raw("b.jsonl.zst", texts[::-1])]

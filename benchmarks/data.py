@@ -1,0 +1,189 @@
+"""How fast text becomes shards and shards become batches, beside what others do; interleaved, so that ratios hold.
+
+    python benchmarks/data.py [--input-files raw/*.jsonl.zst --tokenizer tokenizer.json] [--rounds 3] [--json data.json]
+
+Without --input-files it makes its own corpus from the installed Python sources. Peers that are not installed are
+left out and named. CPU seconds count all processes of a contender; wall seconds depend on who else uses the machine.
+"""
+
+import argparse
+import contextlib
+import glob
+import importlib.util
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def corpus(folder: Path, megabytes: int) -> list[str]:
+    """Python sources of the interpreter and its packages as two .jsonl.zst files."""
+    import orjson
+    import zstandard
+
+    lines, size = [], 0
+    for path in sorted(glob.glob(f"{os.path.dirname(os.__file__)}/**/*.py", recursive=True)):
+        with contextlib.suppress(UnicodeDecodeError, OSError):
+            text = Path(path).read_text()
+            lines.append(orjson.dumps({"id": path, "text": text}))
+            size += len(text)
+        if size > megabytes * 1e6:
+            break
+    for k in range(2):
+        (folder / f"{k}.jsonl.zst").write_bytes(zstandard.compress(b"\n".join(lines[k::2]) + b"\n"))
+    return [str(folder / f"{k}.jsonl.zst") for k in range(2)]
+
+
+def measured(command: list[str]) -> dict[str, float]:
+    """Wall and CPU seconds and peak memory of one command with its children."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"wall_s": time.perf_counter() - started, "cpu_s": cpu, "peak_mb": after.ru_maxrss / 1024}
+
+
+BARE = """
+import sys; sys.path.insert(0, {root!r})
+from open_lm.data.encoding import make_encoder
+from open_lm.data.text_input import document_text, read_lines
+from open_lm.data.tokenizers import load_tokenizer
+encoder, batch = make_encoder({encoder!r}, load_tokenizer({tokenizer!r})), []
+for url in {files!r}:
+    for line in read_lines(url, max_line_bytes=1 << 28):
+        batch.append(document_text(line, "text"))
+        if len(batch) == 256:
+            encoder.encode([text for text in batch if isinstance(text, str)]); batch = []
+encoder.encode([text for text in batch if isinstance(text, str)])
+"""
+
+
+def preprocessing(files: list[str], tokenizer: str, folder: Path) -> dict[str, list[str]]:
+    """Name -> command; each reads the same files to tokens, only make_2048 writes shards too."""
+    script = [
+        sys.executable,
+        str(ROOT / "datapreprocess" / "make_2048.py"),
+        "--input-files",
+        *files,
+        "--tokenizer",
+        tokenizer,
+    ]
+    out = ["--output-dir", str(folder / "out"), "--overwrite"]
+    encoders = ["tokenizers", *(["fastokens"] if importlib.util.find_spec("fastokens") else [])]
+    commands = {f"make_2048, {name}": [*script, *out, "--encoder", name] for name in encoders}
+    for name in encoders:
+        code = BARE.format(root=str(ROOT), encoder=name, tokenizer=tokenizer, files=files)
+        commands[f"bare {name}"] = [sys.executable, "-c", code]
+    return commands
+
+
+LOAD = """
+import sys, time; sys.path.insert(0, {root!r})
+import torch; torch.set_num_threads(1)
+from open_lm.data.config import DataConfig
+from open_lm.data.loader import build_loader
+if __name__ == "__main__":
+    config = DataConfig(dataset_manifest=({manifest!r},), workers={workers}, multiple_data_passes=True)
+    shape = dict(vocab_size=65536, seq_len=2048, global_batch=64)
+    batches = build_loader(config, **shape, rank=0, world_size=1, seed=0).batches(0, {steps})
+    for _ in range(5): next(batches)
+    started, n = time.perf_counter(), 0
+    for batch in batches: n += batch.inputs_BT.numel()
+    print(n / (time.perf_counter() - started))
+"""
+
+MEMMAP = """
+import time, numpy as np, torch
+torch.set_num_threads(1)
+tokens, dice = np.memmap({path!r}, "<u2", "r"), np.random.default_rng(0)
+started, n = time.perf_counter(), 0
+for _ in range({steps}):
+    starts = dice.integers(0, len(tokens) - 2049, 64)
+    batch = torch.from_numpy(np.stack([tokens[s:s + 2049] for s in starts]).astype(np.int64))
+    n += batch[:, :-1].numel()
+print(n / (time.perf_counter() - started))
+"""
+
+
+def loading(folder: Path) -> dict[str, list[str]]:
+    """Name -> command that prints tokens/s; shards of 4 x 2048 random samples in every format."""
+    import numpy as np
+
+    from open_lm.data.config import SAMPLE_FORMATS
+    from open_lm.data.shards import write_shard
+    from open_lm.utils import make_wds_manifest
+
+    samples = np.random.default_rng(0).integers(0, 50_000, (8192, 2049)).astype("<u2")
+    samples.tofile(folder / "flat.npy")
+    commands = {}
+    for key in SAMPLE_FORMATS:
+        (folder / key).mkdir()
+        for k in range(4):
+            with open(folder / key / f"{k:08d}.tar", "wb") as file:
+                write_shard(file, samples[2048 * k : 2048 * (k + 1)], key)
+        with contextlib.redirect_stdout(sys.stderr):
+            manifest = make_wds_manifest.main(["--data-dir", str(folder / key)])
+        for workers in (0, 1):
+            steps = 300 if key == "npy" else 100
+            code = LOAD.format(root=str(ROOT), manifest=manifest, workers=workers, steps=steps)
+            commands[f"{key}, {workers} workers"] = [sys.executable, "-c", code]
+    commands["numpy memmap"] = [sys.executable, "-c", MEMMAP.format(path=str(folder / "flat.npy"), steps=300)]
+    return commands
+
+
+def main() -> None:
+    """Run all contenders in turn, several rounds, and print a table of medians."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input-files", nargs="+")
+    parser.add_argument("--tokenizer", default=str(ROOT.parent / "shared" / "data" / "gpt-neox-20b-tokenizer.json"))
+    parser.add_argument("--megabytes", type=int, default=20, help="Text of the corpus it makes itself.")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", help="File for all figures.")
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="open_lm-data-"))
+    try:
+        results = run(args, folder)
+    finally:
+        shutil.rmtree(folder)
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=2))
+
+
+def run(args: argparse.Namespace, folder: Path) -> dict:
+    """All figures: name -> lists of one value a round."""
+    files = args.input_files or corpus(folder, args.megabytes)
+    making, reading = preprocessing(files, args.tokenizer, folder), loading(folder)
+    results: dict = {"preprocessing": {name: [] for name in making}, "loading": {name: [] for name in reading}}
+    for _ in range(args.rounds):
+        for name, command in making.items():
+            results["preprocessing"][name].append(measured(command))
+        for name, command in reading.items():
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            results["loading"][name].append(float(done.stdout))
+    tokens = json.loads((folder / "out" / "ledger.json").read_bytes())["tokens"]["in"]
+    print(f"\n{tokens:,} tokens | wall s | CPU s | Mtokens / CPU s | peak MB of a process")
+    for name, rounds in results["preprocessing"].items():
+        wall, cpu, peak = (statistics.median(r[key] for r in rounds) for key in ("wall_s", "cpu_s", "peak_mb"))
+        print(f"{name} | {wall:.1f} | {cpu:.1f} | {tokens / cpu / 1e6:.2f} | {peak:.0f}")
+    print("\nloading | Mtokens/s | x numpy memmap")
+    base = statistics.median(results["loading"]["numpy memmap"])
+    for name, rates in results["loading"].items():
+        rate = statistics.median(rates)
+        print(f"{name} | {rate / 1e6:.1f} | {rate / base:.2f}")
+    for peer in ("streaming", "litdata", "dolma"):
+        if not importlib.util.find_spec(peer):
+            print(f"{peer}: not installed, left out")
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, TypeVar, cast
 
 from open_lm.errors import ConfigError
+from open_lm.model.hf_config import HFConfig
 from open_lm.model.variants import ATTENTIONS, ATTN_ACTIVATIONS, FEED_FORWARDS, NORMS, POSITIONS, SEQ_SCALARS
 
 C = TypeVar("C")
@@ -133,13 +134,15 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], origin: str = "model config") -> ModelConfig:
-        """The architecture in `values`, as `to_dict` or a JSON file holds it; with the keys of Mamba, a MambaConfig.
+        """The architecture in `values`, as `to_dict` or a JSON file holds it: by its keys, of any kind of model.
 
         Raises:
             ConfigError: a key is missing, unknown, or has a value out of range; `origin` names the place.
         """
         if cls is ModelConfig and "d_model" in values:
             return cast("ModelConfig", from_keys(MambaConfig, values, origin))  # it has what users of a config read
+        if cls is ModelConfig and "hf_model" in values:
+            return cast("ModelConfig", from_keys(HFConfig, values, origin))
         return from_keys(cls, values, origin)
 
 

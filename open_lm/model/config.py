@@ -7,11 +7,12 @@ import json
 from argparse import Namespace
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from open_lm.errors import ConfigError
 from open_lm.flags import flag
 from open_lm.model.architecture import MambaConfig, ModelConfig
+from open_lm.model.hf_config import HFConfig, resolve_hf
 from open_lm.model.variants import ATTENTIONS, ATTN_ACTIVATIONS, FEED_FORWARDS, NORMS, POSITIONS, SEQ_SCALARS
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -73,6 +74,20 @@ class ModelFlags:
         1.25, "Assignments an expert takes in training, in even shares; what comes later is dropped. 0 drops nothing."
     )
     moe_loss_weight: float = flag(0.1, "Weight of the load-balancing loss in the training loss.")
+    hf_model: str | None = flag(
+        None, "Train this model of transformers instead of --model, from its published weights: a hub id or a folder."
+    )
+    hf_seq_len: int | None = flag(None, "With --hf-model: tokens of a sequence.")
+    hf_fsdp_block: str | None = flag(
+        None,
+        "With --hf-model: class of its repeated blocks, by which FSDP splits it. None: its longest list of modules.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.hf_model and self.model:
+            raise ConfigError(f"--hf-model {self.hf_model} and --model {self.model} name two models: give one.")
+        if not self.hf_model and (self.hf_seq_len or self.hf_fsdp_block):
+            raise ConfigError("--hf-seq-len and --hf-fsdp-block belong to --hf-model, which is not given.")
 
 
 def model_names() -> list[str]:
@@ -86,6 +101,8 @@ def resolve(flags: ModelFlags) -> ModelConfig:
     Raises:
         ConfigError: no such name or file, not JSON, or a key that is missing, unknown or out of range.
     """
+    if flags.hf_model:
+        return cast("ModelConfig", resolve_hf(flags.hf_model, flags.hf_seq_len, flags.hf_fsdp_block))
     path = _config_path(flags.model or DEFAULT)
     values = _read_json(path)
     known = {f.name for f in fields(ModelConfig)} if "d_model" not in values else set()  # no flag concerns a Mamba
@@ -95,7 +112,7 @@ def resolve(flags: ModelFlags) -> ModelConfig:
 
 def config_of(config_or_args: ModelConfig | ModelFlags | Namespace) -> ModelConfig:
     """The architecture, however it was given: itself, flags, or parsed arguments."""
-    if isinstance(config_or_args, ModelConfig | MambaConfig):
+    if isinstance(config_or_args, ModelConfig | MambaConfig | HFConfig):
         return config_or_args
     if isinstance(config_or_args, ModelFlags):
         return resolve(config_or_args)

@@ -9,6 +9,7 @@ ARCHITECTURES = Registry(
     {
         "ModelConfig": "open_lm.model.transformer:Transformer",
         "MambaConfig": "open_lm.model.mamba:Mamba",
+        "HFConfig": "open_lm.model.hf_model:HFModel",
     },
 )
 NORMS = Registry(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from functools import partial
 
 import torch
 
+from open_lm.checkpoint.commit import committed
 from open_lm.checkpoint.contents import stored_config
 from open_lm.data.loader import Loader, build_loader, validation_batches
 from open_lm.distributed import World
@@ -15,6 +18,7 @@ from open_lm.model import create_model
 from open_lm.model.config import ModelConfig, resolve
 from open_lm.params import RunConfig
 from open_lm.precision import Precision
+from open_lm.run_folder import run_folder
 from open_lm.train.config import ScheduleConfig
 from open_lm.train.horizon import Horizon, horizon
 from open_lm.train.optim import build_optimizers
@@ -31,11 +35,13 @@ def architecture_of(config: RunConfig) -> ModelConfig:
         ConfigError: no such model.
         CheckpointError: the checkpoint is missing or holds no architecture.
     """
-    flags = config.checkpoint
-    path = flags.pretrained or (flags.resume if flags.resume != "latest" else None)
-    if config.model.model is None and path is not None:
+    path = config.checkpoint.pretrained or config.checkpoint.resume
+    if config.model.model is not None or path is None:
+        return resolve(config.model)
+    if path != "latest":
         return ModelConfig.from_dict(stored_config(path)["model"])
-    return resolve(config.model)
+    commits = committed(os.path.join(run_folder(config), "checkpoints"))
+    return ModelConfig.from_dict(commits[0].facts["config"]["model"]) if commits else resolve(config.model)
 
 
 def global_batch_size(config: RunConfig, world_size: int) -> int:
@@ -98,6 +104,10 @@ def run_horizon(config: RunConfig, tokens_per_step: int, n_sequences: int | None
 
 def build_schedule(config: ScheduleConfig, steps: Horizon) -> Schedule:
     """The learning rate of every step."""
+    if config.warmup >= steps.total_steps and not config.skip_scheduler:
+        logging.warning(
+            "--warmup %d: the run has only %d steps, so --lr is never reached.", config.warmup, steps.total_steps
+        )
     return Schedule(
         shape="const" if config.skip_scheduler else config.lr_scheduler,
         peak=config.lr,
@@ -132,9 +142,12 @@ def build_state(config: RunConfig, architecture: ModelConfig, world: World, step
 def build_validation_sets(config: RunConfig, architecture: ModelConfig, world: World) -> list[ValidationSet]:
     """The sets of --val-data, each readable any number of times."""
     flags = config.validation
-    batch = flags.global_val_batch_size or global_batch_size(config, world.size)
     if flags.val_batch_size:
         batch = flags.val_batch_size * world.size
+    elif flags.global_val_batch_size or not config.trains:
+        batch = flags.global_val_batch_size or world.size * -(-config.train.global_batch_size // world.size)
+    else:
+        batch = global_batch_size(config, world.size)
     if batch % world.size:
         raise ConfigError(f"--global-val-batch-size {batch} does not divide among {world.size} ranks.")
     limit = config.data.val_num_samples

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from open_lm.errors import ConfigError, OpenLMError
+from open_lm.errors import ConfigError, OpenLMError, Preempted
 
 
 def run(main: Callable[[], Any]) -> NoReturn:
@@ -13,8 +13,11 @@ def run(main: Callable[[], Any]) -> NoReturn:
     try:
         main()
     except OpenLMError as error:
-        if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":  # all ranks read the same flags
+        rank = os.environ.get("RANK", "0")
+        if rank == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
+        elif not isinstance(error, ConfigError | Preempted):  # those are the same on all ranks, rank 0 says them
+            print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted.", file=sys.stderr, flush=True)

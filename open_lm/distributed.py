@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from open_lm.errors import ConfigError
+from open_lm.errors import DeviceError, OpenLMError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,20 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        if self.size > 1:
-            self.sum(torch.zeros(()))
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+    def from_master(self, work: Callable[[], T]) -> T:
+        """What `work` gives on rank 0, on every rank; an OpenLMError of its is raised on every rank."""
+        if self.size == 1:
+            return work()
+        outcome: Any = None
+        if self.is_master:
+            try:
+                outcome = work()
+            except OpenLMError as error:
+                outcome = error
+        outcome = self.broadcast(outcome)
+        if isinstance(outcome, OpenLMError):
+            raise outcome
+        return outcome
 
 
 def ranks_from_environment(env: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
@@ -89,18 +99,18 @@ def pick_device(name: str, local_rank: int, *, by_rank: bool = True) -> torch.de
     """The device of this rank: `name` is auto (a GPU when there is one), cpu or cuda.
 
     Raises:
-        ConfigError: `cuda` was asked for and there is none, or there are fewer GPUs than local ranks.
+        DeviceError: `cuda` was asked for and there is none, or there are fewer GPUs than local ranks.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no GPU here. Use --device cpu, or install a CUDA build of torch.")
+        raise DeviceError("--device cuda: torch sees no GPU here. Use --device cpu, or install a CUDA build of torch.")
     index = local_rank if by_rank else 0
     if index >= torch.cuda.device_count():
         n_gpus = torch.cuda.device_count()
-        raise ConfigError(
+        raise DeviceError(
             f"local rank {local_rank} has no GPU: {n_gpus} found. Set --nproc-per-node to at most {n_gpus}."
         )
     torch.cuda.set_device(index)

@@ -35,6 +35,12 @@ class StorageError(OpenLMError):
     exit_code = 74
 
 
+class DeviceError(OpenLMError):
+    """This rank has no device to compute on, or has lost the other ranks."""
+
+    exit_code = 71
+
+
 class TrainingDiverged(OpenLMError):
     """The loss or the gradients are no longer finite; the last good checkpoint is kept."""
 

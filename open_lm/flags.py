@@ -1,6 +1,7 @@
 """How a frozen dataclass becomes a group of command-line flags, and flags become the dataclass again."""
 
 import difflib
+import math
 import types
 import typing
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
@@ -21,12 +22,21 @@ def flag(
     choices: Iterable[str] | None = None,
     aliases: Sequence[str] = (),
     metavar: str | None = None,
+    least: float | None = None,
+    above: float | None = None,
 ) -> Any:
     """Declare one flag; `help` is its only documentation and names the unit and what special values mean.
 
-    `aliases` are further spellings, written as on the command line (`"--input-glob"`).
+    `aliases` are further spellings, written as on the command line (`"--input-glob"`); numbers must be at `least` that,
+    or `above` that.
     """
-    metadata = {"help": help, "choices": tuple(choices) if choices else None, "aliases": aliases, "metavar": metavar}
+    metadata: dict[str, Any] = {
+        "help": help,
+        "choices": tuple(choices) if choices else None,
+        "aliases": aliases,
+        "metavar": metavar,
+    }
+    metadata |= {"least": least, "above": above}
     return field(default=default, metadata=metadata)
 
 
@@ -101,8 +111,25 @@ def value_type(hint: Any) -> tuple[type, bool]:
 
 def read_group(args: Namespace, config: type[C]) -> C:
     """Build `config` from parsed flags; its `__post_init__` checks the values."""
-    values = {f.name: getattr(args, f.name) for f in fields(config) if "help" in f.metadata}  # type: ignore[arg-type]
+    values = {}
+    for f in fields(config):  # type: ignore[arg-type]
+        if "help" in f.metadata:
+            values[f.name] = getattr(args, f.name)
+            for value in values[f.name] if isinstance(values[f.name], list) else [values[f.name]]:
+                _check_range(f.name, value, f.metadata["least"], f.metadata["above"])
     return config(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def _check_range(name: str, value: Any, least: float | None, above: float | None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    spelled = "--" + name.replace("_", "-")
+    if not math.isfinite(value):
+        raise ConfigError(f"{spelled} {value} is not a number to compute with.")
+    if least is not None and value < least:
+        raise ConfigError(f"{spelled} {value} must be at least {least}.")
+    if above is not None and value <= above:
+        raise ConfigError(f"{spelled} {value} must be above {above}.")
 
 
 def as_flags(config: Any) -> dict[str, Any]:
@@ -126,7 +153,13 @@ def read_config_file(path: str) -> dict[str, Any]:
     if not isinstance(loaded, Mapping):
         found = type(loaded).__name__
         raise ConfigError(f"--config {path}: holds a {found}, not `flag: value` pairs. Write one flag a line.")
-    return {str(key).replace("-", "_"): value for key, value in loaded.items()}
+    values: dict[str, Any] = {}
+    for key, value in loaded.items():
+        name = str(key).replace("-", "_")
+        if name in values:
+            raise ConfigError(f"--config {path}: {name} is given twice. Keep one.")
+        values[name] = value
+    return values
 
 
 def set_defaults_from(parser: ArgumentParser, values: Mapping[str, Any], origin: str) -> None:
@@ -137,7 +170,7 @@ def set_defaults_from(parser: ArgumentParser, values: Mapping[str, Any], origin:
     """
     actions = {action.dest: action for action in parser._actions}
     for name, value in values.items():
-        if name not in actions or name == "help":
+        if name not in actions or name in ("help", "config"):
             close = difflib.get_close_matches(name, actions, n=1)
             hint = f": did you mean {close[0]}?" if close else "."
             raise ConfigError(f"{origin}: unknown flag {name!r}{hint}")
@@ -146,6 +179,8 @@ def set_defaults_from(parser: ArgumentParser, values: Mapping[str, Any], origin:
 
 def _checked(action: Any, value: Any, origin: str) -> Any:
     if value is None:
+        if action.default is not None:
+            raise ConfigError(f"{origin}: found nothing (null). Give a value, or leave the line out.")
         return None
     if isinstance(action, BooleanOptionalAction):
         if not isinstance(value, bool):
@@ -161,7 +196,7 @@ def _checked_one(action: Any, value: Any, origin: str) -> Any:
     if isinstance(value, bool | list | dict):
         raise ConfigError(f"{origin}: found {value!r}, need one {action.type.__name__}.")
     try:
-        converted = action.type(value if isinstance(value, str) else repr(value))
+        converted = action.type(value if isinstance(value, str) else str(value))
     except ValueError as error:
         raise ConfigError(f"{origin}: found {value!r}, need one {action.type.__name__}.") from error
     if action.choices and converted not in action.choices:

@@ -36,6 +36,7 @@ def describe(config: RunConfig) -> Forecast:
 def execute(config: RunConfig, command: str) -> RunResult:
     """Carry out `config`; `command` is what the log says was typed."""
     from open_lm.build import architecture_of, build_loader_and_horizon, build_state, build_validation_sets
+    from open_lm.checkpoint.restore import restore
     from open_lm.run import start_run
     from open_lm.train.loop import train
 
@@ -44,11 +45,12 @@ def execute(config: RunConfig, command: str) -> RunResult:
         loader, steps = build_loader_and_horizon(config, architecture, run.world)
         val_sets = build_validation_sets(config, architecture, run.world)
         state = build_state(config, architecture, run.world, steps)
-        run.checkpoints.restore(state, loader)
+        restore(run.checkpoints, state, loader)
         run.begin(state, loader, val_sets)
         if loader is not None:
             batches = loader.batches(state.step, steps.total_steps)
-            train(state, batches, run, accum=config.train.accum_freq, clip=config.optimizer.grad_clip_norm)
+            with run.stop_requests:
+                train(state, batches, run, accum=config.train.accum_freq, clip=config.optimizer.grad_clip_norm)
         return run.finish(state)
 
 

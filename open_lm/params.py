@@ -77,7 +77,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
-    config_only = Parser(add_help=False, allow_abbrev=False)
+    config_only = Parser(add_help=False)
     config_only.add_argument("--config")
     path = config_only.parse_known_args(argv)[0].config
     if path:

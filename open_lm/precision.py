@@ -43,7 +43,10 @@ class Precision:
         (self.scaler.scale(loss) if self.scaler else loss).backward()
 
     def step(self, model: nn.Module, optimizers: Sequence[Optimizer], clip: Callable[[nn.Module], Tensor]) -> Tensor:
-        """Clip, take the optimizers' steps and clear the gradients; returns the gradient norm before clipping."""
+        """Clip, take the optimizers' steps and clear the gradients; returns the gradient norm before clipping.
+
+        When scaled gradients overflow, the step is left out, the loss scale falls, and the norm returned is 0.
+        """
         if self.scaler is not None:
             for optimizer in optimizers:
                 self.scaler.unscale_(optimizer)
@@ -56,7 +59,13 @@ class Precision:
             optimizer.zero_grad(set_to_none=True)
         if self.scaler is not None:
             self.scaler.update()
+            norm = norm.nan_to_num(nan=0.0, posinf=0.0)
         return norm
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What the loss is multiplied by before the backward pass; None without scaling."""
+        return self.scaler.get_scale() if self.scaler else None
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart: the loss scale; empty without one."""

@@ -24,6 +24,9 @@ from open_lm.train.state import TrainState
 from open_lm.train.step import StepReport
 from open_lm.train.timing import Timing
 
+MIN_LOSS_SCALE = 1e-4
+"""Below it fp16 gradients have overflowed step after step, and none has been applied for long."""
+
 
 class Recorder:
     """Adds up the reports of steps and writes them out when asked. `sinks` is empty on every rank but 0."""
@@ -48,13 +51,14 @@ class Recorder:
                 total=self._total_steps, initial=state.step, unit="step", dynamic_ncols=True, smoothing=0.05
             )
 
-    def add(self, report: StepReport) -> None:
-        """Count one step, without waiting for its figures."""
+    def add(self, report: StepReport, timing: Timing) -> None:
+        """Count one step, without waiting for its figures; `timing` has been running since the last `write`."""
+        self._timing = timing
         self._meter.add(report.parts, report.grad_norm.reshape(1).to(report.parts.dtype))
         if self._bar is not None:
             self._bar.update()
 
-    def write(self, state: TrainState, lr: float, timing: Timing) -> None:
+    def write(self, state: TrainState, lr: float) -> None:
         """Write the means over the steps since the last call; every rank must call this.
 
         Raises:
@@ -63,12 +67,13 @@ class Recorder:
         n_steps = self._meter.n_steps
         if not n_steps:
             return
-        times = {f"train/{name}_time": total / n_steps for name, total in timing.read().items()}
+        times = {f"train/{name}_time": total / n_steps for name, total in self._timing.read().items()}
         (*parts, grad_norm), seconds = self._meter.read()
-        loss = parts[0]
+        loss, scale = parts[0], state.precision.loss_scale
         metrics = {
             **{f"train/{name}": part for name, part in zip(state.task.names, parts, strict=True)},
             "train/grad_norm": grad_norm,
+            **({"train/loss_scale": scale} if scale is not None else {}),
             "train/lr": lr,
             "train/tokens": state.tokens,
             **self._meter.rates(seconds),
@@ -78,9 +83,9 @@ class Recorder:
         }
         self.log(state.step, metrics)
         self._say(state.step, metrics)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)) or (scale is not None and scale < MIN_LOSS_SCALE):
             raise TrainingDiverged(
-                f"loss {loss}, gradient norm {grad_norm} in the {n_steps} steps up to {state.step}. "
+                f"loss {loss}, gradient norm {grad_norm}, loss scale {scale} in {n_steps} steps up to {state.step}. "
                 "The checkpoints written before are good: lower --lr or raise --warmup, and --resume from one."
             )
 
@@ -105,6 +110,11 @@ class Recorder:
             )  # fmt: skip
         self.log(step, metrics)
 
+    def rewind(self, step: int) -> None:
+        """Forget what was written of later steps."""
+        for sink in self._sinks:
+            sink.rewind(step)
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Give `metrics` to every sink, each at once; a sink that cannot write does not end the run."""
         for sink in self._sinks:
@@ -122,14 +132,17 @@ class Recorder:
             self._meter.skip(time.perf_counter() - began)
 
     def close(self) -> None:
-        """Close the bar and the sinks; a sink that fails to close does not hide how the run ended."""
+        """Take the bar off the terminal."""
         if self._bar is not None:
             self._bar.close()
-        for sink in self._sinks:
-            try:
-                sink.close()
-            except Exception as error:
-                logging.warning("%s did not close: %s", type(sink).__name__, error)
+
+
+def close_quietly(sink: Sink) -> None:
+    """Close a sink; one that fails to does not hide how the run ended."""
+    try:
+        sink.close()
+    except Exception as error:
+        logging.warning("%s did not close: %s", type(sink).__name__, error)
 
 
 def _peak(world: World, tflops: float | None) -> float | None:
@@ -145,7 +158,7 @@ def result_rows(
     bounds = [f"loss_{kind}_{side}_95" for kind in ("sequences", "tokens") for side in ("lower", "upper")]
     return [
         {
-            "loss": result.loss,
+            "loss": result.loss if math.isfinite(result.loss) else None,
             **dict.fromkeys(bounds, -1.0),
             "sequences": result.sequences,
             "tokens": result.tokens,
@@ -161,6 +174,9 @@ def result_rows(
 
 
 def append_json_line(path: str, value: Any) -> None:
-    """Add `value` as one line to the file at `path`."""
-    with open(path, "a") as file:
-        file.write(json.dumps(value) + "\n")
+    """Add `value` as one line to the file at `path`; a full disk is said, and does not end the run."""
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(value) + "\n")
+    except OSError as error:
+        logging.warning("%s: a line could not be written: %s", path, error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,12 +12,12 @@ from typing import Any
 
 from open_lm.checkpoint.manager import Checkpoints, DataOrder
 from open_lm.distributed import World, start_world
-from open_lm.errors import Preempted
+from open_lm.errors import DeviceError, Preempted, StorageError, TrainingDiverged
 from open_lm.evaluate.held_out import HeldOut, ValidationSet, evaluate
 from open_lm.model.config import ModelConfig
 from open_lm.model.describe import model_size
 from open_lm.params import RunConfig
-from open_lm.recorder import Recorder, append_json_line, result_rows
+from open_lm.recorder import Recorder, append_json_line, close_quietly, result_rows
 from open_lm.run_folder import open_folder
 from open_lm.signals import StopRequests
 from open_lm.tracking.log import text_log
@@ -24,6 +25,9 @@ from open_lm.tracking.sink import RunFacts, Sink, open_sinks
 from open_lm.train.state import TrainState
 from open_lm.train.step import StepReport
 from open_lm.train.timing import Timing
+
+PEER_LEFT = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+"""How gloo and NCCL put it when another rank is gone."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +42,14 @@ class RunResult:
 class Run:
     """One open run on one rank. The loop calls it after every step, and it decides what is due."""
 
+    recorder: Recorder
+
     def __init__(
         self,
         config: RunConfig,
         architecture: ModelConfig,
         world: World,
         folder: str,
-        *,
-        stop: StopRequests,
         sinks: list[Sink],
     ):
         self.config = config
@@ -58,32 +62,41 @@ class Run:
             name=os.path.basename(folder),
             config={"model": architecture.to_dict(), "flags": config.as_flags()},
         )
-        self._stop = stop
+        self.stop_requests = StopRequests()
         self._sinks = sinks
+        self._closing = contextlib.ExitStack()
+        for sink in sinks:
+            self._closing.callback(close_quietly, sink)
+        self._loader: DataOrder | None = None
+        self._val_sets: list[ValidationSet] = []
         self._held_out: tuple[HeldOut, ...] = ()
         self._validated_at: int | None = None
+        self._saved_at: int | None = None
 
     def begin(self, state: TrainState, loader: DataOrder | None, val_sets: list[ValidationSet]) -> None:
         """Take what the run works on, once it is built and restored."""
         self._loader = loader
         self._val_sets = val_sets
-        self._recorder = Recorder(
+        self.recorder = Recorder(
             self.world,
             state,
             self._sinks,
             flops_per_token=model_size(self.architecture).flops_per_token,
             peak_tflops=self.config.tracking.peak_tflops,
         )
+        self._closing.callback(self.recorder.close)
+        if state.step > 0 and loader is not None:
+            self.recorder.rewind(state.step)
         self._saved_at = state.step
         if loader is not None and state.step >= state.horizon.total_steps:
             logging.info("step %d of %d: nothing left to train", state.step, state.horizon.total_steps)
 
     def record(self, report: StepReport, state: TrainState, timing: Timing) -> None:
         """Count one step; write the figures every --log-every-n-steps, before each save, and at the end."""
-        self._recorder.add(report)
+        self.recorder.add(report, timing)
         every = self.config.tracking.log_every_n_steps
         if state.step % every == 0 or state.step == state.horizon.total_steps or self._save_due(state):
-            self._recorder.write(state, report.lr, timing)
+            self.recorder.write(state, report.lr)
 
     def validate_if_due(self, state: TrainState) -> None:
         """Measure the held-out loss at the ends of intervals, or every --val-every-steps."""
@@ -100,11 +113,16 @@ class Run:
         """Measure and record the held-out loss, unless this step has been measured."""
         if not self._val_sets or self._validated_at == state.step:
             return
-        results = self._recorder.aside(lambda: evaluate(state.model, self._val_sets, self.world, state.precision))
+        results = self.recorder.aside(lambda: evaluate(state.model, self._val_sets, self.world, state.precision))
         self._held_out, self._validated_at = tuple(results), state.step
-        self._recorder.write_held_out(state.step, results)
+        self.recorder.write_held_out(state.step, results)
         if self.world.is_master:
             append_json_line(os.path.join(self.checkpoints.folder, "results.jsonl"), self._result_rows(state))
+        for result in results:
+            if not math.isfinite(result.loss):
+                raise TrainingDiverged(
+                    f"the held-out loss on {result.name} is {result.loss}: the weights are not usable."
+                )
 
     def _result_rows(self, state: TrainState) -> list[dict[str, Any]]:
         flags = self.config.checkpoint
@@ -116,18 +134,19 @@ class Run:
     def save_if_due(self, state: TrainState) -> None:
         """Write a checkpoint at the ends of intervals, as --save-frequency says."""
         if self._save_due(state):
-            self._save(state, label=str(state.horizon.intervals_done(state.step)))
+            done, is_last = state.horizon.intervals_done(state.step), state.step == state.horizon.total_steps
+            self._save(state, label=str(done), kept=self.checkpoints.keeps(done, is_last=is_last))
 
     def _save_due(self, state: TrainState) -> bool:
         steps = state.horizon
         is_last = state.step == steps.total_steps
-        return state.step in steps.interval_ends and self.checkpoints.wants(
+        return state.step in steps.interval_ends and self.checkpoints.due(
             steps.intervals_done(state.step), is_last=is_last
         )
 
-    def _save(self, state: TrainState, *, label: str) -> None:
-        assert self._loader is not None
-        is_last = state.step == state.horizon.total_steps
+    def _save(self, state: TrainState, *, label: str, kept: bool = True) -> bool:
+        loader, is_final = self._loader, state.step == state.horizon.total_steps
+        assert loader is not None
         stats = {
             "evaluation_metrics": self._result_rows(state),
             "samples_seen": state.tokens // self.architecture.seq_len,
@@ -136,23 +155,29 @@ class Run:
             "train_data_string": " ".join((*self.config.data.train_data, *self.config.data.dataset_manifest)),
             "next_shard_per_source": None,
         }
-        loader = self._loader
-        saved = self._recorder.aside(
-            lambda: self.checkpoints.save(state, loader, label=label, is_final=is_last, stats=stats)
+        saved = self.recorder.aside(
+            lambda: self.checkpoints.save(state, loader, label=label, stats=stats, kept=kept, is_final=is_final)
         )
         self._saved_at = state.step if saved else self._saved_at
+        return saved
 
     def stop_if_asked(self, state: TrainState) -> None:
         """After a stop signal on any rank: save and leave.
 
         Raises:
             Preempted: the run stopped; the checkpoint just written holds everything.
+            StorageError: it stopped and could not be saved.
+            TrainingDiverged: it stopped, and what it would have saved is not finite.
         """
-        if not self.world.any(self._stop.received is not None) or state.step == state.horizon.total_steps:
+        if not self.world.any(self.stop_requests.received is not None) or state.step == state.horizon.total_steps:
             return
-        if self._saved_at != state.step:
-            self._save(state, label=f"{state.horizon.intervals_done(state.step)}-step{state.step}")
-        reason = next(name for name in self.world.gather(self._stop.received) if name)
+        self.recorder.write(state, state.lr_at(state.step - 1))
+        reason = next(name for name in self.world.gather(self.stop_requests.received) if name)
+        label = f"{state.horizon.intervals_done(state.step)}-step{state.step}"
+        if self._saved_at != state.step and not self._save(state, label=label, kept=False):
+            raise StorageError(
+                f"stopped by {reason} after step {state.step}; not saved, see the log. Earlier ones are good."
+            )
         raise Preempted(f"stopped by {reason} after step {state.step}, saved. Continue with --resume latest.")
 
     def finish(self, state: TrainState) -> RunResult:
@@ -163,9 +188,7 @@ class Run:
 
     def close(self) -> None:
         """Close what writes."""
-        recorder = getattr(self, "_recorder", None)
-        if recorder is not None:
-            recorder.close()
+        self._closing.close()
 
 
 @contextlib.contextmanager
@@ -188,16 +211,25 @@ def start_run(config: RunConfig, architecture: ModelConfig, command: str) -> Ite
                 force_group=flags.force_distributed,
             )
         )
-        stop = stack.enter_context(StopRequests())
         folder = open_folder(config, world)
         stack.enter_context(text_log(folder, world.rank, every_rank=tracking.log_local, debug=tracking.debug))
         logging.info("%s", command)
         facts = RunFacts(os.path.basename(folder), folder, config.as_flags(), tracking)
         sinks = open_sinks(facts) if world.is_master else []
-        run = Run(config, architecture, world, folder, stop=stop, sinks=sinks)
+        run = Run(config, architecture, world, folder, sinks)
         stack.callback(run.close)
         try:
             yield run
         except BaseException as error:
             logging.error("the run ended with %s: %s", type(error).__name__, error)
+            if lost_contact(error):
+                logging.debug("", exc_info=error)
+                raise DeviceError(
+                    f"lost contact with the other ranks ({error}); see which of them failed first."
+                ) from None
             raise
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Whether an error says that another rank has left, which then has a reason of its own to report."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in PEER_LEFT)

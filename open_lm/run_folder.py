@@ -9,7 +9,7 @@ import yaml
 
 from open_lm import storage
 from open_lm.distributed import World
-from open_lm.errors import ConfigError, OpenLMError
+from open_lm.errors import ConfigError
 from open_lm.params import RunConfig
 
 
@@ -20,32 +20,30 @@ def open_folder(config: RunConfig, world: World) -> str:
         ConfigError: the folder holds a run and --resume is not given.
         StorageError: the folder cannot be written.
     """
-    outcome = world.broadcast(_try_open(config) if world.is_master else None)
-    if isinstance(outcome, OpenLMError):
-        raise outcome
-    return outcome
-
-
-def _try_open(config: RunConfig) -> str | OpenLMError:
-    try:
-        return _open(config)
-    except OpenLMError as error:
-        return error
+    return world.from_master(lambda: _open(config))
 
 
 def _open(config: RunConfig) -> str:
-    name = config.tracking.name or default_name(config)
-    folder = os.path.join(str(storage.local_path(config.tracking.logs)), name)
-    if holds_a_run(folder) and config.trains and not config.checkpoint.resume:
+    if storage.is_remote(config.tracking.logs):
+        raise ConfigError(f"--logs {config.tracking.logs}: a run's folder is local. Give a local folder.")
+    folder, resume = run_folder(config), config.checkpoint.resume
+    continues = resume == "latest" or (resume and os.path.abspath(resume).startswith(os.path.abspath(folder) + os.sep))
+    if holds_a_run(folder) and config.trains and not continues:
         raise ConfigError(
-            f"--name {name}: {folder} already holds a run. Continue it with --resume latest, or choose another --name."
+            f"--name {os.path.basename(folder)}: {folder} already holds a run. Continue it with --resume latest, "
+            "or choose another --name."
         )
     storage.require_writable(os.path.join(folder, "checkpoints"), "--logs")
-    storage.write_text(
-        os.path.join(folder, "params.txt"),
-        "".join(f"{key}: {_one_line(value)}\n" for key, value in config.as_flags().items()),
-    )
+    if config.trains or not holds_a_run(folder):
+        lines = (f"{key}: {_one_line(value)}\n" for key, value in config.as_flags().items())
+        storage.write_text(os.path.join(folder, "params.txt"), "".join(lines))
     return folder
+
+
+def run_folder(config: RunConfig) -> str:
+    """The folder of the run, whether it exists or not."""
+    name = config.tracking.name or default_name(config)
+    return os.path.join(str(storage.local_path(config.tracking.logs)), name)
 
 
 def holds_a_run(folder: str) -> bool:

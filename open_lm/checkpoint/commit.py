@@ -43,6 +43,10 @@ class Commit:
         return f"epoch_{self.label}.pt"
 
     @property
+    def size_bytes(self) -> int:
+        return sum(record.size_bytes for record in self.files.values())
+
+    @property
     def commit_name(self) -> str:
         return f"epoch_{self.label}.commit.json"
 
@@ -124,6 +128,13 @@ def hashes_match(folder: str, commit: Commit) -> bool:
             logging.warning("%s does not have the hash it was written with: its checkpoint is passed over.", path)
             return False
     return True
+
+
+def rename(folder: str, name: str, new_name: str) -> None:
+    """Give a commit file another name, so that it counts no longer (or again)."""
+    content = storage.read_text(storage.join(folder, name))
+    storage.write_text(storage.join(folder, new_name), content)
+    storage.remove(storage.join(folder, name))
 
 
 def discard(folder: str, commit: Commit) -> None:

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from open_lm.checkpoint.weights import load_file
+from open_lm.checkpoint.weights import load_file, plain_name
 from open_lm.errors import CheckpointError
 
 FREE_KEYS = {"seq_len", "attn_name"}
@@ -71,9 +71,17 @@ def load_weights(model: nn.Module, weights: dict[str, Any], origin: str, *, broa
 
 
 def load_optimizers(model: nn.Module, optimizers: list[Optimizer], saved: dict[str, Any], *, broadcast: bool) -> None:
-    """Put the optimizer state `saved` (needed on rank 0 only, with `broadcast`) into `optimizers` on every rank."""
+    """Put the optimizer state `saved` (needed on rank 0 only, with `broadcast`) into `optimizers` on every rank.
+
+    Betas, weight decay and the like stay as the flags of this run say; only what has been accumulated is taken over.
+    """
+    settings = [{k: v for k, v in group.items() if k != "params"} for o in optimizers for group in o.param_groups]
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast)
-    set_optimizer_state_dict(model, optimizers, saved, options=options)
+    groups = get_optimizer_state_dict(model, optimizers, options=StateDictOptions(full_state_dict=True))["param_groups"]
+    state = {"state": saved["state"], "param_groups": groups} if saved else {}
+    set_optimizer_state_dict(model, optimizers, state, options=options)
+    for group, kept in zip((g for o in optimizers for g in o.param_groups), settings, strict=True):
+        group.update(kept)
 
 
 def by_name(saved: dict[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -84,10 +92,9 @@ def by_name(saved: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     Raises:
         CheckpointError: the file holds another number of parameters than the model.
     """
-    state = {_plain(name): moments for name, moments in saved["state"].items()}
+    state = {plain_name(name) if isinstance(name, str) else name: moments for name, moments in saved["state"].items()}
     if not any(isinstance(name, int) for name in state):
-        groups = [{**group, "params": [_plain(name) for name in group["params"]]} for group in saved["param_groups"]]
-        return {"state": state, "param_groups": groups}
+        return {"state": state}
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     if len(names) != len(numbers):
@@ -95,8 +102,4 @@ def by_name(saved: dict[str, Any], model: nn.Module) -> dict[str, Any]:
             f"the optimizer file holds {len(numbers)} parameters, the model has {len(names)}: another model."
         )
     name_of = dict(zip(numbers, names, strict=True))
-    return {"state": {name_of[number]: moments for number, moments in state.items()}, "param_groups": []}
-
-
-def _plain(name: Any) -> Any:
-    return name.replace("module.", "").replace("_orig_mod.", "") if isinstance(name, str) else name
+    return {"state": {name_of[number]: moments for number, moments in state.items()}}

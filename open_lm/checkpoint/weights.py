@@ -111,7 +111,7 @@ def clean_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: there are no weights in it.
     """
-    weights = {_plain_name(name): tensor for name, tensor in _weights_in(state).items()}
+    weights = {plain_name(name): tensor for name, tensor in _weights_in(state).items()}
     return {name: tensor for name, tensor in weights.items() if not _is_second_name(name)}
 
 
@@ -134,7 +134,8 @@ def _looks_like_weights(value: Mapping[str, Any]) -> bool:
     )
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A parameter's name without what DDP and torch.compile put into it."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 

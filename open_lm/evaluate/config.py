@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from open_lm.errors import ConfigError
 from open_lm.flags import flag
 
 
@@ -13,15 +12,13 @@ class ValidationConfig:
     """Validation"""
 
     val_names: tuple[str, ...] = flag((), "Name of each set in metrics; none: its --val-data.")
-    val_frequency: int = flag(1, "Checkpoint intervals between two validations; 0: none while training.")
-    val_every_steps: int | None = flag(None, "Optimizer steps between two validations; sets --val-frequency aside.")
+    val_frequency: int = flag(1, "Checkpoint intervals between two validations; 0: none while training.", least=0)
+    val_every_steps: int | None = flag(
+        None, "Optimizer steps between two validations; sets --val-frequency aside.", least=1
+    )
     global_val_batch_size: int | None = flag(
-        None, "Sequences per validation batch over all ranks; None: --global-batch-size."
+        None, "Sequences per validation batch over all ranks; None: --global-batch-size.", least=1
     )
     val_batch_size: int | None = flag(
-        None, "Sequences per validation batch on each rank; sets --global-val-batch-size."
+        None, "Sequences per validation batch on each rank; sets --global-val-batch-size.", least=1
     )
-
-    def __post_init__(self) -> None:
-        if self.val_every_steps is not None and self.val_every_steps < 1:
-            raise ConfigError(f"--val-every-steps {self.val_every_steps} must be at least 1.")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 @contextlib.contextmanager
 def text_log(folder: str, rank: int, *, every_rank: bool, debug: bool) -> Iterator[None]:
     """Log to the terminal (rank 0) and to `folder/out.log` (or out-RANK.log) until the block ends."""
-    handlers: list[logging.Handler] = []
+    handlers: list[logging.Handler] = [logging.NullHandler()]  # without any, logging makes one for the terminal
     if rank == 0:
         handlers.append(logging.StreamHandler())
     if rank == 0 or every_rank:
@@ -19,7 +19,7 @@ def text_log(folder: str, rank: int, *, every_rank: bool, debug: bool) -> Iterat
         handlers.append(logging.FileHandler(os.path.join(folder, name)))
     formatter = logging.Formatter("%(asctime)s | %(levelname)s | %(message)s", datefmt="%Y-%m-%d,%H:%M:%S")
     root, before = logging.getLogger(), logging.getLogger().level
-    root.setLevel(logging.DEBUG if debug else logging.INFO if handlers else logging.ERROR)
+    root.setLevel(logging.DEBUG if debug else logging.INFO)
     for handler in handlers:
         handler.setFormatter(formatter)
         root.addHandler(handler)

@@ -28,6 +28,10 @@ class Sink(Protocol):
         """Write the metrics of `step`, all at once."""
         ...
 
+    def rewind(self, step: int) -> None:
+        """Forget what comes after `step`, where that can be done: the run goes on from there."""
+        ...
+
     def close(self) -> None:
         """Write whatever is still held back."""
         ...

@@ -17,7 +17,13 @@ class TensorboardSink:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ConfigError("--report-to tensorboard: the package is missing. pip install tensorboard") from error
-        self._writer = SummaryWriter(os.path.join(run.folder, "tensorboard"))
+        self._folder, self._make = os.path.join(run.folder, "tensorboard"), SummaryWriter
+        self._writer = SummaryWriter(self._folder)
+
+    def rewind(self, step: int) -> None:
+        """TensorBoard hides what was written for later steps."""
+        self._writer.close()
+        self._writer = self._make(self._folder, purge_step=step + 1)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():

@@ -30,6 +30,9 @@ class WandbSink:
         )
         id_file.write_text(self._run.id)
 
+    def rewind(self, step: int) -> None:
+        """Nothing to do: Weights & Biases passes over steps that it has already."""
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
 

@@ -30,41 +30,35 @@ class OptimizerConfig:
     optimizer: str = flag("adamw", "Rule that updates the weights.", choices=OPTIMIZERS)
     beta1: float = flag(0.9, "Decay of the running mean of the gradients.")
     beta2: float = flag(0.95, "Decay of the running mean of the squared gradients.")
-    eps: float = flag(1.0e-8, "Added to the root of the squared-gradient mean.")
-    wd: float = flag(0.2, "Weight decay (decoupled, times the learning rate), of matrices only.")
+    eps: float = flag(1.0e-8, "Added to the root of the squared-gradient mean.", above=0)
+    wd: float = flag(0.2, "Weight decay (decoupled, times the learning rate), of matrices only.", least=0)
     wd_all: bool = flag(False, "Let weight decay also act on norms, biases and embeddings, as OpenLM did.")
     grad_clip_norm: float | None = flag(
-        None, "Largest global gradient norm; a larger one is scaled down. None: no clipping."
+        None, "Largest global gradient norm; a larger one is scaled down. None: no clipping.", above=0
     )
 
     def __post_init__(self) -> None:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"--{name} {getattr(self, name)} is not in [0, 1).")
-        if self.grad_clip_norm is not None and self.grad_clip_norm <= 0:
-            raise ConfigError(f"--grad-clip-norm {self.grad_clip_norm} must be above 0; leave it out for no clipping.")
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     """Learning-rate schedule"""
 
-    lr: float = flag(5.0e-4, "Peak learning rate.")
-    warmup: int = flag(10_000, "Optimizer steps of linear warm-up from 0 to --lr.")
+    lr: float = flag(5.0e-4, "Peak learning rate.", above=0)
+    warmup: int = flag(10_000, "Optimizer steps of linear warm-up from 0 to --lr.", least=0)
     lr_scheduler: str = flag("cosine", "Shape of the learning rate after warm-up.", choices=SCHEDULES)
-    lr_cooldown_end: float = flag(0.0, "Learning rate at the last step.")
-    lr_cooldown_power: float = flag(1.0, "Exponent of const-cooldown's decay; 1 is linear.")
+    lr_cooldown_end: float = flag(0.0, "Learning rate that the schedule comes down to when the run ends.", least=0)
+    lr_cooldown_power: float = flag(1.0, "Exponent of const-cooldown's decay; 1 is linear.", above=0)
     epochs_cooldown: int | None = flag(
-        None, "Checkpoint intervals that const-cooldown decays over, counted from the end."
+        None, "Checkpoint intervals that const-cooldown decays over, counted from the end.", least=1
     )
-    force_min_lr: float = flag(0.0, "Floor under the learning rate after warm-up.")
+    force_min_lr: float = flag(0.0, "Floor under the learning rate after warm-up.", least=0)
     skip_scheduler: bool = flag(False, "Keep --lr at every step, without warm-up.")
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ConfigError(f"--lr {self.lr} must be above 0.")
-        if self.warmup < 0:
-            raise ConfigError(f"--warmup {self.warmup} must not be negative.")
         if self.lr_cooldown_end > self.lr:
             raise ConfigError(
                 f"--lr-cooldown-end {self.lr_cooldown_end} is above --lr {self.lr}: the schedule only decays."
@@ -77,29 +71,30 @@ class ScheduleConfig:
 class TrainConfig:
     """Training length and batch"""
 
-    global_batch_size: int = flag(64, "Sequences per optimizer step over all ranks.")
-    batch_size: int | None = flag(None, "Sequences per optimizer step on each rank; sets --global-batch-size.")
-    accum_freq: int = flag(1, "Micro-batches that each rank's share of a batch is computed in.")
-    train_tokens: int | None = flag(None, "Tokens to train on in all; rounded down to whole batches.")
-    num_checkpoints: int | None = flag(None, "Checkpoints to write over the run, evenly spaced; with --train-tokens.")
+    global_batch_size: int = flag(64, "Sequences per optimizer step over all ranks.", least=1)
+    batch_size: int | None = flag(None, "Sequences per optimizer step on each rank; sets --global-batch-size.", least=1)
+    accum_freq: int = flag(1, "Micro-batches that each rank's share of a batch is computed in.", least=1)
+    train_tokens: int | None = flag(None, "Tokens to train on in all; rounded down to whole batches.", least=1)
+    num_checkpoints: int | None = flag(
+        None, "Checkpoints to write over the run, evenly spaced; with --train-tokens.", least=1
+    )
     train_num_samples: int | None = flag(
-        None, "TOKENS (not samples) in one checkpoint interval; None: one pass over the data."
+        None, "TOKENS (not samples) in one checkpoint interval; None: one pass over the data.", least=1
     )
-    epochs: int = flag(32, "Checkpoint intervals (not passes over the data) to train for.")
+    epochs: int = flag(32, "Checkpoint intervals (not passes over the data) to train for.", least=1)
     z_loss_coefficient: float = flag(
-        0.0, "Weight of the mean squared log-normaliser of the output (PaLM, 2022); 0 is off."
+        0.0, "Weight of the mean squared log-normaliser of the output (PaLM, 2022); 0 is off.", least=0
     )
-    seed: int = flag(0, "Seed of the weights at the start and of the order of the data.")
+    seed: int = flag(0, "Seed of the weights at the start and of the order of the data.", least=0)
 
     def __post_init__(self) -> None:
-        for name in ("global_batch_size", "accum_freq", "epochs"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1.")
         if self.train_tokens is not None and self.train_num_samples is not None:
             raise ConfigError(
                 "--train-tokens (tokens of the whole run) and --train-num-samples (tokens of one interval) "
                 "exclude each other."
             )
+        if self.seed >= 1 << 63:
+            raise ConfigError(f"--seed {self.seed} must be below 2^63.")
         if self.num_checkpoints is not None and self.train_tokens is None:
             raise ConfigError(
                 "--num-checkpoints divides --train-tokens: give that too, or use --train-num-samples and --epochs."
@@ -113,7 +108,8 @@ class ParallelConfig:
     precision: str = flag(
         "amp",
         "Number formats: amp = fp16 autocast with loss scaling on a GPU, bf16 autocast on a CPU; "
-        "amp_bf16 = bf16 autocast; bf16 = everything in bf16; fp16 = fp16 autocast; fp32.",
+        "amp_bf16 = bf16 autocast; bf16 = weights and moments too (updates below 1/256 of a weight, weight decay among "
+        "them, are rounded away); fp16 = fp16 autocast; fp32.",
         choices=PRECISIONS,
     )
     device: str = flag("auto", "Where to compute; auto takes a GPU when there is one.", choices=("auto", "cpu", "cuda"))
@@ -131,7 +127,9 @@ class ParallelConfig:
     fsdp_hybrid_o2: bool = flag(
         False, "As --fsdp-hybrid, and keep whole weights from the forward to the backward pass."
     )
-    fsdp_group_size: int | None = flag(None, "Ranks that share one copy under --fsdp-hybrid; None: those of one node.")
+    fsdp_group_size: int | None = flag(
+        None, "Ranks that share one copy under --fsdp-hybrid; None: those of one node.", least=1
+    )
     fsdp_backward_prefetch: bool = flag(False, "No meaning under FSDP2, which always prefetches; accepted.")
     fsdp_limit_all_gathers: bool = flag(False, "No meaning under FSDP2, whose memory is bounded anyway; accepted.")
     fsdp_use_orig_params: bool = flag(
@@ -141,7 +139,7 @@ class ParallelConfig:
     ddp_static_graph: bool = flag(False, "Tell DDP that every step uses the same parameters.")
     dist_url: str = flag("env://", "Where ranks meet, as torch.distributed's init_method.")
     dist_backend: str | None = flag(None, "Communication between ranks; None: nccl for GPUs, gloo for CPUs.")
-    dist_timeout: float = flag(600.0, "Seconds a rank waits for the others before the run fails.")
+    dist_timeout: float = flag(600.0, "Seconds a rank waits for the others before the run fails.", above=0)
     no_set_device_rank: bool = flag(False, "Every rank uses GPU 0 of those it sees (the launcher hides the others).")
     force_distributed: bool = flag(False, "Make a process group even for one rank.")
 

@@ -31,3 +31,7 @@ class TrainState:
     """Optimizer steps taken so far; the data follow from it too."""
     tokens: int = 0
     """Tokens trained on so far."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.horizon.tokens_per_step

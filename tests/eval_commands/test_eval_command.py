@@ -187,3 +187,17 @@ def test_help_is_quick_to_import():
     ])  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code % str(SCRIPT)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_model_of_transformers_is_scored_by_its_folder(files, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=400, max_position_embeddings=64, **shape))
+    model.save_pretrained(tmp_path / "llama")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=files["tokenizer"], eos_token="<|endoftext|>")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    results = in_process("--eval-yaml", files["yaml"], "--hf-model", tmp_path / "llama", "--output-dir", tmp_path / "o")
+    (run,) = results.runs
+    assert run.name == "llama"
+    assert [record.questions for record in run.records] == [40, 40]

@@ -43,7 +43,8 @@ class WrappedModel(PreTrainedModel, GenerationMixin):
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def get_input_embeddings(self) -> Any:
-        return self.inner.tok_embeddings
+        inner: Any = self.inner
+        return inner.tok_embeddings if hasattr(inner, "tok_embeddings") else inner.model.get_input_embeddings()
 
 
 def wrapped(model: nn.Module) -> WrappedModel:
@@ -53,7 +54,7 @@ def wrapped(model: nn.Module) -> WrappedModel:
         vocab_size=ours.vocab_size,
         hidden_size=ours.hidden_dim,
         num_hidden_layers=ours.n_layers,
-        num_attention_heads=ours.n_heads,
+        num_attention_heads=getattr(ours, "n_heads", 1),
         use_cache=False,
         bos_token_id=None,
         eos_token_id=None,

@@ -23,7 +23,6 @@ class EvalConfig:
 
     eval_yaml: str | None = flag(None, "Tasks to ask: an LLM Foundry YAML with icl_tasks (engine lm-eval needs none).")
     checkpoint: tuple[str, ...] = flag((), "Run folders (their newest checkpoint) or weights files, one or more.")
-    hf_model: tuple[str, ...] = flag((), "Hugging Face causal language models to score: hub ids or local folders.")
     tokenizer: str | None = flag(
         None, "Hub id, local folder or tokenizer.json. None: the one the checkpoint names, if it names one."
     )
@@ -49,8 +48,6 @@ class EvalConfig:
     device: str = flag("auto", "Where to compute: auto (a GPU if there is one), cpu or cuda.")
 
     def __post_init__(self) -> None:
-        if not self.checkpoint and not self.hf_model:
-            raise ConfigError("--checkpoint is missing: give a run folder, an epoch_K.pt, or --hf-model.")
         if not self.eval_yaml and self.engine != "lm-eval":
             raise ConfigError("--eval-yaml is missing: give a file of tasks, such as eval/yamls/light.yaml.")
         if self.engine == "lm-eval" and not self.tasks:

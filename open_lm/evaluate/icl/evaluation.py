@@ -12,10 +12,11 @@ from tqdm import tqdm
 
 from open_lm import storage
 from open_lm.distributed import World, start_world
+from open_lm.errors import ConfigError
 from open_lm.evaluate.icl.averages import gauntlet_averages
 from open_lm.evaluate.icl.config import ENGINES, EvalConfig
 from open_lm.evaluate.icl.records import CheckpointRecords, Record, Results, read_results, terminal_table
-from open_lm.evaluate.icl.subject import Subject, load_subject
+from open_lm.evaluate.icl.subject import Subject, load_hf_subject, load_subject
 from open_lm.evaluate.icl.suite import Suite, read_suite, require_data
 from open_lm.flags import as_flags
 from open_lm.model.config import ModelFlags
@@ -30,6 +31,8 @@ def evaluate(config: EvalConfig, flags: ModelFlags) -> Results:
     Raises:
         OpenLMError: a flag, a file or a checkpoint is wrong; nothing is written before the first task is done.
     """
+    if not config.checkpoint and not flags.hf_model:
+        raise ConfigError("--checkpoint is missing: give a run folder, an epoch_K.pt, or --hf-model.")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     suite = read_suite(config.eval_yaml, only=config.tasks) if config.eval_yaml else Suite(tasks=())
     if config.engine != "lm-eval":
@@ -41,7 +44,7 @@ def evaluate(config: EvalConfig, flags: ModelFlags) -> Results:
         results = Results(config.engine, {**as_flags(config), "suite": _settings(suite)})
         began = time.perf_counter()
         torch.manual_seed(suite.seed)
-        for path in (*config.checkpoint, *config.hf_model):
+        for path in config.checkpoint or (flags.hf_model,):
             subject = _subject(path, config, flags, suite, world)
             results.runs.append(subject.about)
             _evaluate_one(subject, config, suite, world, kept, results, folder)
@@ -63,13 +66,12 @@ def _kept(config: EvalConfig, folder: str) -> list[CheckpointRecords]:
     return read_results(path).runs
 
 
-def _subject(path: str, config: EvalConfig, flags: ModelFlags, suite: Suite, world: World) -> Subject:
+def _subject(path: str | None, config: EvalConfig, flags: ModelFlags, suite: Suite, world: World) -> Subject:
     precision = _precision(config, suite, world)
     dtype = Precision(precision, world.device.type).weight_dtype if precision == "bf16" else torch.float32
-    if path in config.hf_model:
-        from open_lm.evaluate.icl.hf_subject import load_hf_subject
-
-        return load_hf_subject(path, config.tokenizer, world.device, dtype)
+    if not config.checkpoint:
+        return load_hf_subject(flags, config.tokenizer, world.device, dtype)
+    assert path is not None
     architecture = {name: value for name, value in vars(flags).items() if value != getattr(ModelFlags(), name)}
     return load_subject(path, config.tokenizer, architecture, world.device, dtype)
 

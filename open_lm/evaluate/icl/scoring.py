@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from open_lm.evaluate.icl.batching import ScoringBatch
 from open_lm.model.cache import LayerCache, StaticCache
+from open_lm.model.transformer import Transformer
 from open_lm.precision import Precision
 
 LOGITS_AT_ONCE = 1 << 23
@@ -35,8 +36,8 @@ class Scorer:
     def __init__(self, model: nn.Module, device: torch.device, precision: Precision):
         self.model, self.device, self.precision = model, device, precision
         plain: Any = getattr(model, "module", model)
-        self.n_layers = plain.config.n_layers
-        self.shares_contexts = hasattr(plain, "new_cache")
+        self.shares_contexts = isinstance(plain, Transformer)  # others keep their past in their own way
+        self.n_layers = plain.config.n_layers if self.shares_contexts else 0
 
     @torch.inference_mode()
     def score(self, batch: ScoringBatch) -> dict[tuple[int, int], Score]:

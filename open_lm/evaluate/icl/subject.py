@@ -15,6 +15,8 @@ from open_lm.data.tokenizers import Tokenizer, load_tokenizer
 from open_lm.errors import CheckpointError, ConfigError
 from open_lm.evaluate.icl.records import CheckpointRecords
 from open_lm.loading import load_model, weights_file
+from open_lm.model import create_model
+from open_lm.model.config import ModelFlags, resolve
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,26 @@ def load_subject(
     about.model = about.model or f"{model.config.n_layers} layers, {model.config.hidden_dim} wide"
     require_same_vocabulary(loaded, model.config.vocab_size)
     return Subject(model, loaded, model.config.seq_len, model.config.vocab_size, about)
+
+
+def load_hf_subject(
+    flags: ModelFlags, tokenizer: str | None, device: torch.device, dtype: torch.dtype | None
+) -> Subject:
+    """The model of transformers that --hf-model names, with its own tokenizer unless another is given.
+
+    Raises:
+        ConfigError: it cannot be read, or its tokenizer has more tokens than it has embeddings.
+    """
+    config = resolve(flags)
+    name = str(flags.hf_model)
+    loaded = load_tokenizer(tokenizer or name)
+    require_same_vocabulary(loaded, config.vocab_size)
+    model = create_model(config).to(device, dtype).eval()
+    about = CheckpointRecords(
+        name=os.path.basename(name.rstrip("/")), checkpoint=name, model=name, tokenizer=loaded.name
+    )
+    about.weights = name
+    return Subject(model, loaded, config.seq_len, config.vocab_size, about)
 
 
 def require_same_vocabulary(tokenizer: Tokenizer, n_embeddings: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import array
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -127,13 +127,22 @@ class DocumentEncoder:
         for number, text in enumerate(texts):
             pieces += [text] if len(text) <= PIECE_CHARACTERS else cut_safely(self._encoder, text)
             last_piece[number] = len(pieces)
-        ids, offsets = self._encoder.encode(pieces)
+        ids, offsets = self._encode_in_groups(pieces)
         joined = np.empty(len(ids) + len(texts), self._dtype)
         ends = offsets[last_piece] + np.arange(len(texts))
         is_id = np.ones(len(joined), bool)
         is_id[ends] = False
         joined[is_id], joined[ends] = ids, self._tokenizer.eot_id
         return joined
+
+    def _encode_in_groups(self, pieces: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """As the encoder's own `encode`, but a few pieces at a time: its memory grows with their size."""
+        ids, ends = [np.zeros(0, np.uint32)], [np.zeros(1, np.int64)]
+        for group in _groups(pieces, 2 * PIECE_CHARACTERS):
+            some_ids, some_offsets = self._encoder.encode(group)
+            ids.append(some_ids)
+            ends.append(ends[-1][-1] + some_offsets[1:])
+        return np.concatenate(ids), np.concatenate(ends)
 
     def _check(self, texts: Sequence[str]) -> None:
         """Compare one document in about a thousand, by size: it costs some percent of the time."""
@@ -148,6 +157,20 @@ class DocumentEncoder:
                         f"--encoder {self._encoder.name}: other ids than tokenizers gives for the document that begins "
                         f"{text[:60]!r}. Start anew with --overwrite --encoder tokenizers."
                     )
+
+
+def _groups(texts: Sequence[str], max_characters: int) -> Iterator[list[str]]:
+    """`texts` in order, in lists of at most `max_characters`, or of one text that is longer."""
+    group: list[str] = []
+    held = 0
+    for text in texts:
+        if group and held + len(text) > max_characters:
+            yield group
+            group, held = [], 0
+        group.append(text)
+        held += len(text)
+    if group:
+        yield group
 
 
 def cut_safely(encoder: Encoder, text: str, piece: int = PIECE_CHARACTERS) -> list[str]:

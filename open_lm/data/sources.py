@@ -52,10 +52,31 @@ def open_sources(config: DataConfig, *, vocab_size: int = 0, sample_tokens: int 
     else:
         sources = [_open(config, value, vocab_size, sample_tokens) for value in config.train_data]
     for source in sources:
+        check_shards_are_there(source)
         if not source.n_sequences:
             raise DataError(f"source {source.name}: holds no sequences. Check the path.")
     weighted = config.train_data_mix_weights or config.train_data_upsampling_factors
     return sources if weighted or len(sources) == 1 else [_pooled(sources)]
+
+
+def check_shards_are_there(source: Source) -> None:
+    """Look at every local shard, and at up to 64 remote ones, before a run depends on them.
+
+    Raises:
+        StorageError: a shard is missing.
+        DataError: a shard does not have the size its manifest gives.
+    """
+    remote = [shard for shard in source.shards if storage.is_remote(shard.url)]
+    spread = remote[:: max(1, len(remote) // 64)][:64]
+    local = [shard for shard in source.shards if not storage.is_remote(shard.url)]
+    with ThreadPoolExecutor(16) as pool:
+        sizes = list(pool.map(lambda shard: storage.size_bytes(shard.url), [*local, *spread]))
+    for shard, size in zip([*local, *spread], sizes, strict=True):
+        if shard.size_bytes not in (None, size):
+            raise DataError(
+                f"shard {storage.shown(shard.url)}: {size} bytes, its manifest says {shard.size_bytes}. "
+                "Copy it again, or make the manifest anew."
+            )
 
 
 def _open(config: DataConfig, value: str, vocab_size: int, sample_tokens: int) -> Source:

@@ -26,10 +26,13 @@ def remote(data_set):
     memory.rm(f"/{folder.parent.name}", recursive=True)
 
 
-def batches(folder, **flags):
+def loader_of(folder, **flags):
     config = DataConfig(dataset_manifest=(f"{folder}/manifest.jsonl",), workers=0, **flags)
-    loader = build_loader(config, vocab_size=60_000, seq_len=4, global_batch=4, rank=0, world_size=1, seed=0)
-    return [batch.inputs_BT.tolist() for batch in loader.batches(0, 15)]
+    return build_loader(config, vocab_size=60_000, seq_len=4, global_batch=4, rank=0, world_size=1, seed=0)
+
+
+def batches(folder, **flags):
+    return [batch.inputs_BT.tolist() for batch in loader_of(folder, **flags).batches(0, 15)]
 
 
 def test_batches_are_the_same_and_each_shard_is_fetched_once(remote, tmp_path, monkeypatch):
@@ -80,6 +83,7 @@ def test_many_readers_fetch_a_shard_once(remote, tmp_path, monkeypatch):
 
 def test_a_shard_that_cannot_be_fetched_is_named(remote, tmp_path):
     url, _ = remote
+    loader = loader_of(url, data_cache=str(tmp_path / "cache"))
     fsspec.filesystem("memory").rm(url.removeprefix("memory:/") + "/00000004.tar")
     with pytest.raises(DataError, match=r"00000004\.tar.*no such file"):
-        batches(url, data_cache=str(tmp_path / "cache"))
+        list(loader.batches(0, 15))

@@ -189,6 +189,20 @@ def test_a_manifest_that_lies_about_a_count_is_noticed(data_set):
         steps(manifest(folder), 0, 4)
 
 
+def test_a_shard_that_is_missing_or_cut_is_named_before_the_first_step(data_set):
+    from open_lm.utils import make_wds_manifest
+
+    folder = data_set([8, 8, 8], manifest=False)
+    make_wds_manifest.main(["--data-dir", str(folder)])
+    content = (folder / "00000001.tar").read_bytes()
+    (folder / "00000001.tar").write_bytes(content[:-1024])
+    with pytest.raises(DataError, match=r"00000001\.tar: \d+ bytes, its manifest says \d+"):
+        loader(manifest(folder))
+    (folder / "00000001.tar").unlink()
+    with pytest.raises(StorageError, match=r"00000001\.tar: No such file"):
+        loader(manifest(folder))
+
+
 def test_the_order_state_is_plain_json_and_continues_only_with_the_same_data(data_set):
     folder = data_set([8, 8])
     state = json.loads(json.dumps(loader(manifest(folder)).state(3)))

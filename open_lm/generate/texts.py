@@ -7,11 +7,11 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from open_lm.errors import ConfigError
 from open_lm.generate.config import GenerateConfig
+from open_lm.generate.few_rows import linear
 from open_lm.generate.sampling import Repetition
 from open_lm.model.transformer import Transformer
 
@@ -59,18 +59,23 @@ class Texts:
 
 def last_position(hidden_BTD: Tensor, weight_VD: Tensor, **_: Any) -> Tensor:
     """Logits of the last position alone, (B, V): those of the others are never computed."""
-    return F.linear(hidden_BTD[:, -1], weight_VD).float()
+    return linear(weight_VD, hidden_BTD[:, -1]).float()
 
 
 def check_prompts(model: Transformer, prompts: Sequence[Sequence[int]]) -> None:
     """Refuse prompts that the model cannot read.
 
     Raises:
-        ConfigError: there are none, or one is empty, longer than the context, or holds ids beyond the vocabulary.
+        ConfigError: there are none; one is empty, too long or holds ids beyond the vocabulary; or they cannot be padded.
     """
     vocab_size, context = model.config.vocab_size, model.config.seq_len
     if not prompts:
         raise ConfigError("no prompts: give at least one.")
+    if getattr(model.config, "attn_seq_scalar", None) in ("max", "avg") and len(set(map(len, prompts))) > 1:
+        raise ConfigError(
+            f"attn_seq_scalar {model.config.attn_seq_scalar} counts padding too: prompts of different lengths would "
+            "change each other. Give them one at a time (scripts/generate.py --stream does)."
+        )
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise ConfigError(f"prompt {index} is empty: give at least one token, such as the end-of-text token.")

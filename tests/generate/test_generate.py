@@ -17,6 +17,8 @@ from open_lm.errors import ConfigError
 from open_lm.generate import generate
 from open_lm.generate.config import GenerateConfig
 from open_lm.generate.sampling import Repetition, keep_min_p, keep_top_k, keep_top_p, next_tokens
+from open_lm.model import create_model
+from open_lm.model.config import ModelConfig
 
 
 def theirs(llama, prompts, **settings):
@@ -90,6 +92,15 @@ def test_writing_stops_at_the_end_of_the_context_and_says_so(model, prompts, cap
 def test_prompts_that_cannot_be_read_are_refused(model, bad, found):
     with pytest.raises(ConfigError, match=found):
         generate(model, bad)
+
+
+def test_a_model_whose_attention_counts_padding_takes_prompts_of_one_length(prompts):
+    custom = {"attn_name": "custom_attn", "attn_activation": "relu", "attn_seq_scalar": "max"}
+    sizes = {"hidden_dim": 16, "n_layers": 1, "n_heads": 2, "seq_len": 48, "vocab_size": 61}
+    model = create_model(ModelConfig(**sizes, **custom, attn_seq_scalar_alpha=1.0))
+    with pytest.raises(ConfigError, match="attn_seq_scalar max counts padding"):
+        generate(model, prompts)
+    assert len(generate(model, [prompts[0], prompts[0]], max_gen_len=3)) == 2
 
 
 @pytest.mark.parametrize(

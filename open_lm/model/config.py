@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 from argparse import Namespace
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -74,6 +75,12 @@ class ModelFlags:
         1.25, "Assignments an expert takes in training, in even shares; what comes later is dropped. 0 drops nothing."
     )
     moe_loss_weight: float = flag(0.1, "Weight of the load-balancing loss in the training loss.")
+    moe_weight_parallelism: bool = flag(
+        False, "Accepted and ignored: --fsdp spreads the weights of experts over ranks."
+    )
+    moe_expert_model_parallelism: bool = flag(
+        False, "Accepted and ignored: --fsdp spreads the weights of experts over ranks."
+    )
     hf_model: str | None = flag(
         None, "Train this model of transformers instead of --model, from its published weights: a hub id or a folder."
     )
@@ -84,6 +91,11 @@ class ModelFlags:
     )
 
     def __post_init__(self) -> None:
+        for name in ("moe_weight_parallelism", "moe_expert_model_parallelism"):
+            if getattr(self, name):
+                logging.warning(
+                    "--%s is ignored: --fsdp spreads the weights of experts over ranks.", name.replace("_", "-")
+                )
         if self.hf_model and self.model:
             raise ConfigError(f"--hf-model {self.hf_model} and --model {self.model} name two models: give one.")
         if not self.hf_model and (self.hf_seq_len or self.hf_fsdp_block):

@@ -136,4 +136,5 @@ def grouped_product(x_AD: Tensor, weights_EFD: Tensor, ends_E: Tensor) -> Tensor
 
 def has_grouped_kernel(x: Tensor) -> bool:
     """Whether torch's grouped product runs for `x`: bf16 on GPUs of compute capability 9 and newer."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] >= 9
+    known = x.is_cuda and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")
+    return known and torch.cuda.get_device_capability(x.device)[0] >= 9

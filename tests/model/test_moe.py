@@ -198,3 +198,8 @@ def test_the_flags_make_experts():
     flags = ModelFlags(model="open_lm_test_tiny", moe_freq=1, moe_num_experts=8, moe_top_k=3)
     assert resolve(flags).moe_top_k == 3
     assert isinstance(create_model(flags).layers[1].feed_forward, MixtureOfExperts)
+
+
+def test_parallel_flags_of_openlm_are_accepted_with_a_warning(caplog):
+    ModelFlags(model="open_lm_test_tiny", moe_weight_parallelism=True)
+    assert "--moe-weight-parallelism is ignored: --fsdp spreads" in caplog.text

@@ -197,7 +197,8 @@ def test_a_model_of_transformers_is_scored_by_its_folder(files, tmp_path):
     model.save_pretrained(tmp_path / "llama")
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=files["tokenizer"], eos_token="<|endoftext|>")
     tokenizer.save_pretrained(tmp_path / "llama")
-    results = in_process("--eval-yaml", files["yaml"], "--hf-model", tmp_path / "llama", "--output-dir", tmp_path / "o")
+    results = in_process("--eval-yaml", files["yaml"], "--hf-model", tmp_path / "llama", "--hf-seq-len", 64,
+                         "--output-dir", tmp_path / "out")  # fmt: skip
     (run,) = results.runs
     assert run.name == "llama"
     assert [record.questions for record in run.records] == [40, 40]

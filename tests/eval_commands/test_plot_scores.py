@@ -8,7 +8,9 @@ from scripts import plot_scores
 
 
 def results(folder, name, tokens, value):
-    record = Record("task/0-shot", "task", 0, None, "InContextLearningLMAccuracy", value, 0.01, 0.25, 10, 0, 1.0, "", "")
+    record = Record(
+        "task/0-shot", "task", 0, None, "InContextLearningLMAccuracy", value, 0.01, 0.25, 10, 0, 1.0, "", ""
+    )
     about = CheckpointRecords(f"{name}/epoch_{tokens}", "", "", "", tokens=tokens, records=[record])
     folder.mkdir(parents=True)
     Results("native", {}, [about]).write(str(folder))

@@ -12,6 +12,7 @@ ENGINES = Registry(
     "engine",
     {
         "native": "open_lm.evaluate.icl.runner:NativeRunner",
+        "lm-eval": "open_lm.evaluate.lm_harness.runner:HarnessRunner",
         "llm-foundry": "open_lm.evaluate.foundry.runner:FoundryRunner",
     },
 )

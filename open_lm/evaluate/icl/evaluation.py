@@ -34,8 +34,10 @@ def evaluate(config: EvalConfig, flags: ModelFlags) -> Results:
     if not config.checkpoint and not flags.hf_model:
         raise ConfigError("--checkpoint is missing: give a run folder, an epoch_K.pt, or --hf-model.")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    suite = read_suite(config.eval_yaml, only=config.tasks) if config.eval_yaml else Suite(tasks=())
-    if config.engine != "lm-eval":
+    if config.engine == "lm-eval":
+        suite = Suite(tasks=())
+    else:
+        suite = read_suite(config.eval_yaml or "", only=config.tasks)
         require_data(suite)
     folder = config.output_dir or DEFAULT_OUTPUT
     storage.require_writable(folder, "--output-dir")
@@ -86,8 +88,9 @@ def _evaluate_one(
     folder: str,
 ) -> None:
     """Run what is not kept for one checkpoint; after each task the files hold it."""
+    what = (config.tasks, config.task_path, config.limit) if config.engine == "lm-eval" else (suite,)
     runner = ENGINES.load(config.engine)(
-        subject, suite, world, _max_seq_len(config, suite, subject), _precision(config, suite, world),
+        subject, *what, world, _max_seq_len(config, suite, subject), _precision(config, suite, world),
         batch_tokens=config.batch_tokens,
     )  # fmt: skip
     done = {(record.key, record.identity): _same(record, kept, subject) for run in kept for record in run.records}

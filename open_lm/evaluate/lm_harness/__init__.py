@@ -1,0 +1,1 @@
+"""How good a model is by EleutherAI's lm-evaluation-harness: our models as its models."""

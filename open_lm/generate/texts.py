@@ -66,7 +66,7 @@ def check_prompts(model: Transformer, prompts: Sequence[Sequence[int]]) -> None:
     """Refuse prompts that the model cannot read.
 
     Raises:
-        ConfigError: there are none; one is empty, too long or holds ids beyond the vocabulary; or they cannot be padded.
+        ConfigError: there are none, they cannot be padded, or one is empty, too long or beyond the vocabulary.
     """
     vocab_size, context = model.config.vocab_size, model.config.seq_len
     if not prompts:

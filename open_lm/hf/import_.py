@@ -53,6 +53,8 @@ def import_model(config: ImportConfig) -> float | None:
     if storage.exists(config.out):
         raise ConfigError(f"--out {config.out} exists: choose another file, or remove it.")
     local = Path(config.model).expanduser()
+    if not local.is_dir() and config.model.startswith(("/", ".", "~")):
+        raise ConfigError(f"--model {config.model}: no such folder. Give a local folder, or owner/name on the Hub.")
     folder = local if local.is_dir() else download(f"hf://{config.model.removeprefix('hf://')}")
     architecture, weights = from_transformers(folder)
     if architecture is None:

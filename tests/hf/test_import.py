@@ -116,6 +116,8 @@ def test_a_missing_shard_and_bad_flags_are_named(tmp_path):
         open_lm.load_model(tmp_path / "theirs")
     with pytest.raises(ConfigError, match="--out 'x'"):
         main(["--model", str(tmp_path), "--out", "x"])
+    with pytest.raises(ConfigError, match="no such folder"):
+        main(["--model", str(tmp_path / "nowhere"), "--out", str(tmp_path / "x.pt")])
 
 
 def meta_forward(weights, params, ids):

@@ -275,3 +275,16 @@ def test_the_training_generator_is_not_touched(data_set):
     torch.manual_seed(0)
     list(loader(manifest(folder, workers=1)).batches(0, 2))
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_what_workers_need_survives_pickling_so_that_they_may_be_spawned(data_set):
+    import pickle
+
+    from open_lm.data.pipeline import StepSource, run_pipeline
+
+    begun = loader(manifest(data_set([30, 11])))
+    next(begun.batches(0, 1))  # descriptors are open now
+    source = StepSource(begun.geometry.positions_of, begun.plan.reader_of, 0, 5)
+    copies = pickle.loads(pickle.dumps((source, begun._fill)))
+    found = [step.tokens[:, 0].tolist() for step in run_pipeline(*copies, n_workers=0, batch=4)]
+    assert found == numbers(begun.batches(0, 5))

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from os import PathLike, fspath
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from open_lm import storage
-from open_lm.checkpoint.find import latest
-from open_lm.checkpoint.hub import download, is_hub
-from open_lm.checkpoint.transformers_folder import from_transformers
-from open_lm.checkpoint.weights import clean_state_dict, load_file
+from open_lm.checkpoint.sources import read_checkpoint, weights_file
+from open_lm.checkpoint.weights import clean_state_dict
 from open_lm.errors import CheckpointError, ConfigError
 from open_lm.model import create_model
 from open_lm.model.config import ModelConfig, ModelFlags, resolve
 from open_lm.model.transformer import Transformer
+
+__all__ = ["build", "load_model", "stored_facts", "weights_file"]
 
 
 def load_model(
@@ -36,53 +34,16 @@ def load_model(
         ConfigError: no such `model`.
         StorageError: it cannot be downloaded.
     """
-    dtype = torch_dtype(dtype)
-    source = str(download(fspath(path))) if is_hub(fspath(path)) else fspath(path)
-    if is_transformers_folder(source):
-        stored, weights = from_transformers(Path(source))
-    else:
-        source = weights_file(source)
-        content = load_file(source)
-        stored, weights = stored_config(content, source), clean_state_dict(content)
-    config = checked(stored, source, model, architecture)
-    return build(config, weights, source, device, dtype).eval()
+    path, dtype = fspath(path), torch_dtype(dtype)
+    content = read_checkpoint(path)
+    config = checked(stored_config(content, path), path, model, architecture)
+    return build(config, clean_state_dict(content), path, device, dtype).eval()
 
 
 def stored_facts(path: str | PathLike[str]) -> dict[str, Any]:
     """All that the checkpoint at `path` says beside its weights: step, tokens, config, metrics; {} if nothing."""
-    source = str(download(fspath(path))) if is_hub(fspath(path)) else fspath(path)
-    if is_transformers_folder(source):
-        return {}
-    content = load_file(weights_file(source))
+    content = read_checkpoint(fspath(path))
     return {name: value for name, value in content.items() if name != "state_dict"} if "state_dict" in content else {}
-
-
-def is_transformers_folder(path: str) -> bool:
-    """Whether `path` is a local folder with a config.json."""
-    return not storage.is_remote(path) and (storage.local_path(path) / "config.json").is_file()
-
-
-def weights_file(path: str) -> str:
-    """The file of weights that `path` means; of a run folder the newest complete checkpoint.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if not storage.exists(path):
-        raise CheckpointError(f"{path}: no such checkpoint. Give an epoch_K.pt or the folder of a run.")
-    if storage.is_remote(path) or storage.local_path(path).is_file():
-        return path
-    found = latest(path)
-    if found is None and len(only := raw_weights(path)) == 1:
-        return only[0]
-    if found is None:
-        raise CheckpointError(f"{path}: no complete checkpoint in this folder. Give an epoch_K.pt or a run's folder.")
-    return found
-
-
-def raw_weights(folder: str) -> list[str]:
-    """The files of weights right in a folder that is no run: as repositories on the Hub hold them."""
-    return [str(p) for kind in ("*.pt", "*.safetensors") for p in sorted(storage.local_path(folder).glob(kind))]
 
 
 def stored_config(content: dict[str, Any], path: str) -> ModelConfig | None:

@@ -128,10 +128,13 @@ def stored_tokenizer(checkpoint: str) -> str:
     Raises:
         CheckpointError: it does not say.
     """
-    from open_lm.checkpoint.weights import load_file
-    from open_lm.loading import weights_file
+    from open_lm.checkpoint.sources import is_transformers_folder, local_source
+    from open_lm.loading import stored_facts
 
-    named = (load_file(weights_file(checkpoint)).get("config") or {}).get("tokenizer")
+    source = local_source(checkpoint)
+    if is_transformers_folder(source) and (Path(source) / "tokenizer.json").exists():
+        return source
+    named = (stored_facts(source).get("config") or {}).get("tokenizer")
     if not named:
         raise CheckpointError(f"{checkpoint} does not name its tokenizer: give --tokenizer.")
     return named

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,15 @@ def test_the_command_writes_weights_tokenizer_and_card_and_prints_the_difference
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer("a b").input_ids == [2, 28, 3]
     assert tokenizer.decode([2, 28, 3]) == "a b"
+
+
+def test_an_exported_folder_writes_text_with_its_own_tokenizer(tmp_path, tokenizer_file):
+    path, out = save_checkpoint(make_model("llama"), tmp_path / "e.pt"), str(tmp_path / "out")
+    main(["--checkpoint", path, "--out", out, "--tokenizer", str(tokenizer_file)])
+    write = runpy.run_path(str(ROOT / "scripts" / "generate.py"))["main"]
+    flags = ["--input-text", "ab", "--temperature", "0", "--max-gen-len", "5"]
+    expected = write(["--checkpoint", path, "--tokenizer", str(tokenizer_file), *flags])
+    assert write(["--checkpoint", out, *flags]) == expected
 
 
 def test_a_model_that_reloads_differently_is_refused_and_nothing_stays(tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ from open_lm.data.preprocess import (
     tokenize,
 )
 from open_lm.data.runs import SortedRuns
-from open_lm.data.text_input import is_packed
+from open_lm.data.text_input import estimated_text_bytes
 from open_lm.data.workers import run_tasks
 from open_lm.errors import ConfigError, DataError
 
@@ -157,10 +157,7 @@ def _tokenize_all(job: Job, work: Workplace, encoder: str, n_workers: int) -> li
     """Stage 1; the names of all blocks, in the order of the corpus."""
     tasks = [task for file in range(len(job.inputs)) for task in _file_tasks(job, file, n_workers)]
     calls = [partial(tokenize, job, work.folder, encoder, task) for task in tasks]
-    total = sum(size for _, size in job.inputs)
-    run_tasks(
-        calls, n_workers, label="tokenize", total_bytes=0 if any(is_packed(url) for url, _ in job.inputs) else total
-    )
+    run_tasks(calls, n_workers, label="tokenize", total_bytes=estimated_text_bytes(job.inputs))
     names = (Path(entry.path).stem for entry in os.scandir(work.folder) if entry.name.endswith(".bin"))
     return sorted(name for name in names if name.startswith("block-"))
 

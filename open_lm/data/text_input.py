@@ -8,7 +8,7 @@ import io
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import orjson
 
@@ -87,6 +87,22 @@ with contextlib.suppress(ImportError):  # three times as fast
     _zlib = importlib.import_module("isal.isal_zlib")
 
 
+def estimated_text_bytes(inputs: Sequence[tuple[str, int]]) -> int:
+    """About how much text the (url, size) inputs hold: packed ones by the rate at which 8 of them begin to unpack."""
+    packed = [(url, size) for url, size in inputs if is_packed(url)]
+    plain = sum(size for _, size in inputs) - sum(size for _, size in packed)
+    tried = packed[:: max(1, len(packed) // 8)][:8]
+    rates = [_expansion(url) for url, _ in tried]
+    return plain + int(sum(size for _, size in packed) * sum(rates) / max(1, len(rates)))
+
+
+def _expansion(url: str) -> float:
+    with open_unpacked(url) as file:
+        n_text = len(file.read(4 << 20))
+        unpacked = cast(_Unpacked, cast(io.BufferedReader, file).raw)
+        return n_text / max(1, unpacked.n_used)
+
+
 class _Unpacked(io.RawIOBase):
     """The unpacked bytes of frames that follow each other. Reads little at a time, so that no bomb fills the memory."""
 
@@ -97,6 +113,11 @@ class _Unpacked(io.RawIOBase):
         self._file, self._url, self._new_frame = file, url, new_frame
         self._frame: Any = None
         self._packed, self._ready, self._n_read = b"", memoryview(b""), 0
+
+    @property
+    def n_used(self) -> int:
+        """Packed bytes that have been unpacked so far."""
+        return self._n_read - len(self._packed)
 
     def readable(self) -> bool:
         return True

@@ -10,7 +10,15 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from open_lm.data.text_input import Line, Rejected, document_text, expand_inputs, read_lines, sample_texts
+from open_lm.data.text_input import (
+    Line,
+    Rejected,
+    document_text,
+    estimated_text_bytes,
+    expand_inputs,
+    read_lines,
+    sample_texts,
+)
 from open_lm.errors import DataError, StorageError
 
 LINES = st.lists(st.binary(max_size=30).filter(lambda line: b"\n" not in line), max_size=30)
@@ -164,3 +172,10 @@ def test_a_sample_of_the_users_text_stays_small_and_skips_what_is_no_text(tmp_pa
     path.write_text('{"text": "' + "x" * 500 + '"}\nbroken\n{"text": "short"}\n' * 100)
     texts = list(sample_texts([str(path)], "text", max_characters=2000))
     assert 500 < sum(map(len, texts)) <= 2000
+
+
+@pytest.mark.parametrize("ending", PACK)
+def test_how_much_text_there_is_is_known_well_enough_for_a_progress_bar(ending):
+    content = b"".join(b'{"text": "line %d"}\n' % (k * 7919) for k in range(400_000))
+    url = written(content, ending)
+    assert estimated_text_bytes([(url, Path(url).stat().st_size)]) == pytest.approx(len(content), rel=0.1)

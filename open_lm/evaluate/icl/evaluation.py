@@ -148,6 +148,6 @@ def _show(results: Results, folder: str) -> None:
         print(terminal_table(run.records))
         for name, value in run.averages.items():
             print(f"{name}: {value:.4f}")
-        if truncated := sum(record.truncated or 0 for record in run.records):
+        if truncated := sum({record.key: record.truncated or 0 for record in run.records}.values()):
             print(f"{truncated} prompts were longer than the context and lost their start.")
     print(f"\nwritten: {storage.join(folder, 'results.json')}, results.csv, results.md", flush=True)

@@ -52,7 +52,8 @@ class OpenLMHarness(TemplateLM):
         if subject is None:
             if not checkpoint:
                 raise ConfigError("--model_args: no checkpoint=. Name a run folder or an epoch_K.pt.")
-            where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            has_gpu = torch.cuda.is_available()  # the harness asks for cuda:0 on its own
+            where = torch.device((device or "cuda") if has_gpu else "cpu")
             subject = load_subject(str(checkpoint), tokenizer, architecture, where, torch.float32)
         self.subject = subject
         self._device = next(subject.model.parameters()).device

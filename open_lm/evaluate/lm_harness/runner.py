@@ -79,7 +79,7 @@ class HarnessRunner:
             task_manager=self._manager,
             limit=self._limit,
             log_samples=False,
-            bootstrap_iters=0,
+            bootstrap_iters=1000,
         )
         progress(1)
         seconds = time.perf_counter() - began

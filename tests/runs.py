@@ -37,7 +37,8 @@ def flags(tmp_path, manifest, *extra, name="run", steps=12, batch=8):
     return [
         "--dataset-manifest", manifest, "--model", "open_lm_test_tiny", "--device", "cpu", "--precision", "fp32",
         "--global-batch-size", str(batch), "--train-tokens", str(steps * batch * SEQ_LEN), "--warmup", "2",
-        "--lr", "1e-2", "--log-every-n-steps", "1", "--workers", "0", "--logs-dir", str(tmp_path / "logs"), "--name", name, *extra,
+        "--lr", "1e-2", "--log-every-n-steps", "1", "--workers", "0",
+        "--logs-dir", str(tmp_path / "logs"), "--name", name, *extra,
     ]  # fmt: skip
 
 

@@ -15,7 +15,10 @@ class CheckpointConfig:
     resume: str | None = flag(
         None, "Checkpoint (epoch_K.pt) to continue from; `latest` takes the newest complete one of this run, if any."
     )
-    pretrained: str | None = flag(None, "Checkpoint to take the weights from; the optimizer and the step start anew.")
+    pretrained: str | None = flag(
+        None,
+        "Checkpoint, run folder, exported folder or hf://owner/name to take the weights from; all else starts anew.",
+    )
     save_frequency: int = flag(1, "Checkpoint intervals between two checkpoints that are kept; 0 writes only the last.")
     save_most_recent: bool = flag(
         False, "Also write every interval's checkpoint, and drop it when the next is written."

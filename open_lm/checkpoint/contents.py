@@ -15,7 +15,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from open_lm.checkpoint.weights import load_file, plain_name
+from open_lm.checkpoint.sources import read_checkpoint
+from open_lm.checkpoint.weights import plain_name
 from open_lm.errors import CheckpointError
 
 FREE_KEYS = {"seq_len", "attn_name"}
@@ -28,7 +29,7 @@ def stored_config(path: str) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing, or was made by a program that keeps no architecture in it.
     """
-    config = load_file(path).get("config")
+    config = read_checkpoint(path).get("config")
     if not config:
         raise CheckpointError(f"{path} does not say which model it is of: give --model and its flags.")
     return config

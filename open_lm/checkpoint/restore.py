@@ -11,6 +11,7 @@ from open_lm.checkpoint import commit as commits
 from open_lm.checkpoint.contents import by_name, load_optimizers, load_weights, require_same_architecture
 from open_lm.checkpoint.find import latest
 from open_lm.checkpoint.manager import Checkpoints, DataOrder, Saved
+from open_lm.checkpoint.sources import read_checkpoint
 from open_lm.checkpoint.weights import clean_state_dict, load_file
 from open_lm.errors import CheckpointError
 
@@ -67,7 +68,7 @@ def _read(stored: Stored, checkpoints: Checkpoints, state: Saved, *, with_optimi
         stored.path = found
     else:
         _require_undamaged(stored.path)
-    file = load_file(stored.path)
+    file = read_checkpoint(stored.path)
     require_same_architecture(file.get("config", {}).get("model", {}), checkpoints.config["model"], stored.path)
     stored.weights = clean_state_dict(file)
     facts = {"path": stored.path, "step": int(file.get("step", 0)), "tokens": int(file.get("tokens", 0))}

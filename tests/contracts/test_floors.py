@@ -21,8 +21,8 @@ FLOORS = [
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 ALLOWED_WITHIN_A_FLOOR = {
     ("evaluate", "loading"), ("evaluate", "generate"), ("generate", "loading"), ("hf", "loading"), ("hf", "generate"),
-    ("run", "recorder"), ("run", "run_folder"), ("run", "params"), ("run_folder", "params"), ("build", "params"), ("build", "run_folder"),
-    ("dry_run", "build"), ("dry_run", "params"),
+    ("run", "recorder"), ("run", "run_folder"), ("run", "params"), ("run_folder", "params"),
+    ("build", "params"), ("build", "run_folder"),    ("dry_run", "build"), ("dry_run", "params"),
 }  # fmt: skip
 
 

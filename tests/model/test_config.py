@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from open_lm.errors import ConfigError
@@ -108,6 +108,7 @@ def test_a_json_that_cannot_be_is_refused_with_the_reason(tmp_path, text, messag
     assert str(path) in str(caught.value)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from([*TINY, "n_kv_heads", "qk_norm", "model_norm", "norm_eps"]), st.one_of(
     st.integers(-3, 40), st.booleans(), st.none(), st.text(max_size=3), st.floats(), st.lists(st.integers(), max_size=1)
 )))  # fmt: skip

@@ -73,8 +73,10 @@ def test_enough_capacity_is_the_same_as_none_in_values_and_gradients():
         torch.testing.assert_close(dropless, limited, atol=1e-5, rtol=1e-5)
 
 
-def test_a_full_expert_drops_who_comes_last_and_second_choices_first():
-    moe = layer(moe_capacity_factor=0.5)  # 12 tokens x 2 choices x 0.5 / 4 experts = 3 places each
+@pytest.mark.parametrize(("factor", "places"), [(0.5, 3), (0.4, 3), (1 / 3, 2)])
+def test_a_full_expert_drops_who_comes_last_and_second_choices_first(factor, places):
+    """12 tokens x 2 choices / 4 experts is an even share of 6; places are rounded up."""
+    moe = layer(moe_capacity_factor=factor)
     x = torch.randn(1, 12, 16)
     out, routing = moe(x)
     probs = (x[0] @ moe.router.weight.T).softmax(-1)
@@ -83,7 +85,7 @@ def test_a_full_expert_drops_who_comes_last_and_second_choices_first():
     for rank in (0, 1):
         for n in range(12):
             expert = choices[n, rank].item()
-            if taken[expert] < 3:
+            if taken[expert] < places:
                 taken[expert] += 1
                 allowed.add((n, expert))
     assert routing.n_dropped == 24 - len(allowed) > 0

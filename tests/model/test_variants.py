@@ -5,6 +5,7 @@ import torch
 from model.reference import reference_logits
 
 from open_lm.model import create_model
+from open_lm.model.attend import causal_mask
 from open_lm.model.config import ModelConfig
 from open_lm.model.variants import ATTN_ACTIVATIONS, FEED_FORWARDS, NORMS, POSITIONS, SEQ_SCALARS
 
@@ -26,6 +27,7 @@ VARIANTS = [
     {"weight_tying": True},
     {"hidden_dim": 26, "n_heads": 4, "rotary_base": 500.0, "norm_eps": 1e-3, "ffn_dim": 40},
     {"ffn_type": "gelu", "ffn_dim": 40},
+    {"model_norm": "rms_norm", "norm_eps": 0.1},
     {"attn_name": "torch_attn"},
     *(custom(name) for name in ATTN_ACTIVATIONS),
     custom("relu", n_kv_heads=2),
@@ -57,6 +59,38 @@ def test_logits_equal_the_reference(variant):
         torch.testing.assert_close(
             row, reference_logits(model.state_dict(), model.config, expected_ids), atol=2e-5, rtol=1e-5
         )
+
+
+@pytest.mark.parametrize("kind", POSITIONS)
+def test_gradients_equal_those_of_the_reference(kind):
+    model = build({"positional_embedding_type": kind, "n_kv_heads": 2})
+    ids = torch.randint(0, 31, (1, 9))
+    model(ids)[0].square().sum().backward()
+    exact = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
+    reference_logits(exact, model.config, ids[0]).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        largest = exact[name].grad.abs().max().item()
+        torch.testing.assert_close(parameter.grad.double(), exact[name].grad, atol=2e-5 * largest, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("variant", [{}, custom("softmax")], ids=shown)
+def test_padding_leaves_every_output_and_gradient_finite(variant):
+    model = build(variant)
+    mask = (torch.arange(9) >= 4)[None]
+    logits = model(torch.randint(0, 31, (1, 9)), attention_mask_BT=mask)[0]
+    logits.square().sum().backward()
+    assert logits.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_mask_shows_real_keys_up_to_the_query_and_never_nothing():
+    real = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
+    table = [
+        [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]],
+        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1] * 4],
+    ]
+    assert causal_mask(4, 4, real, real.device)[:, 0].int().tolist() == table
+    assert causal_mask(2, 4, real, real.device)[:, 0].int().tolist() == [rows[2:] for rows in table]
 
 
 LENGTH_FREE = [v for v in VARIANTS if v.get("attn_seq_scalar") in (None, "none")]

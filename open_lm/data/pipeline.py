@@ -22,6 +22,8 @@ from open_lm.errors import DataError, OpenLMError
 warnings.filterwarnings("ignore", "This DataLoader will create")  # how many workers is the user's choice
 
 _HUNG_SECONDS = 900
+TERM_GRACE_SECONDS = 30
+"""How long a worker outlives SIGTERM, so that the main process can finish its step and save."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -155,6 +157,7 @@ def _together(parts: list[dict[str, Any]], step: int, batch: int) -> StepParts:
 def _one_thread(_: int) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer; it stops the workers
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(TERM_GRACE_SECONDS))  # schedulers signal whole process groups
 
 
 def _start_worker(worker: int) -> None:

@@ -154,13 +154,16 @@ def test_a_stop_signal_saves_and_the_resumed_run_is_the_same_run(tmp_path, strai
     extra = ["--multiple-data-passes", "--resume", "latest"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "open_lm.main", *flags(tmp_path, manifest, *extra, **LONG)],
-        env=environment, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "open_lm.main", *flags(tmp_path, manifest, *extra, "--workers", "1", **LONG)],
+        env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     log, deadline = folder_of(tmp_path) / "metrics.jsonl", time.monotonic() + 60
     while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(number)
+    if number == signal.SIGTERM:
+        os.killpg(process.pid, number)  # as schedulers do: the workers get it too
+    else:
+        process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 85, errors
     assert f"stopped by {number.name}" in errors

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The tests: makes the environment if needed, then runs pytest; further words go to pytest (`bash scripts/test.sh -k data`).
+# The tests: makes the environment if needed, then runs pytest on all cores; further words go to pytest (`bash scripts/test.sh -k data`).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 ensure_environment requirements.txt requirements-dev.txt
-exec "$PYTHON" -m pytest -rs "$@"
+exec "$PYTHON" -m pytest -rs -n auto --dist loadfile "$@"

@@ -6,6 +6,10 @@ help:  ## Show this list
 install:  ## Make .venv and install everything that training and testing need
 	bash -c '. scripts/environment.sh && ensure_environment requirements.txt requirements-dev.txt'
 
+install-eval:  ## Add LLM Foundry and lm-eval to .venv (eval/eval_openlm_ckpt.py --engine llm-foundry|lm-eval)
+	bash -c '. scripts/environment.sh && ensure_environment requirements.txt requirements-eval.txt'
+	$(PYTHON) -m pip install --no-deps llm-foundry==0.22.0 mosaicml==0.32.1 mosaicml-streaming==0.13.0 torchvision==0.16.2
+
 check:  ## Format, lint, types, floors
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
@@ -20,4 +24,4 @@ smoke:  ## Train 20 steps on the CPU on synthetic data
 	$(PYTHON) -m open_lm.main --dataset-type synthetic --model open_lm_test_tiny --device cpu --precision fp32 \
 	  --global-batch-size 4 --train-tokens 1280 --warmup 5 --log-every-n-steps 5 --logs /tmp/open_lm_smoke --name smoke
 
-.PHONY: help install check test smoke
+.PHONY: help install install-eval check test smoke

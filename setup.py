@@ -14,10 +14,11 @@ def requirements(name: str) -> list[str]:
 
 
 EXTRAS = {
-    "wandb": ["wandb>=0.19"],
+    "eval": requirements("requirements-eval.txt"),  # LLM Foundry itself comes with `make install-eval`
+    "wandb": ["wandb==0.31.0"],
     "ray": ["ray[default]==2.60.0"],
     "gpu": ["xformers>=0.0.30"],
-    "s3": ["s3fs==2026.9.0", "boto3"],
+    "s3": ["s3fs==2026.9.0", "aiobotocore==3.10.0", "boto3==1.43.117"],
 }
 
 setup(

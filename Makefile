@@ -7,8 +7,7 @@ install:  ## Make .venv and install everything that training and testing need
 	bash -c '. scripts/environment.sh && ensure_environment requirements.txt requirements-dev.txt'
 
 install-eval:  ## Add LLM Foundry and lm-eval to .venv (eval/eval_openlm_ckpt.py --engine llm-foundry|lm-eval)
-	bash -c '. scripts/environment.sh && ensure_environment requirements.txt requirements-eval.txt'
-	$(PYTHON) -m pip install --no-deps llm-foundry==0.22.0 mosaicml==0.32.1 mosaicml-streaming==0.13.0 torchvision==0.16.2
+	bash -c '. scripts/environment.sh && ensure_environment requirements.txt requirements-eval.txt requirements-eval-no-deps.txt'
 
 check:  ## Format, lint, types, floors
 	$(PYTHON) -m ruff format --check .

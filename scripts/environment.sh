@@ -47,7 +47,9 @@ install_once() {
     if [ "$(cat "$stamp" 2> /dev/null)" = "$hash" ]; then return; fi
     echo "installing $file into .venv (once; it takes a minute or two)"
     install_cpu_torch || fail "torch $TORCH_VERSION could not be installed; pip's message is above."
-    "$PYTHON" -m pip install -r "$ROOT/$file" || fail "pip install -r $file went wrong; its message is above."
+    local options=()
+    case $file in *no-deps*) options=(--no-deps) ;; esac
+    "$PYTHON" -m pip install "${options[@]}" -r "$ROOT/$file" || fail "pip install -r $file went wrong; its message is above."
     echo "$hash" > "$stamp"
 }
 

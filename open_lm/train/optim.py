@@ -20,8 +20,8 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig, lr: float) -> li
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay acts on a parameter: on matrices, not on embeddings, norms or biases."""
-    return parameter.ndim >= 2 and "embeddings" not in name
+    """Whether weight decay acts on a parameter: on matrices, not on embeddings, norms, biases or a Mamba's A."""
+    return parameter.ndim >= 2 and "embedding" not in name and not name.endswith("A_log")
 
 
 def decay_groups(named: Named, config: OptimizerConfig) -> list[dict]:

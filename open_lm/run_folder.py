@@ -60,6 +60,6 @@ def _one_line(value: object) -> str:
 
 def default_name(config: RunConfig) -> str:
     """A name made from the time and the settings people compare."""
-    model = os.path.splitext(os.path.basename(str(config.model.model)))[0]
+    model = os.path.splitext(os.path.basename(config.model.model or "of_checkpoint"))[0]
     settings = f"model_{model}-lr_{config.schedule.lr}-b_{config.train.global_batch_size}-p_{config.parallel.precision}"
     return f"{time.strftime('%Y_%m_%d-%H_%M_%S')}-{settings}"

@@ -123,7 +123,7 @@ def _companion(path: str, kind: str) -> dict[str, Any]:
 
 
 def _set_aside_later(folder: str, step: int) -> None:
-    """Let checkpoints of later steps, which this run leaves behind, no longer count; their files stay for now."""
+    """Let checkpoints of later steps, which this run leaves behind, no longer count; their files stay."""
     for commit in commits.committed(folder):
         if commit.step > step:
             name = commit.commit_name.replace(".commit.json", ".left-behind.json")

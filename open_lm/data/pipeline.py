@@ -131,8 +131,8 @@ def _next(parts: Any, step: int) -> dict[str, Any]:
         raise DataError(
             f"--workers: a data worker ended before step {step}. This is a bug; run with --workers 0."
         ) from None
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, OSError, EOFError) as error:  # torch noticed it, or it died while handing over a part
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
             f"--workers: a data worker failed at step {step} ({reason}). Check memory; or use --workers 0."
         ) from error

@@ -68,7 +68,7 @@ def test_steps_come_in_order_each_put_together_from_all_workers(n_workers):
 
 
 def test_a_killed_worker_is_an_error_that_names_the_step():
-    with pytest.raises(DataError, match=r"--workers: a data worker failed at step \d+ .*(killed|exited|reset|EOF|No such file)"):
+    with pytest.raises(DataError, match=r"--workers: a data worker failed at step \d+ \(.+\)"):
         run(die)
 
 

@@ -11,6 +11,7 @@ import torch
 from open_lm.checkpoint.commit import committed
 from open_lm.checkpoint.contents import stored_config
 from open_lm.data.loader import Loader, build_loader, validation_batches
+from open_lm.data.sources import named_tokenizer
 from open_lm.distributed import World
 from open_lm.errors import ConfigError
 from open_lm.evaluate.held_out import ValidationSet
@@ -84,6 +85,11 @@ def build_loader_and_horizon(
     steps = run_horizon(config, batch * architecture.seq_len, loader.n_sequences, architecture.seq_len)
     loader.require(steps.total_steps)
     return loader, steps
+
+
+def tokenizer_name(config: RunConfig, loader: Loader | None) -> str | None:
+    """The tokenizer of the run: --tokenizer, or the one that the manifests of its training data name, or None."""
+    return config.data.tokenizer or (named_tokenizer(loader.sources) if loader is not None else None)
 
 
 def run_horizon(config: RunConfig, tokens_per_step: int, n_sequences: int | None, seq_len: int) -> Horizon:

@@ -94,6 +94,11 @@ class DataConfig:
         "Local folder where remote shards are kept whole, fetched ahead of their use. None: read in pieces, not kept.",
     )
     data_cache_gb: float = flag(100.0, "Most the --data-cache holds, in GB; the longest unused shards go first.")
+    tokenizer: str | None = flag(
+        None,
+        "Tokenizer the data were made with: hub id, folder or tokenizer.json; for --icl-tasks and bits per byte, and "
+        "named in checkpoints. None: the one the manifests name, if they do.",
+    )
     val_data: tuple[str, ...] = flag(
         (), "Held-out shards, one or more sets, each as --train-data; every sequence is scored exactly once."
     )

@@ -59,6 +59,16 @@ def open_sources(config: DataConfig, *, vocab_size: int = 0, sample_tokens: int 
     return sources if weighted or len(sources) == 1 else [_pooled(sources)]
 
 
+def named_tokenizer(sources: Sequence[Source]) -> str | None:
+    """The tokenizer that the manifests of `sources` name; None when they name none, or several (which is said)."""
+    names = {shard.tokenizer for source in sources for shard in source.shards} - {None}
+    if len(names) > 1:
+        log.warning(
+            "the manifests name %d tokenizers (%s): give --tokenizer.", len(names), ", ".join(sorted(map(str, names)))
+        )
+    return names.pop() if len(names) == 1 else None
+
+
 def check_shards_are_there(source: Source) -> None:
     """Look at every local shard, and at up to 64 remote ones, before a run depends on them.
 

@@ -28,7 +28,8 @@ class Forecast:
 
     def __str__(self) -> str:
         steps, size = self.steps, self.size
-        marks = sorted({0, self.lr_at.warmup_steps, steps.total_steps // 2, steps.total_steps - 1})
+        ends = [end + d for end in self.lr_at.period_ends[:4] for d in (-1, 0)]
+        marks = sorted({0, self.lr_at.warmup_steps, steps.total_steps // 2, *ends, steps.total_steps - 1})
         rates = ", ".join(f"step {s}: {self.lr_at(s):.3g}" for s in marks if s < steps.total_steps)
         flops = size.flops_per_token * steps.total_tokens
         flags = "".join(f"  {name}: {json.dumps(value)}\n" for name, value in self.config.as_flags().items())
@@ -41,9 +42,17 @@ class Forecast:
             f"compute       {text.count(size.flops_per_token)} FLOPs a token, {text.count(flops)} in all\n"
             f"ranks         {self.world_size}\n"
             f"steps         {steps.total_steps:,} of {steps.tokens_per_step:,} tokens: {steps.total_tokens:,} tokens\n"
+            f"{self._stop}"
             f"checkpoints   after steps {', '.join(map(str, steps.interval_ends))}\n"
             f"learning rate {rates}"
         )
+
+    @property
+    def _stop(self) -> str:
+        steps = self.steps
+        if steps.last_step == steps.total_steps:
+            return ""
+        return f"stops         after step {steps.last_step:,}: {steps.last_step * steps.tokens_per_step:,} tokens\n"
 
 
 def forecast(config: RunConfig) -> Forecast:

@@ -48,7 +48,7 @@ def execute(config: RunConfig, command: str) -> RunResult:
         restore(run.checkpoints, state, loader)
         run.begin(state, loader, val_sets)
         if loader is not None:
-            batches = loader.batches(state.step, steps.total_steps)
+            batches = loader.batches(state.step, steps.last_step)
             with run.stop_requests:
                 train(state, batches, run, accum=config.train.accum_freq, clip=config.optimizer.grad_clip_norm)
         return run.finish(state)

@@ -45,7 +45,7 @@ class Recorder:
         self._sinks = sinks
         self._meter = Meter(world, state.horizon.tokens_per_step, flops_per_token, _peak(world, peak_tflops))
         self._bar: tqdm | None = None
-        self._total_steps = state.horizon.total_steps
+        self._total_steps = state.horizon.last_step
         if world.is_master and os.isatty(2) and state.step < self._total_steps:
             self._bar = tqdm(
                 total=self._total_steps, initial=state.step, unit="step", dynamic_ncols=True, smoothing=0.05

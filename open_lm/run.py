@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,8 @@ class Run:
             name=os.path.basename(folder),
             config={"model": architecture.to_dict(), "flags": config.as_flags()},
         )
-        self.stop_requests = StopRequests()
+        self.stop_requests = StopRequests(config.train.time_limit_minutes)
+        self._save_seconds = 0.0
         self._sinks = sinks
         self._closing = contextlib.ExitStack()
         for sink in sinks:
@@ -88,21 +90,21 @@ class Run:
         if state.step > 0 and loader is not None:
             self.recorder.rewind(state.step)
         self._saved_at = state.step
-        if loader is not None and state.step >= state.horizon.total_steps:
-            logging.info("step %d of %d: nothing left to train", state.step, state.horizon.total_steps)
+        if loader is not None and state.step >= state.horizon.last_step:
+            logging.info("step %d of %d: nothing left to train", state.step, state.horizon.last_step)
 
     def record(self, report: StepReport, state: TrainState, timing: Timing) -> None:
         """Count one step; write the figures every --log-every-n-steps, before each save, and at the end."""
         self.recorder.add(report, timing)
         every = self.config.tracking.log_every_n_steps
-        if state.step % every == 0 or state.step == state.horizon.total_steps or self._save_due(state):
+        if state.step % every == 0 or state.step == state.horizon.last_step or self._save_due(state):
             self.recorder.write(state, report.lr)
 
     def validate_if_due(self, state: TrainState) -> None:
         """Measure the held-out loss at the ends of intervals, or every --val-every-steps."""
         flags, steps = self.config.validation, state.horizon
         if flags.val_every_steps:
-            due = state.step % flags.val_every_steps == 0 or state.step == steps.total_steps
+            due = state.step % flags.val_every_steps == 0 or state.step == steps.last_step
         else:
             ends = state.step in steps.interval_ends and flags.val_frequency > 0
             due = ends and steps.intervals_done(state.step) % flags.val_frequency == 0
@@ -132,16 +134,18 @@ class Run:
         )
 
     def save_if_due(self, state: TrainState) -> None:
-        """Write a checkpoint at the ends of intervals, as --save-frequency says."""
+        """Write a checkpoint at the ends of intervals, as --save-frequency says, and at the end."""
         if self._save_due(state):
-            done, is_last = state.horizon.intervals_done(state.step), state.step == state.horizon.total_steps
-            self._save(state, label=str(done), kept=self.checkpoints.keeps(done, is_last=is_last))
+            done, is_last = state.horizon.intervals_done(state.step), state.step == state.horizon.last_step
+            label = str(done) if state.step in state.horizon.interval_ends else f"{done}-step{state.step}"
+            self._save(state, label=label, kept=self.checkpoints.keeps(done, is_last=is_last))
 
     def _save_due(self, state: TrainState) -> bool:
         steps = state.horizon
-        is_last = state.step == steps.total_steps
+        if state.step == steps.last_step:
+            return True
         return state.step in steps.interval_ends and self.checkpoints.due(
-            steps.intervals_done(state.step), is_last=is_last
+            steps.intervals_done(state.step), is_last=False
         )
 
     def _save(self, state: TrainState, *, label: str, kept: bool = True) -> bool:
@@ -155,24 +159,27 @@ class Run:
             "train_data_string": " ".join((*self.config.data.train_data, *self.config.data.dataset_manifest)),
             "next_shard_per_source": None,
         }
+        began = time.monotonic()
         saved = self.recorder.aside(
             lambda: self.checkpoints.save(state, loader, label=label, stats=stats, kept=kept, is_final=is_final)
         )
+        self._save_seconds = max(self._save_seconds, time.monotonic() - began)
         self._saved_at = state.step if saved else self._saved_at
         return saved
 
     def stop_if_asked(self, state: TrainState) -> None:
-        """After a stop signal on any rank: save and leave.
+        """After a stop signal on any rank, or when a time limit leaves just twice the time of a save: save and leave.
 
         Raises:
             Preempted: the run stopped; the checkpoint just written holds everything.
             StorageError: it stopped and could not be saved.
             TrainingDiverged: it stopped, and what it would have saved is not finite.
         """
-        if not self.world.any(self.stop_requests.received is not None) or state.step == state.horizon.total_steps:
+        asked = self.stop_requests.asked(2 * self._save_seconds + 1)
+        if not self.world.any(asked is not None) or state.step == state.horizon.last_step:
             return
         self.recorder.write(state, state.lr_at(state.step - 1))
-        reason = next(name for name in self.world.gather(self.stop_requests.received) if name)
+        reason = next(why for why in self.world.gather(asked) if why)
         label = f"{state.horizon.intervals_done(state.step)}-step{state.step}"
         if self._saved_at != state.step and not self._save(state, label=label, kept=False):
             raise StorageError(

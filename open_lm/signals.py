@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 import types
 from typing import Any
 
@@ -10,11 +11,23 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequests:
-    """While the block runs, the first stop signal is only noted; a second Ctrl-C interrupts at once."""
+    """While the block runs, the first stop signal is only noted; a second Ctrl-C interrupts at once.
 
-    def __init__(self) -> None:
+    A time limit asks too, counted from the making of this object.
+    """
+
+    def __init__(self, time_limit_minutes: float | None = None) -> None:
         self.received: str | None = None
+        self._limit_minutes = time_limit_minutes
+        self._began = time.monotonic()
         self._previous: dict[signal.Signals, Any] = {}
+
+    def asked(self, seconds_needed: float = 0.0) -> str | None:
+        """Why to stop now: a signal's name, or the time limit when less than `seconds_needed` are left of it."""
+        if self.received or self._limit_minutes is None:
+            return self.received
+        left = 60 * self._limit_minutes - (time.monotonic() - self._began)
+        return f"--time-limit-minutes {self._limit_minutes:g}" if left <= seconds_needed else None
 
     def __enter__(self) -> StopRequests:
         self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}

@@ -49,9 +49,19 @@ class ScheduleConfig:
 
     lr: float = flag(5.0e-4, "Peak learning rate.", above=0)
     warmup: int = flag(10_000, "Optimizer steps of linear warm-up from 0 to --lr.", least=0)
+    warmup_tokens: int | None = flag(None, "Warm-up in tokens; wins over --warmup.", least=0)
     lr_scheduler: str = flag("cosine", "Shape of the learning rate after warm-up.", choices=SCHEDULES)
     lr_cooldown_end: float = flag(0.0, "Learning rate that the schedule comes down to when the run ends.", least=0)
-    lr_cooldown_power: float = flag(1.0, "Exponent of const-cooldown's decay; 1 is linear.", above=0)
+    lr_cooldown_power: float = flag(
+        1.0, "Exponent of the decay of const-cooldown, wsd and wsd-s; 1 is linear.", above=0
+    )
+    lr_decay_fraction: float = flag(
+        0.1, "Share of the run that wsd decays over, or of each period of wsd-s; --lr-decay-tokens wins.", above=0
+    )
+    lr_decay_tokens: int | None = flag(None, "Tokens that wsd, or each period of wsd-s, decays over.", least=1)
+    lr_period_tokens: tuple[int, ...] = flag(
+        (), "Tokens in each period of wsd-s, in order; the last reaches to the end. None: the checkpoint intervals."
+    )
     epochs_cooldown: int | None = flag(
         None, "Checkpoint intervals that const-cooldown decays over, counted from the end.", least=1
     )
@@ -65,6 +75,12 @@ class ScheduleConfig:
             )
         if self.lr_scheduler == "const-cooldown" and self.epochs_cooldown is None:
             raise ConfigError("--lr-scheduler const-cooldown needs --epochs-cooldown: the intervals to decay over.")
+        if self.lr_decay_fraction > 1:
+            raise ConfigError(f"--lr-decay-fraction {self.lr_decay_fraction} is a share of the run: at most 1.")
+        if self.lr_period_tokens and self.lr_scheduler != "wsd-s":
+            raise ConfigError(f"--lr-period-tokens are periods of wsd-s, not of --lr-scheduler {self.lr_scheduler}.")
+        if any(tokens < 1 for tokens in self.lr_period_tokens):
+            raise ConfigError(f"--lr-period-tokens {self.lr_period_tokens}: every period needs at least one token.")
 
 
 @dataclass(frozen=True)
@@ -75,13 +91,21 @@ class TrainConfig:
     batch_size: int | None = flag(None, "Sequences per optimizer step on each rank; sets --global-batch-size.", least=1)
     accum_freq: int = flag(1, "Micro-batches that each rank's share of a batch is computed in.", least=1)
     train_tokens: int | None = flag(None, "Tokens to train on in all; rounded down to whole batches.", least=1)
+    train_steps: int | None = flag(None, "Optimizer steps to train for in all, instead of --train-tokens.", least=1)
     num_checkpoints: int | None = flag(
-        None, "Checkpoints to write over the run, evenly spaced; with --train-tokens.", least=1
+        None, "Checkpoints to write over the run, evenly spaced; with --train-tokens or --train-steps.", least=1
     )
+    stop_at_step: int | None = flag(
+        None, "Save and end after this many steps, with the learning rates of the whole run; --resume goes on.", least=1
+    )
+    stop_at_tokens: int | None = flag(None, "As --stop-at-step, in tokens; rounded up to a whole batch.", least=1)
     train_num_samples: int | None = flag(
         None, "TOKENS (not samples) in one checkpoint interval; None: one pass over the data.", least=1
     )
     epochs: int = flag(32, "Checkpoint intervals (not passes over the data) to train for.", least=1)
+    time_limit_minutes: float | None = flag(
+        None, "Save and end, as after SIGTERM (exit 85), while this much time of the program has room for it.", above=0
+    )
     z_loss_coefficient: float = flag(
         0.0, "Weight of the mean squared log-normaliser of the output (PaLM, 2022); 0 is off.", least=0
     )
@@ -93,11 +117,16 @@ class TrainConfig:
                 "--train-tokens (tokens of the whole run) and --train-num-samples (tokens of one interval) "
                 "exclude each other."
             )
+        if self.train_steps is not None and (self.train_tokens or self.train_num_samples):
+            raise ConfigError("--train-steps excludes --train-tokens and --train-num-samples: say the length once.")
+        if self.stop_at_step is not None and self.stop_at_tokens is not None:
+            raise ConfigError("--stop-at-step and --stop-at-tokens exclude each other.")
         if self.seed >= 1 << 63:
             raise ConfigError(f"--seed {self.seed} must be below 2^63.")
-        if self.num_checkpoints is not None and self.train_tokens is None:
+        if self.num_checkpoints is not None and self.train_tokens is None and self.train_steps is None:
             raise ConfigError(
-                "--num-checkpoints divides --train-tokens: give that too, or use --train-num-samples and --epochs."
+                "--num-checkpoints divides --train-tokens (or --train-steps): give one, or use --train-num-samples "
+                "and --epochs."
             )
 
 

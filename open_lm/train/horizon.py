@@ -9,14 +9,23 @@ from open_lm.errors import ConfigError
 
 @dataclass(frozen=True)
 class Horizon:
-    """The steps of a run: `interval_ends[k - 1]` steps have been taken when interval k ends."""
+    """The steps of a run: `interval_ends[k - 1]` steps have been taken when interval k ends.
+
+    `stop_at` leaves the run after that many steps, with the learning rates of the whole one.
+    """
 
     interval_ends: tuple[int, ...]
     tokens_per_step: int
+    stop_at: int | None = None
 
     @property
     def total_steps(self) -> int:
         return self.interval_ends[-1]
+
+    @property
+    def last_step(self) -> int:
+        """The steps that are taken before the program ends: all, or up to where it was asked to stop."""
+        return min(self.total_steps, self.stop_at or self.total_steps)
 
     @property
     def total_tokens(self) -> int:

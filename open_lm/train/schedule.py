@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Span:
-    """The part of a run after warm-up: `step` of `n_steps` steps, the last `n_cooldown` of which may decay."""
+    """A period without its warm-up: `step` of `n_steps` steps, the last `n_cooldown` of which may decay.
+
+    Most schedules have one period, the run.
+    """
 
     step: int
     n_steps: int
@@ -48,15 +52,23 @@ SCHEDULES: dict[str, Callable[[Span], float]] = {
     "const": const,
     "const-cooldown": const_cooldown,
     "linear": linear,
+    "wsd": const_cooldown,
+    "wsd-s": const_cooldown,
 }
-"""Shapes by name: each gives the share of the way from the end rate (0) to the peak (1)."""
+"""Shapes by name: each gives the share of the way from the end rate (0) to the peak (1).
+
+WSD (warm-up, stable, decay; arXiv:2404.06395) is one long period. WSD-S (arXiv:2410.05192) is a row of them: each
+decays at its end and leaves a finished model, and the next goes on from there at the peak rate.
+"""
 
 
 @dataclass(frozen=True)
 class Schedule:
     """The learning rate of a run of `total_steps` steps; call it with a step counted from 0.
 
-    Warm-up is linear: step s of W has `peak * (s + 1) / W`.
+    Warm-up is linear: step s of W has `peak * (s + 1) / W`. `period_ends` are the steps at which the periods of WSD-S
+    end, the last one with the run; `cooldown_fraction` is the share of each period that decays, where that is not said
+    in steps.
     """
 
     shape: str
@@ -66,12 +78,21 @@ class Schedule:
     total_steps: int
     cooldown_steps: int = 0
     cooldown_power: float = 1.0
+    cooldown_fraction: float = 0.0
+    period_ends: tuple[int, ...] = ()
     floor: float = 0.0
 
     def __call__(self, step: int) -> float:
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
-        n_steps = self.total_steps - self.warmup_steps
-        span = Span(step - self.warmup_steps, n_steps, min(self.cooldown_steps, n_steps), self.cooldown_power)
         end = self.peak if self.shape == "const" else self.end
-        return max(end + SCHEDULES[self.shape](span) * (self.peak - end), self.floor)
+        return max(end + SCHEDULES[self.shape](self._span(step)) * (self.peak - end), self.floor)
+
+    def _span(self, step: int) -> Span:
+        """The period that `step` lies in, without its warm-up."""
+        ends = self.period_ends or (self.total_steps,)
+        index = min(bisect_right(ends, step), len(ends) - 1)
+        start, end = (ends[index - 1] if index else 0), ends[index]
+        n_cooldown = self.cooldown_steps or round(self.cooldown_fraction * (end - start))
+        start = max(start, min(self.warmup_steps, end))
+        return Span(step - start, end - start, min(n_cooldown, end - start), self.cooldown_power)

@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from open_lm.build import build_schedule
 from open_lm.errors import ConfigError
-from open_lm.train.horizon import horizon
+from open_lm.train.config import ScheduleConfig
+from open_lm.train.horizon import Horizon, horizon
 from open_lm.train.schedule import SCHEDULES, Schedule
 
 
@@ -69,3 +71,34 @@ def test_cooldown_covers_the_last_intervals():
     assert steps.cooldown_steps(3) == 30
     assert steps.cooldown_steps(None) == 0
     assert steps.cooldown_steps(99) == 100
+
+
+def test_wsd_is_flat_and_decays_over_its_share_of_the_run():
+    lr = Schedule("wsd", peak=1.0, end=0.0, warmup_steps=2, total_steps=20, cooldown_fraction=0.2)
+    assert [lr(s) for s in range(2, 17)] == [1.0] * 15
+    assert [lr(s) for s in range(16, 20)] == pytest.approx([1.0, 0.75, 0.5, 0.25])
+
+
+def test_wsd_s_decays_at_the_end_of_every_period_and_goes_on_at_the_peak():
+    lr = Schedule("wsd-s", peak=1.0, end=0.0, warmup_steps=2, total_steps=16, cooldown_steps=2, period_ends=(6, 10, 16))
+    table = [0.5, 1, 1, 1, 1, 0.5, 1, 1, 1, 0.5, 1, 1, 1, 1, 1, 0.5]
+    assert [lr(s) for s in range(16)] == pytest.approx(table)
+
+
+def test_wsd_s_of_one_period_is_wsd():
+    one = Schedule("wsd", 1.0, 0.1, 5, 50, cooldown_fraction=0.3)
+    other = Schedule("wsd-s", 1.0, 0.1, 5, 50, cooldown_fraction=0.3, period_ends=(50,))
+    assert [one(s) for s in range(50)] == [other(s) for s in range(50)]
+
+
+def test_lengths_in_tokens_are_turned_into_steps():
+    config = ScheduleConfig(lr_scheduler="wsd-s", warmup_tokens=250, lr_decay_tokens=200, lr_period_tokens=(600, 400))
+    lr = build_schedule(config, Horizon((4, 10), tokens_per_step=100))
+    assert (lr.warmup_steps, lr.cooldown_steps, lr.period_ends) == (2, 2, (6, 10))
+
+
+@pytest.mark.parametrize("tokens", [(600, 600), (10, 900)])
+def test_periods_that_do_not_fit_the_run_are_refused(tokens):
+    config = ScheduleConfig(lr_scheduler="wsd-s", lr_period_tokens=tokens)
+    with pytest.raises(ConfigError, match="lr-period-tokens"):
+        build_schedule(config, Horizon((10,), tokens_per_step=100))

@@ -95,7 +95,7 @@ def tokenizer_name(config: RunConfig, loader: Loader | None) -> str | None:
 
 
 def run_horizon(config: RunConfig, tokens_per_step: int, n_sequences: int | None, seq_len: int) -> Horizon:
-    """The steps of the run, from --train-tokens (or -steps) and --num-checkpoints or --train-num-samples and --epochs."""
+    """The steps of the run: --train-tokens (or -steps) and --num-checkpoints, or --train-num-samples and --epochs."""
     train = config.train
     n_intervals = train.num_checkpoints or 1
     if train.train_steps is not None:

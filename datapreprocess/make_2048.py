@@ -115,6 +115,7 @@ def make_job(flags: Make2048) -> tuple[Any, Any]:
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         eot_token=str(tokenizer.token_of(tokenizer.eot_id)),
+        eot_id=tokenizer.eot_id,
         seq_len=flags.seqlen,
         shard_size=flags.shard_size,
         data_key=flags.data_key,

@@ -75,6 +75,7 @@ def build_loader_and_horizon(
     if not config.trains:
         return None, Horizon((0,), tokens_per_step=0)
     batch = global_batch_size(config, world.size)
+    refuse_doc_mask(config, architecture)
     loader = build_loader(
         config.data,
         vocab_size=architecture.vocab_size,
@@ -87,6 +88,13 @@ def build_loader_and_horizon(
     steps = run_horizon(config, batch * architecture.seq_len, loader.n_sequences, architecture.seq_len)
     loader.require(steps.last_step)
     return loader, steps
+
+
+def refuse_doc_mask(config: RunConfig, architecture: ModelConfig) -> None:
+    """Raise ConfigError where --doc-mask is asked of a model that cannot keep documents apart."""
+    if config.data.doc_mask and not isinstance(architecture, ModelConfig):
+        kind = {"MambaConfig": "a Mamba", "HFConfig": "--hf-model"}.get(type(architecture).__name__, "this model")
+        raise ConfigError(f"--doc-mask: not with {kind}; only the transformers of --model keep documents apart.")
 
 
 def tokenizer_name(config: RunConfig, loader: Loader | None) -> str | None:
@@ -184,6 +192,7 @@ def build_state(config: RunConfig, architecture: ModelConfig, world: World, step
 def build_validation_sets(config: RunConfig, architecture: ModelConfig, world: World) -> list[ValidationSet]:
     """The sets of --val-data, each readable any number of times."""
     flags = config.validation
+    refuse_doc_mask(config, architecture)
     if flags.val_batch_size:
         batch = flags.val_batch_size * world.size
     elif flags.global_val_batch_size or not config.trains:
@@ -208,6 +217,7 @@ def build_validation_sets(config: RunConfig, architecture: ModelConfig, world: W
                 rank=world.rank,
                 world_size=world.size,
                 max_sequences=max(1, limit // architecture.seq_len) if limit else None,
+                config=config.data,
             ),
         )
         for index, url in enumerate(config.data.val_data)

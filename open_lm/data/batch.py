@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,16 +16,28 @@ IGNORED = -100
 class Batch:
     """One rank's share of a global batch.
 
-    `inputs_BT` are token ids; `targets_BT` the ids that follow them, or `IGNORED`.
+    `inputs_BT` are token ids; `targets_BT` the ids that follow them, or `IGNORED`. `documents_BT`, where attention must
+    not cross documents, numbers the document of each input within its sample.
     """
 
     inputs_BT: Tensor  # noqa: N815
     targets_BT: Tensor  # noqa: N815
+    documents_BT: Tensor | None = None  # noqa: N815
 
     @classmethod
     def from_samples(cls, samples_BS: Tensor) -> Batch:
         """Inputs and targets of samples of seq_len + 1 tokens each, shifted by one."""
         return cls(samples_BS[:, :-1], samples_BS[:, 1:])
+
+    def with_documents(self, end_of_text: int) -> Batch:
+        """The same batch; each document ends with the token `end_of_text`, the last one with the sample."""
+        is_end_BT = (self.inputs_BT == end_of_text).int()
+        return replace(self, documents_BT=is_end_BT.cumsum(1, dtype=torch.int32) - is_end_BT)
+
+    @property
+    def model_inputs(self) -> dict[str, Tensor]:
+        """What a model needs beside the ids, by the names of its arguments."""
+        return {} if self.documents_BT is None else {"documents_BT": self.documents_BT}
 
     @property
     def n_targets(self) -> Tensor:
@@ -42,14 +54,19 @@ class Batch:
     def split(self, n_parts: int) -> Iterator[Batch]:
         """`n_parts` micro-batches of equal size, in order."""
         assert len(self) % n_parts == 0, (len(self), n_parts)
-        for inputs, targets in zip(self.inputs_BT.chunk(n_parts), self.targets_BT.chunk(n_parts), strict=True):
-            yield Batch(inputs, targets)
+        size = len(self) // n_parts
+        for start in range(0, len(self), size):
+            yield self._each(lambda tensor: tensor[start : start + size])  # noqa: B023
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`; the copy to a GPU goes through pinned memory, so that nothing waits for it."""
         batch = self.pin_memory() if torch.device(device).type == "cuda" and self.device.type == "cpu" else self
-        return Batch(batch.inputs_BT.to(device, non_blocking=True), batch.targets_BT.to(device, non_blocking=True))
+        return batch._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory; torch's DataLoader calls this."""
-        return Batch(self.inputs_BT.pin_memory(), self.targets_BT.pin_memory())
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        documents_BT = None if self.documents_BT is None else change(self.documents_BT)
+        return Batch(change(self.inputs_BT), change(self.targets_BT), documents_BT)

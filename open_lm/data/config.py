@@ -82,6 +82,13 @@ class DataConfig:
         False, "Take the --target-mask-left token out of the sequence; samples must then be one token longer."
     )
     target_mask_individual: int | None = flag(None, "Do not train on targets with this id, for example padding.")
+    doc_mask: bool = flag(
+        False, "Attention does not cross the ends of documents inside a sequence; in training and validation."
+    )
+    doc_mask_token: int | None = flag(
+        None,
+        "With --doc-mask: the id documents end with. None: the one the manifests name; else 0, as OpenLM's shards.",
+    )
     ignore_parse_errors: bool = flag(
         False, "Go on when a sequence cannot be read: its place is masked, said and counted. Without it, the run stops."
     )
@@ -138,6 +145,8 @@ class DataConfig:
             raise ConfigError(f"--data-cache-gb {self.data_cache_gb}: must be above 0.")
         if self.squash_mask_left and self.target_mask_left is None:
             raise ConfigError("--squash-mask-left: needs --target-mask-left, the token to take out.")
+        if self.doc_mask_token is not None and not self.doc_mask:
+            raise ConfigError(f"--doc-mask-token {self.doc_mask_token}: belongs to --doc-mask, which is not given.")
         self.skipped_ranges()
 
     def skipped_ranges(self) -> list[tuple[int, int]]:

@@ -18,7 +18,7 @@ from open_lm.data.masking import masked_batch
 from open_lm.data.pipeline import StepSource, run_pipeline
 from open_lm.data.plan import ORDER, Plan, key, mix
 from open_lm.data.reader import SampleReader
-from open_lm.data.sources import Source, open_sources
+from open_lm.data.sources import Source, document_end, open_sources
 from open_lm.data.validation import validation_batches
 from open_lm.errors import CheckpointError, ConfigError, DataError
 
@@ -48,6 +48,7 @@ class Loader:
         self.holes: list[dict[str, Any]] = []
         self._fill, self._config, self._seed = fill, config, seed
         self._planned_batch = geometry.global_batch
+        self._document_end = document_end(config, sources)
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         """This rank's share of the batches of steps `start_step` to `stop_step`, on the CPU, int64.
@@ -155,13 +156,7 @@ class Loader:
 
     def _masked(self, tokens_BS: torch.Tensor, holes: list[tuple[int, str]], step: int) -> Batch:
         """The batch; the rows of holes are masked, or end the run."""
-        config = self._config
-        batch = masked_batch(
-            tokens_BS,
-            left_of=config.target_mask_left,
-            individual=config.target_mask_individual,
-            squash=config.squash_mask_left,
-        )
+        batch = self._with_masks(tokens_BS)
         if not holes:
             return batch
         if not self._config.ignore_parse_errors:
@@ -174,7 +169,17 @@ class Loader:
             position = int(self.geometry.positions_of(step)[row])
             self.holes.append({"step": step, "position": position, "reason": reason})
             log.warning("step %d: %s It is masked; %d so far on this rank.", step, reason, len(self.holes))
-        return Batch(inputs_BT, targets_BT)
+        return replace(batch, inputs_BT=inputs_BT, targets_BT=targets_BT)
+
+    def _with_masks(self, tokens_BS: torch.Tensor) -> Batch:
+        config = self._config
+        batch = masked_batch(
+            tokens_BS,
+            left_of=config.target_mask_left,
+            individual=config.target_mask_individual,
+            squash=config.squash_mask_left,
+        )
+        return batch if self._document_end is None else batch.with_documents(self._document_end)
 
 
 def _differs(what: str, before: object, now: object) -> str:

@@ -27,6 +27,7 @@ class Shard:
     size_bytes: int | None = None
     crc32: str | None = None
     tokenizer: str | None = None
+    eot_id: int | None = None
 
 
 def read_manifest(url: str) -> list[Shard]:
@@ -75,6 +76,7 @@ def _shard(line: bytes, folder: str, where: str) -> Shard:
         size_bytes=_typed(row, "bytes", int),
         crc32=_typed(row, "crc32", str),
         tokenizer=_typed(row, "tokenizer", str),
+        eot_id=_typed(row, "eot_id", int),
     )
 
 

@@ -46,6 +46,7 @@ class Job:
     tokenizer_fingerprint: str
     vocab_size: int
     eot_token: str
+    eot_id: int
     seq_len: int
     shard_size: int
     data_key: str
@@ -266,6 +267,7 @@ def make_shard(job: Job, folder: str, target: str, runs: SortedRuns, number: int
         "seq_len": job.seq_len,
         "data_key": job.data_key,
         "tokenizer": job.tokenizer,
+        "eot_id": job.eot_id,
     }
     layout = _layout(job, len(samples), counted)
     work.record(f"shard-{name}", row | ({"layout": layout} if layout else {}))

@@ -69,6 +69,22 @@ def named_tokenizer(sources: Sequence[Source]) -> str | None:
     return names.pop() if len(names) == 1 else None
 
 
+def document_end(config: DataConfig, sources: Sequence[Source]) -> int | None:
+    """The id after which attention starts anew; None without --doc-mask.
+
+    Raises:
+        ConfigError: the manifests name several.
+    """
+    if not config.doc_mask or config.doc_mask_token is not None:
+        return config.doc_mask_token
+    named = {shard.eot_id for source in sources for shard in source.shards if shard.eot_id is not None}
+    if len(named) > 1:
+        raise ConfigError(
+            f"--doc-mask: the manifests name several ends of text, {sorted(named)}. Give --doc-mask-token."
+        )
+    return named.pop() if named else 0
+
+
 def check_shards_are_there(source: Source) -> None:
     """Look at every local shard, and at up to 64 remote ones, before a run depends on them.
 

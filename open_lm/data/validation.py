@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from open_lm.data.batch import IGNORED, Batch
+from open_lm.data.config import DataConfig
 from open_lm.data.reader import SampleReader
-from open_lm.data.sources import open_source
+from open_lm.data.sources import document_end, open_source
 from open_lm.errors import DataError
 
 
@@ -23,11 +24,13 @@ def validation_batches(
     rank: int,
     world_size: int,
     max_sequences: int | None = None,
+    config: DataConfig | None = None,
 ) -> Iterator[Batch]:
     """This rank's batches of `batch` sequences, in the order of the shards: together the ranks see each one once.
 
     Every rank gets the same number of batches; places without a sequence are rows whose targets are all IGNORED.
-    `urls` is one validation set: a --val-data value (with `::`, braces, globs), or several taken as one set.
+    `urls` is one validation set: a --val-data value (with `::`, braces, globs), or several taken as one set. `config`
+    says whether attention stays inside documents.
 
     Raises:
         DataError: the set is empty, or a sequence cannot be read.
@@ -38,6 +41,7 @@ def validation_batches(
     n_sequences = int(ends[-1]) if max_sequences is None else min(int(ends[-1]), max_sequences)
     if n_sequences < 1:
         raise DataError(f"--val-data {source.name}: no sequences to score. Check the path and --val-num-samples.")
+    end_of_text = document_end(config or DataConfig(), [source])
     reader = SampleReader([source.shards], data_key=key, vocab_size=vocab_size, seq_len=seq_len)
     for start in range(rank * batch, n_sequences + rank * batch, world_size * batch):
         places = np.arange(start, min(start + batch, n_sequences))
@@ -46,7 +50,8 @@ def validation_batches(
         tokens, holes = reader.read(np.zeros_like(places), shard, index, places)
         if holes:
             raise DataError(f"--val-data: {holes[0][1]} Repair the shard, or leave it out.")
-        yield _filled(torch.from_numpy(tokens).long(), batch, seq_len)
+        filled = _filled(torch.from_numpy(tokens).long(), batch, seq_len)
+        yield filled if end_of_text is None else filled.with_documents(end_of_text)
 
 
 def _filled(samples_NS: torch.Tensor, batch: int, seq_len: int) -> Batch:

@@ -75,6 +75,6 @@ def _sums(model: nn.Module, batch: Batch, precision: Precision) -> Tensor:
         return linear_cross_entropy(hidden_BTD.flatten(0, 1), weight_VD, batch.targets_BT.flatten()).cross_entropy
 
     with precision.autocast():
-        loss = model(batch.inputs_BT, head=head)
+        loss = model(batch.inputs_BT, **batch.model_inputs, head=head)
     counted_BT = batch.targets_BT != IGNORED
     return torch.stack((loss.double(), counted_BT.sum().double(), counted_BT.any(-1).sum().double()))

@@ -77,6 +77,12 @@ def causal_mask(n_queries: int, n_keys: int, real_BS: Tensor | None, device: tor
     return (causal_TS & real_BS.bool()[:, None, None, :]) | (keys == places)
 
 
+def document_mask(documents_BT: Tensor) -> Tensor:
+    """Which keys each query sees, (B, 1, T, T), when attention stays inside documents."""
+    same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
+    return same_BTT.tril()[:, None]
+
+
 def relu_squared(scores: Tensor) -> Tensor:
     """relu(x)^2 (arXiv:2109.08668)."""
     return F.relu(scores).square()

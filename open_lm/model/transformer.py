@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from open_lm.model.attend import causal_mask
+from open_lm.model.attend import causal_mask, document_mask
 from open_lm.model.attention import Attention
 from open_lm.model.cache import GrowingCache, KeyValue, LayerCache, StaticCache
 from open_lm.model.config import ModelConfig
@@ -92,19 +92,28 @@ class Transformer(nn.Module):
         use_cache: bool = False,
         attention_mask_BT: Tensor | None = None,
         *,
+        documents_BT: Tensor | None = None,
         head: Callable[..., Any] | None = None,
     ) -> Any:
         """`(logits_BTV in fp32, hidden_BTD, past_key_values)`, or `head(hidden_BTD, output_VD)` when a head is given.
 
         In training mode a model with experts calls `head(hidden_BTD, output_VD, routing=Routing)`.
 
+        With `documents_BT`, the number of each position's document, attention stays inside documents; the positions
+        run on, which changes nothing: every embedding here is blind to an offset. It excludes cache and padding.
         `attention_mask_BT` is 0 (or false) on positions that are padding, those in the cache included. With `use_cache`
         the returned `past_key_values` continue from here; a StaticCache given as `past_key_values` is itself extended.
         """
         cache: Any = past_key_values
         if not isinstance(cache, StaticCache) and (use_cache or cache):
             cache = GrowingCache(cache, len(self.layers))
-        hidden_BTD, routings = self._hidden(input_ids_BT, cache, attention_mask_BT)
+        assert documents_BT is None or (cache is None and attention_mask_BT is None)
+        mask = None if documents_BT is None else document_mask(documents_BT)
+        if attention_mask_BT is not None:
+            mask = causal_mask(
+                input_ids_BT.shape[1], attention_mask_BT.shape[1], attention_mask_BT, input_ids_BT.device
+            )
+        hidden_BTD, routings = self._hidden(input_ids_BT, cache, mask)
         if head is not None:
             routing = {"routing": over_layers(routings)} if routings and self.training else {}
             return head(hidden_BTD, self.output.weight, **routing)
@@ -112,12 +121,11 @@ class Transformer(nn.Module):
         past = cache.key_values() if isinstance(cache, GrowingCache) else cache
         return logits_BTV, hidden_BTD, past if use_cache else None
 
-    def _hidden(self, input_ids_BT: Tensor, cache: Any, real_BS: Tensor | None) -> tuple[Tensor, list[Routing]]:
+    def _hidden(self, input_ids_BT: Tensor, cache: Any, mask: Tensor | None) -> tuple[Tensor, list[Routing]]:
         """What the output layer reads, (B, T, D), and what the routers did in each layer with experts."""
         n_new, n_past = input_ids_BT.shape[1], cache.length if cache is not None else 0
         first: Any = self.layers[0]
         angles = first.attention.pos_embed.angles(n_past, n_past + n_new, input_ids_BT.device)
-        mask = None if real_BS is None else causal_mask(n_new, n_past + n_new, real_BS, input_ids_BT.device)
         x_BTD = self.post_embed_norm(self.tok_embeddings(input_ids_BT))
         routings = []
         for number, block in enumerate(self.layers):

@@ -62,4 +62,4 @@ class NextToken:
             total = sums.total + (self.balance_loss or 0.0) * n_targets * routing.balance_loss
             return Losses(total, torch.stack(parts).detach())
 
-        return model(batch.inputs_BT, head=head)
+        return model(batch.inputs_BT, **batch.model_inputs, head=head)

@@ -27,6 +27,7 @@ def job(raw, tokenizer_json, texts):
     return Job(
         inputs=tuple((f, os.path.getsize(f)) for f in files), tokenizer=str(tokenizer_json),
         tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size, eot_token="<|endoftext|>",
+ eot_id=0,
         seq_len=15, shard_size=200, data_key="npy", content_key="text", seed=1, on_bad_line="stop",
         max_document_bytes=1 << 20, block_bytes=2000,
     )  # fmt: skip

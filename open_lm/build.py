@@ -17,6 +17,7 @@ from open_lm.data.sources import named_tokenizer
 from open_lm.distributed import World
 from open_lm.errors import ConfigError
 from open_lm.evaluate.held_out import ValidationSet
+from open_lm.evaluate.icl.in_training import TasksInTraining, read_exam
 from open_lm.model import create_model
 from open_lm.model.config import ModelConfig, resolve
 from open_lm.params import RunConfig
@@ -186,6 +187,27 @@ def build_state(config: RunConfig, architecture: ModelConfig, world: World, step
         horizon=steps,
         task=NextToken(config.train.z_loss_coefficient, balance),
         world=world,
+    )
+
+
+def build_tasks(
+    config: RunConfig, architecture: ModelConfig, state: TrainState, loader: Loader | None
+) -> TasksInTraining | None:
+    """The tasks of --icl-tasks, every question read, checked and encoded; None where none are asked for.
+
+    Raises:
+        ConfigError: the tokenizer is not known or not the model's, the YAML is wrong, or a file is missing.
+        DataError: a row is malformed or does not fit the context (file:line).
+    """
+    path = config.validation.icl_tasks
+    if path is None:
+        return None
+    tokenizer = tokenizer_name(config, loader)
+    if tokenizer is None:
+        raise ConfigError("--icl-tasks needs to know the tokenizer that the data were made with: give --tokenizer.")
+    exam = state.world.from_master(lambda: read_exam(path, tokenizer, architecture.vocab_size))
+    return TasksInTraining(
+        exam, state.model, state.world, seq_len=architecture.seq_len, precision=config.parallel.precision
     )
 
 

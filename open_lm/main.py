@@ -35,7 +35,13 @@ def describe(config: RunConfig) -> Forecast:
 
 def execute(config: RunConfig, command: str) -> RunResult:
     """Carry out `config`; `command` is what the log says was typed."""
-    from open_lm.build import architecture_of, build_loader_and_horizon, build_state, build_validation_sets
+    from open_lm.build import (
+        architecture_of,
+        build_loader_and_horizon,
+        build_state,
+        build_tasks,
+        build_validation_sets,
+    )
     from open_lm.checkpoint.restore import restore
     from open_lm.run import start_run
     from open_lm.train.loop import train
@@ -45,8 +51,9 @@ def execute(config: RunConfig, command: str) -> RunResult:
         loader, steps = build_loader_and_horizon(config, architecture, run.world)
         val_sets = build_validation_sets(config, architecture, run.world)
         state = build_state(config, architecture, run.world, steps)
+        tasks = build_tasks(config, architecture, state, loader)
         restore(run.checkpoints, state, loader)
-        run.begin(state, loader, val_sets)
+        run.begin(state, loader, val_sets, tasks)
         if loader is not None:
             batches = loader.batches(state.step, steps.last_step)
             with run.stop_requests:

@@ -110,6 +110,11 @@ class Recorder:
             )  # fmt: skip
         self.log(step, metrics)
 
+    def write_scores(self, step: int, scores: Mapping[str, float]) -> None:
+        """Write the scores on tasks, each as `icl/TASK/METRIC`."""
+        logging.info("tasks | %s", " | ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+        self.log(step, {f"icl/{name}": value for name, value in scores.items()})
+
     def rewind(self, step: int) -> None:
         """Forget what was written of later steps."""
         for sink in self._sinks:

@@ -15,6 +15,7 @@ from open_lm.checkpoint.manager import Checkpoints, DataOrder
 from open_lm.distributed import World, start_world
 from open_lm.errors import DeviceError, Preempted, StorageError, TrainingDiverged
 from open_lm.evaluate.held_out import HeldOut, ValidationSet, evaluate
+from open_lm.evaluate.icl.in_training import TasksInTraining
 from open_lm.model.config import ModelConfig
 from open_lm.model.describe import model_size
 from open_lm.params import RunConfig
@@ -33,11 +34,12 @@ PEER_LEFT = ("Connection closed by peer", "Connection reset by peer", "remote pr
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run gives back: its folder, the steps taken and the last held-out losses."""
+    """What a finished run gives back: its folder, the steps taken, the last held-out losses and scores on tasks."""
 
     folder: str
     step: int
     held_out: tuple[HeldOut, ...]
+    scores: dict[str, float]
 
 
 class Run:
@@ -73,12 +75,22 @@ class Run:
         self._val_sets: list[ValidationSet] = []
         self._held_out: tuple[HeldOut, ...] = ()
         self._validated_at: int | None = None
+        self._tasks: TasksInTraining | None = None
+        self._scores: dict[str, float] = {}
+        self._scored_at: int | None = None
         self._saved_at: int | None = None
 
-    def begin(self, state: TrainState, loader: DataOrder | None, val_sets: list[ValidationSet]) -> None:
+    def begin(
+        self,
+        state: TrainState,
+        loader: DataOrder | None,
+        val_sets: list[ValidationSet],
+        tasks: TasksInTraining | None = None,
+    ) -> None:
         """Take what the run works on, once it is built and restored."""
         self._loader = loader
         self._val_sets = val_sets
+        self._tasks = tasks
         self.recorder = Recorder(
             self.world,
             state,
@@ -101,15 +113,12 @@ class Run:
             self.recorder.write(state, report.lr)
 
     def validate_if_due(self, state: TrainState) -> None:
-        """Measure the held-out loss at the ends of intervals, or every --val-every-steps."""
-        flags, steps = self.config.validation, state.horizon
-        if flags.val_every_steps:
-            due = state.step % flags.val_every_steps == 0 or state.step == steps.last_step
-        else:
-            ends = state.step in steps.interval_ends and flags.val_frequency > 0
-            due = ends and steps.intervals_done(state.step) % flags.val_frequency == 0
-        if due:
+        """Measure held-out loss and scores at the ends of intervals, or every --val-every-steps, --icl-every-steps."""
+        flags = self.config.validation
+        if evaluation_due(state, flags.val_frequency, flags.val_every_steps):
             self.validate(state)
+        if evaluation_due(state, flags.icl_frequency, flags.icl_every_steps):
+            self.score(state)
 
     def validate(self, state: TrainState) -> None:
         """Measure and record the held-out loss, unless this step has been measured."""
@@ -125,6 +134,13 @@ class Run:
                 raise TrainingDiverged(
                     f"the held-out loss on {result.name} is {result.loss}: the weights are not usable."
                 )
+
+    def score(self, state: TrainState) -> None:
+        """Score the model on --icl-tasks and record it, unless that was done at this step."""
+        if self._tasks is None or self._scored_at == state.step:
+            return
+        self._scores, self._scored_at = self.recorder.aside(self._tasks.score), state.step
+        self.recorder.write_scores(state.step, self._scores)
 
     def _result_rows(self, state: TrainState) -> list[dict[str, Any]]:
         flags = self.config.checkpoint
@@ -188,14 +204,24 @@ class Run:
         raise Preempted(f"stopped by {reason} after step {state.step}, saved. Continue with --resume latest.")
 
     def finish(self, state: TrainState) -> RunResult:
-        """The last validation, where there is anything to validate on, and what the run came to."""
+        """The last validation and scores, where there is anything to evaluate on, and what the run came to."""
         self.validate(state)
+        self.score(state)
         logging.info("done: %s", self.folder)
-        return RunResult(self.folder, state.step, self._held_out)
+        return RunResult(self.folder, state.step, self._held_out, self._scores)
 
     def close(self) -> None:
         """Close what writes."""
         self._closing.close()
+
+
+def evaluation_due(state: TrainState, every_intervals: int, every_steps: int | None) -> bool:
+    """Whether to evaluate after this step: every so many steps and at the end, or else every so many intervals."""
+    steps = state.horizon
+    if every_steps:
+        return state.step % every_steps == 0 or state.step == steps.last_step
+    ends = state.step in steps.interval_ends and every_intervals > 0
+    return ends and steps.intervals_done(state.step) % every_intervals == 0
 
 
 @contextlib.contextmanager

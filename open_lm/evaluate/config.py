@@ -22,3 +22,12 @@ class ValidationConfig:
     val_batch_size: int | None = flag(
         None, "Sequences per validation batch on each rank; sets --global-val-batch-size.", least=1
     )
+    icl_tasks: str | None = flag(
+        None, "YAML of tasks (as eval/yamls/light.yaml) to score the model on while it trains: icl/TASK/METRIC."
+    )
+    icl_frequency: int = flag(
+        1, "Checkpoint intervals between two scorings of --icl-tasks; 0: none while training, only at the end.", least=0
+    )
+    icl_every_steps: int | None = flag(
+        None, "Optimizer steps between two scorings of --icl-tasks; sets --icl-frequency aside.", least=1
+    )

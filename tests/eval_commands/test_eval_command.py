@@ -105,7 +105,7 @@ def test_a_failing_task_keeps_the_finished_ones(files, tmp_path):
     code, _, err = evaluate("--eval-yaml", tmp_path / "y.yaml", "--checkpoint", files["checkpoint"],
                             "--output-dir", tmp_path / "out")  # fmt: skip
     assert code == 65
-    assert "bad.jsonl, row 1" in err
+    assert "bad.jsonl:1" in err
     assert "Traceback" not in err
     kept = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]["records"]
     assert [record["key"] for record in kept] == ["python_words/0-shot", "python_choices/0-shot"]
@@ -165,7 +165,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(files, tmp_path):
     from open_lm.errors import ConfigError
 
     small = write_checkpoint(tmp_path / "small.pt", tiny_model(vocab_size=300), files["tokenizer"])
-    with pytest.raises(ConfigError, match="400 tokens, the checkpoint has 300 embeddings"):
+    with pytest.raises(ConfigError, match="400 tokens, the model has 300 embeddings"):
         in_process("--eval-yaml", files["yaml"], "--checkpoint", small, "--output-dir", tmp_path / "out")
 
 

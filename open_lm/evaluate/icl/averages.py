@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from open_lm.errors import ConfigError
@@ -14,16 +14,16 @@ from open_lm.evaluate.icl.records import Record
 WEIGHTINGS = ("EQUAL", "SAMPLE_SZ", "LOG_SAMPLE_SZ")
 
 
-def gauntlet_averages(gauntlet: Mapping[str, Any], records: Sequence[Record]) -> dict[str, float]:
+def gauntlet_averages(gauntlet: Mapping[str, Any], found: Mapping[str, float]) -> dict[str, float]:
     """The score of every category whose benchmarks were all run, and of every named average over categories.
 
-    With `subtract_random_baseline` and `rescale_accuracy` a score is centred: 0 is chance, 1 is perfect. (That is
-    also the aggregation of DCLM's CORE, arXiv:2406.11794: one category that holds its tasks.)
+    `found` is the accuracy of each `label/3-shot`. With `subtract_random_baseline` and `rescale_accuracy` a score is
+    centred: 0 is chance, 1 is perfect. (That is also the aggregation of DCLM's CORE, arXiv:2406.11794: one category
+    that holds its tasks.)
 
     Raises:
         ConfigError: the gauntlet is malformed.
     """
-    found = accuracy_by_benchmark(records)
     scores = {}
     for category in gauntlet["categories"]:
         benchmarks = [_Benchmark(benchmark, gauntlet) for benchmark in category.get("benchmarks", [])]
@@ -40,13 +40,19 @@ def gauntlet_averages(gauntlet: Mapping[str, Any], records: Sequence[Record]) ->
     return scores
 
 
-def accuracy_by_benchmark(records: Sequence[Record]) -> dict[str, float]:
+def accuracies(records: Iterable[Record]) -> dict[str, float]:
     """The accuracy of each `label/3-shot`; of one with categories the plain mean over them."""
+    return means_of_categories(
+        (f"{record.label}/{record.shots}-shot", record.value) for record in records if "Accuracy" in record.metric
+    )
+
+
+def means_of_categories(values: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """The plain mean of the values under each key."""
     parts: dict[str, list[float]] = defaultdict(list)
-    for record in records:
-        if "Accuracy" in record.metric:
-            parts[f"{record.label}/{record.shots}-shot"].append(record.value)
-    return {key: sum(values) / len(values) for key, values in parts.items()}
+    for key, value in values:
+        parts[key].append(value)
+    return {key: sum(found) / len(found) for key, found in parts.items()}
 
 
 class _Benchmark:

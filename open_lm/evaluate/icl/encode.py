@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from open_lm.data.tokenizers import Tokenizer
 from open_lm.errors import DataError
@@ -92,8 +91,3 @@ def _fitted(context: list[int], continuation: list[int], max_seq_len: int, name:
     if not context:
         raise DataError(f"{name}: the context is empty, so nothing predicts the first token. Give it a prompt_string.")
     return Choice(tuple(context[-room:]), tuple(continuation))
-
-
-def row_names(path: str, rows: Sequence[Any]) -> list[str]:
-    """What messages call each row."""
-    return [f"{path}, row {index}" for index in range(1, len(rows) + 1)]

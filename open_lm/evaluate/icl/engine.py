@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from open_lm.data.tokenizers import Tokenizer
 from open_lm.distributed import World
 from open_lm.evaluate.icl.batching import ScoringBatch, plan_batches
-from open_lm.evaluate.icl.encode import PromptEncoder, Question, encode_questions, row_names
+from open_lm.evaluate.icl.encode import PromptEncoder, Question, encode_questions
 from open_lm.evaluate.icl.generation import (
+    Asked,
     Writer,
     encode_prompts,
     is_right,
@@ -45,8 +46,36 @@ class JobResult:
     seconds: float
 
 
+@dataclass(frozen=True)
+class ToScore:
+    """A job whose possible continuations are scored, as ids."""
+
+    job: Job
+    questions: list[Question]
+
+    @property
+    def n_truncated(self) -> int:
+        """Questions that lost the start of a context."""
+        return sum(question.truncated for question in self.questions)
+
+
+@dataclass(frozen=True)
+class ToWrite:
+    """A job whose answers the model writes itself: `n_new` tokens at most, right when they begin with an alias."""
+
+    job: Job
+    asked: list[Asked]
+    aliases: list[Sequence[str]]
+    n_new: int
+
+    @property
+    def n_truncated(self) -> int:
+        """Prompts that lost their start."""
+        return sum(prompt.truncated for prompt in self.asked)
+
+
 class IclEngine:
-    """Scores a model on jobs. All ranks hold the same model (or a sharded one) and must call `run` alike.
+    """Scores a model on jobs. All ranks hold the same model (or a sharded one) and must call `ask` and `run` alike.
 
     `batch_tokens` bounds the tokens of one forward pass, padding included.
     """
@@ -71,36 +100,51 @@ class IclEngine:
     def run(self, job: Job, book: JobBook, progress: Progress = lambda n_questions: None) -> JobResult:
         """Score `job`; `progress` is told of questions as they are done on this rank."""
         began = time.perf_counter()
+        result = self.ask(self.prepare(job, book), progress)
+        return replace(result, seconds=time.perf_counter() - began)
+
+    def prepare(self, job: Job, book: JobBook) -> ToScore | ToWrite:
+        """The questions of `job` as ids, which may be asked any number of times.
+
+        Raises:
+            DataError: a row does not fit the context, or holds nothing to predict (file and row are named).
+            ConfigError: the task asks for what this engine does not have.
+        """
+        rows, names = book.rows(job), book.names(job)
+        chosen = self._prompts(job, book)
+        max_seq_len = job.task.max_seq_len or self.max_seq_len
+        if job.task.icl_task_type != "generation_task_with_answers":
+            return ToScore(job, encode_questions(chosen, self.encoder, max_seq_len, names[: len(chosen)]))
+        require_greedy(job.task)
+        n_new = longest_answer(job.task, rows, self.encoder)
+        asked = encode_prompts(chosen, self.encoder, max_seq_len, n_new, names)
+        return ToWrite(job, asked, [row["aliases"] for row in rows], n_new)
+
+    def ask(self, prepared: ToScore | ToWrite, progress: Progress = lambda n_questions: None) -> JobResult:
+        """Score what `prepare` gave, with the weights of now; the model is in eval mode meanwhile."""
+        began = time.perf_counter()
         was_training = self.model.training
         self.model.eval()
-        measured = self._generated if job.task.icl_task_type == "generation_task_with_answers" else self._scored
         try:
-            metrics, truncated = measured(job, book, progress)
+            if isinstance(prepared, ToScore):
+                metrics = self._scored(prepared, progress)
+            else:
+                metrics = self._written(prepared, progress)
         finally:
             self.model.train(was_training)
-        return JobResult(job, metrics, truncated, time.perf_counter() - began)
+        return JobResult(prepared.job, metrics, prepared.n_truncated, time.perf_counter() - began)
 
-    def _scored(self, job: Job, book: JobBook, progress: Progress) -> tuple[dict[str, Metric], int]:
-        """Metrics of questions whose possible continuations are scored, and how many prompts were cut."""
-        rows = book.rows(job)
-        names = row_names(book.file(job.task).path, rows)
-        chosen = self._prompts(job, book)
-        questions = encode_questions(chosen, self.encoder, self._max_seq_len(job), names[: len(chosen)])
-        scores = self._score(questions, progress)
-        return measure(job.task.metric_names, questions, scores), sum(question.truncated for question in questions)
+    def _scored(self, prepared: ToScore, progress: Progress) -> dict[str, Metric]:
+        scores = self._score(prepared.questions, progress)
+        return measure(prepared.job.task.metric_names, prepared.questions, scores)
 
-    def _generated(self, job: Job, book: JobBook, progress: Progress) -> tuple[dict[str, Metric], int]:
-        """The metric of questions that the model answers in writing, and how many prompts were cut."""
-        require_greedy(job.task)
-        rows = book.rows(job)
-        n_new = longest_answer(job.task, rows, self.encoder)
-        path = book.file(job.task).path
-        asked = encode_prompts(self._prompts(job, book), self.encoder, self._max_seq_len(job), n_new, path)
-        batches = plan_generation(asked, n_new, self.batch_tokens)
+    def _written(self, prepared: ToWrite, progress: Progress) -> dict[str, Metric]:
+        task = prepared.job.task
+        batches = plan_generation(prepared.asked, prepared.n_new, self.batch_tokens)
         writer = Writer(self.scorer, self.encoder, self.world)
-        texts = writer.write(batches, n_new, job.task.early_stopping_criteria, progress)
-        right = [is_right(texts[prompt.number], rows[prompt.number]["aliases"], job.task) for prompt in asked]
-        return {EXACT_MATCH: mean_of(right)}, sum(prompt.truncated for prompt in asked)
+        texts = writer.write(batches, prepared.n_new, task.early_stopping_criteria, progress)
+        right = [is_right(texts[prompt.number], prepared.aliases[prompt.number], task) for prompt in prepared.asked]
+        return {EXACT_MATCH: mean_of(right)}
 
     def _prompts(self, job: Job, book: JobBook) -> list[Prompt]:
         """The questions `job` asks, as text."""
@@ -113,9 +157,6 @@ class IclEngine:
             return self.batch_tokens
         total = sum(len(c.context) + len(c.continuation) for question in questions for c in question.choices)
         return min(self.batch_tokens, max(1, total // (BATCHES_PER_RANK * self.world.size)))
-
-    def _max_seq_len(self, job: Job) -> int:
-        return job.task.max_seq_len or self.max_seq_len
 
     def _score(self, questions: Sequence[Question], progress: Progress) -> dict[tuple[int, int], Score]:
         batches = plan_batches(questions, self._budget_tokens(questions), share_contexts=self.scorer.shares_contexts)

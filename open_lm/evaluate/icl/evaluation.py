@@ -13,7 +13,7 @@ from tqdm import tqdm
 from open_lm import storage
 from open_lm.distributed import World, start_world
 from open_lm.errors import ConfigError
-from open_lm.evaluate.icl.averages import gauntlet_averages
+from open_lm.evaluate.icl.averages import accuracies, gauntlet_averages
 from open_lm.evaluate.icl.config import ENGINES, EvalConfig
 from open_lm.evaluate.icl.records import CheckpointRecords, Record, Results, read_results, terminal_table
 from open_lm.evaluate.icl.subject import Subject, load_hf_subject, load_subject
@@ -107,7 +107,7 @@ def _evaluate_one(
                 bar.update(before + runner.n_questions(key) - bar.n)  # the other ranks' share
             subject.about.records.extend(found)
             if suite.gauntlet is not None and key == runner.keys[-1]:
-                subject.about.averages = gauntlet_averages(suite.gauntlet, subject.about.records)
+                subject.about.averages = gauntlet_averages(suite.gauntlet, accuracies(subject.about.records))
             if world.is_master:
                 results.write(folder)
 

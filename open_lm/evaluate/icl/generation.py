@@ -48,22 +48,24 @@ def longest_answer(task: Task, rows: Sequence[dict[str, Any]], encoder: PromptEn
 
 
 def encode_prompts(
-    asked: Sequence[Prompt], encoder: PromptEncoder, max_seq_len: int, n_new: int, path: str
+    asked: Sequence[Prompt], encoder: PromptEncoder, max_seq_len: int, n_new: int, names: Sequence[str]
 ) -> list[Asked]:
-    """Every prompt as ids, cut on the left to leave room for `n_new` tokens.
+    """Every prompt as ids, cut on the left to leave room for `n_new` tokens; `names` say where each came from.
 
     Raises:
         DataError: there is no room for any prompt, or a prompt is empty.
     """
     room = max_seq_len - n_new
     if room < 1:
-        raise DataError(f"{path}: answers of up to {n_new} tokens in a context of {max_seq_len}: raise max_seq_len.")
+        raise DataError(
+            f"{names[0]}: answers of up to {n_new} tokens in a context of {max_seq_len}: raise max_seq_len."
+        )
     preambles = encoder.preambles([prompt.preamble for prompt in asked])
     contexts = encoder.plain([prompt.contexts[0] for prompt in asked])
     whole = [preamble + context for preamble, context in zip(preambles, contexts, strict=True)]
-    for number, ids in enumerate(whole, 1):
+    for ids, name in zip(whole, names, strict=False):
         if not ids:
-            raise DataError(f"{path}, row {number}: the prompt is empty. Give the task a prompt_string.")
+            raise DataError(f"{name}: the prompt is empty. Give the task a prompt_string.")
     return [Asked(number, tuple(ids[-room:]), len(ids) > room) for number, ids in enumerate(whole)]
 
 

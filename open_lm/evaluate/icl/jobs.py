@@ -53,6 +53,12 @@ class JobBook:
         rows = self.file(job.task).rows
         return rows if job.category is None else [row for row in rows if row["category"] == job.category]
 
+    def names(self, job: Job) -> list[str]:
+        """Where each of the rows stands, as messages say it: file:line."""
+        file = self.file(job.task)
+        places = zip(file.rows, file.lines, strict=True)
+        return [f"{file.path}:{line}" for row, line in places if job.category in (None, row.get("category"))]
+
     def n_questions(self, job: Job) -> int:
         """How many questions `job` asks."""
         n_rows = len(self.rows(job))

@@ -14,10 +14,11 @@ from open_lm.evaluate.icl.task import Task
 
 @dataclass(frozen=True)
 class TaskFile:
-    """The rows of one file in order, and the hash of its bytes."""
+    """The rows of one file in order, the line each stands on, and the hash of its bytes."""
 
     path: str
     rows: tuple[dict[str, Any], ...]
+    lines: tuple[int, ...]
     sha256: str
 
 
@@ -34,10 +35,11 @@ def read_rows(task: Task) -> TaskFile:
         lines = content.decode().split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error}). Give a .jsonl file.") from error
-    rows = [_row(line, task, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    places = tuple(number for number, line in enumerate(lines, 1) if line.strip())
+    rows = tuple(_row(lines[number - 1], task, f"{path}:{number}") for number in places)
     if not rows:
         raise DataError(f"{path}: no rows in it (task {task.label}). Fetch it again with eval/download_eval_data.py.")
-    return TaskFile(path, tuple(rows), hashlib.sha256(content).hexdigest())
+    return TaskFile(path, rows, places, hashlib.sha256(content).hexdigest())
 
 
 def _row(line: str, task: Task, where: str) -> dict[str, Any]:

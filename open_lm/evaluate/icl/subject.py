@@ -89,7 +89,7 @@ def require_same_vocabulary(tokenizer: Tokenizer, n_embeddings: int) -> None:
     """
     if tokenizer.vocab_size > n_embeddings:
         raise ConfigError(
-            f"--tokenizer {tokenizer.name}: {tokenizer.vocab_size} tokens, the checkpoint has {n_embeddings} "
+            f"--tokenizer {tokenizer.name}: {tokenizer.vocab_size} tokens, the model has {n_embeddings} "
             "embeddings. Give the tokenizer it was trained with."
         )
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from open_lm import storage
 from open_lm.errors import ConfigError
+from open_lm.evaluate.icl.interpolation import resolved
 from open_lm.evaluate.icl.task import Task, read_task
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -37,38 +38,41 @@ class Suite:
     subset_batches: int | None = None
     fsdp_config: Mapping[str, Any] = field(default_factory=dict)
     path: str = ""
+    origin: str = ""
 
 
-def read_suite(path: str, *, only: Iterable[str] = ()) -> Suite:
-    """The suite in the YAML file at `path`; with `only`, just the tasks of those labels.
+def read_suite(path: str, *, only: Iterable[str] = (), flag: str = "--eval-yaml") -> Suite:
+    """The suite in the YAML file at `path`, which `flag` named; with `only`, just the tasks of those labels.
 
     Raises:
         ConfigError: the file or one it includes is missing or malformed, a task is, or a task's data is not there.
     """
-    values = _read_yaml(path, "--eval-yaml")
+    origin = f"{flag} {path}"
+    values = _read_yaml(path, flag)
     for key in sorted(set(values) - {*READ, *READ_AS_WELL, *NOT_NEEDED_HERE}):
-        logging.warning("--eval-yaml %s: key %r is not known and has no effect.", path, key)
+        logging.warning("%s: key %r is not known and has no effect.", origin, key)
     entries = values.get("icl_tasks")
     if isinstance(entries, str):
         included = _beside(entries, path)
-        entries, path_of_tasks = _read_yaml(included, f"--eval-yaml {path}: icl_tasks").get("icl_tasks"), included
+        entries, path_of_tasks = _read_yaml(included, f"{origin}: icl_tasks").get("icl_tasks"), included
     else:
         path_of_tasks = path
     if not isinstance(entries, list) or not entries:
-        raise ConfigError(f"--eval-yaml {path_of_tasks}: icl_tasks: found {entries!r:.60}, need a list of tasks.")
+        raise ConfigError(f"{flag} {path_of_tasks}: icl_tasks: found {entries!r:.60}, need a list of tasks.")
     tasks = [read_task(entry, f"{path_of_tasks}: icl_tasks[{i}]") for i, entry in enumerate(entries)]
     tasks = _chosen(tasks, tuple(only), path)
-    gauntlet = _gauntlet(values.get("eval_gauntlet"), path)
+    gauntlet = _gauntlet(values.get("eval_gauntlet"), path, origin)
     return Suite(
         tasks=tuple(replace(task, data_path=data_path(task.dataset_uri, path_of_tasks)) for task in tasks),
         gauntlet=gauntlet,
-        max_seq_len=_number(values, "max_seq_len", path),
-        batch_size=_number(values, "device_eval_batch_size", path) or 8,
-        precision=_precision(values.get("precision", "fp32"), path),
+        max_seq_len=_number(values, "max_seq_len", origin),
+        batch_size=_number(values, "device_eval_batch_size", origin) or 8,
+        precision=_precision(values.get("precision", "fp32"), origin),
         seed=values.get("seed", 17),
-        subset_batches=_number(values, "icl_subset_num_batches", path),
+        subset_batches=_number(values, "icl_subset_num_batches", origin),
         fsdp_config=values.get("fsdp_config") or {},
         path=path,
+        origin=origin,
     )
 
 
@@ -82,7 +86,7 @@ def require_data(suite: Suite) -> None:
     if missing:
         listed = ", ".join(f"{label} ({uri})" for label, uri in missing.items())
         raise ConfigError(
-            f"--eval-yaml {suite.path}: no data for {listed}. "
+            f"{suite.origin}: no data for {listed}. "
             f"Run `python eval/download_eval_data.py --eval-yaml {suite.path}`, or correct dataset_uri."
         )
 
@@ -108,7 +112,7 @@ def _read_yaml(path: str, origin: str) -> dict[str, Any]:
         raise ConfigError(f"{origin} {path}: {error}. Give a readable YAML file with icl_tasks.") from error
     if not isinstance(loaded, Mapping):
         raise ConfigError(f"{origin} {path}: holds a {type(loaded).__name__}, need keys such as icl_tasks.")
-    return {str(key): value for key, value in loaded.items()}
+    return resolved(loaded, f"{origin} {path}")
 
 
 def _beside(name: str, path: str) -> str:
@@ -123,23 +127,23 @@ def _chosen(tasks: list[Task], only: tuple[str, ...], path: str) -> list[Task]:
     return [task for task in tasks if not only or task.label in only]
 
 
-def _gauntlet(value: Any, path: str) -> Mapping[str, Any] | None:
+def _gauntlet(value: Any, path: str, origin: str) -> Mapping[str, Any] | None:
     if isinstance(value, str):
         included = _beside(value, path)
-        value = _read_yaml(included, f"--eval-yaml {path}: eval_gauntlet").get("eval_gauntlet")
+        value = _read_yaml(included, f"{origin}: eval_gauntlet").get("eval_gauntlet")
     if value is not None and not (isinstance(value, Mapping) and isinstance(value.get("categories"), list)):
-        raise ConfigError(f"--eval-yaml {path}: eval_gauntlet: need a mapping with a list of categories.")
+        raise ConfigError(f"{origin}: eval_gauntlet: need a mapping with a list of categories.")
     return value
 
 
-def _number(values: Mapping[str, Any], key: str, path: str) -> int | None:
+def _number(values: Mapping[str, Any], key: str, origin: str) -> int | None:
     value = values.get(key)
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ConfigError(f"--eval-yaml {path}: {key}: found {value!r}, need a whole number above 0.")
+        raise ConfigError(f"{origin}: {key}: found {value!r}, need a whole number above 0.")
     return value
 
 
-def _precision(name: Any, path: str) -> str:
+def _precision(name: Any, origin: str) -> str:
     if name not in PRECISIONS:
-        raise ConfigError(f"--eval-yaml {path}: precision: found {name!r}, choose one of {', '.join(PRECISIONS)}.")
+        raise ConfigError(f"{origin}: precision: found {name!r}, choose one of {', '.join(PRECISIONS)}.")
     return PRECISIONS[name]

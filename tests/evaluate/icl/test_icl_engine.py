@@ -61,13 +61,13 @@ def test_a_prompt_beyond_the_context_loses_its_start_and_is_counted(model, token
 def test_a_continuation_that_leaves_no_room_is_an_error_that_names_the_row(model, tokenizer, tmp_path):
     rows = [{"context": "a", "continuation": "b"}, {"context": "a", "continuation": "word " * 300}]
     task = task_of(write_rows(tmp_path / "a.jsonl", rows), "language_modeling")
-    with pytest.raises(DataError, match=r"a.jsonl, row 2: a continuation of \d+ tokens in a context of 32"):
+    with pytest.raises(DataError, match=r"a.jsonl:2: a continuation of \d+ tokens in a context of 32"):
         ran(model, tokenizer, task, max_seq_len=32)
 
 
 def test_an_empty_context_is_an_error_that_says_what_to_do(model, tokenizer, tmp_path):
     task = task_of(write_rows(tmp_path / "a.jsonl", [{"context": "", "continuation": "b"}]), "language_modeling")
-    with pytest.raises(DataError, match=r"row 1: the context is empty.*prompt_string"):
+    with pytest.raises(DataError, match=r"a.jsonl:1: the context is empty.*prompt_string"):
         ran(model, tokenizer, task)
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from dataclasses import replace
 from functools import partial
-from itertools import accumulate, pairwise
 
 import torch
 
@@ -18,18 +15,21 @@ from open_lm.distributed import World
 from open_lm.errors import ConfigError
 from open_lm.evaluate.held_out import ValidationSet
 from open_lm.evaluate.icl.in_training import TasksInTraining, read_exam
+from open_lm.lengths import build_schedule, global_batch_size, run_horizon
+from open_lm.loading import load_model
 from open_lm.model import create_model
 from open_lm.model.config import ModelConfig, resolve
 from open_lm.params import RunConfig
 from open_lm.precision import Precision
 from open_lm.run_folder import run_folder
-from open_lm.train.config import ScheduleConfig, TrainConfig
-from open_lm.train.horizon import Horizon, horizon
+from open_lm.train.averagers import parse_averagers
+from open_lm.train.averaging import WeightAverage
+from open_lm.train.horizon import Horizon
 from open_lm.train.optim import build_optimizers
 from open_lm.train.parallel import wrap
-from open_lm.train.schedule import Schedule
+from open_lm.train.spikes import SpikeGuard
 from open_lm.train.state import TrainState
-from open_lm.train.tasks import NextToken
+from open_lm.train.tasks import Distillation, NextToken, Task
 
 
 def architecture_of(config: RunConfig) -> ModelConfig:
@@ -46,27 +46,6 @@ def architecture_of(config: RunConfig) -> ModelConfig:
         return ModelConfig.from_dict(stored_config(path)["model"])
     commits = committed(os.path.join(run_folder(config), "checkpoints"))
     return ModelConfig.from_dict(commits[0].facts["config"]["model"]) if commits else resolve(config.model)
-
-
-def global_batch_size(config: RunConfig, world_size: int) -> int:
-    """Sequences per optimizer step over all ranks.
-
-    Raises:
-        ConfigError: they do not divide evenly among ranks and micro-batches.
-    """
-    train = config.train
-    if train.batch_size is not None:
-        n_sequences, spelled = train.batch_size * world_size, f"--batch-size {train.batch_size} on {world_size} ranks"
-    else:
-        n_sequences, spelled = train.global_batch_size, f"--global-batch-size {train.global_batch_size}"
-    share = world_size * train.accum_freq
-    if n_sequences % share:
-        nearest = max(share, round(n_sequences / share) * share)
-        raise ConfigError(
-            f"{spelled} does not divide among {world_size} ranks x --accum-freq {train.accum_freq} micro-batches. "
-            f"The nearest batch that does is {nearest}."
-        )
-    return n_sequences
 
 
 def build_loader_and_horizon(
@@ -103,72 +82,31 @@ def tokenizer_name(config: RunConfig, loader: Loader | None) -> str | None:
     return config.data.tokenizer or (named_tokenizer(loader.sources) if loader is not None else None)
 
 
-def run_horizon(config: RunConfig, tokens_per_step: int, n_sequences: int | None, seq_len: int) -> Horizon:
-    """The steps of the run: --train-tokens (or -steps) and --num-checkpoints, or --train-num-samples and --epochs."""
-    train = config.train
-    n_intervals = train.num_checkpoints or 1
-    if train.train_steps is not None:
-        tokens = train.train_steps * tokens_per_step
-    elif train.train_tokens is not None:
-        tokens = train.train_tokens
-    else:
-        tokens, n_intervals = _interval_tokens(train, n_sequences, seq_len) * train.epochs, train.epochs
-    stop_at = train.stop_at_step
-    if train.stop_at_tokens is not None:
-        stop_at = -(-train.stop_at_tokens // tokens_per_step)
-    return replace(horizon(tokens, n_intervals, tokens_per_step), stop_at=stop_at)
-
-
-def _interval_tokens(train: TrainConfig, n_sequences: int | None, seq_len: int) -> int:
-    if train.train_num_samples is not None:
-        return train.train_num_samples
-    if n_sequences is None:
-        raise ConfigError(
-            "how much data there is is not known without a manifest: give --train-tokens, or make one with "
-            "`python -m open_lm.utils.make_wds_manifest --data-dir DIR`."
-        )
-    return n_sequences * seq_len
-
-
-def build_schedule(config: ScheduleConfig, steps: Horizon) -> Schedule:
-    """The learning rate of every step.
+def build_task(config: RunConfig, architecture: ModelConfig, world: World, precision: Precision) -> Task:
+    """What the batches are trained to do.
 
     Raises:
-        ConfigError: the periods of wsd-s are longer than the run.
+        ConfigError: the teacher of --distill-pretrained has another vocabulary.
+        CheckpointError: it is missing or damaged, or states no architecture.
     """
-
-    def n_steps(tokens: int) -> int:
-        return round(tokens / max(steps.tokens_per_step, 1))
-
-    warmup = config.warmup if config.warmup_tokens is None else n_steps(config.warmup_tokens)
-    if warmup >= steps.total_steps and not config.skip_scheduler:
-        logging.warning("a warm-up of %d steps: the run has %d, so --lr is never reached.", warmup, steps.total_steps)
-    decays_apart = config.lr_scheduler in ("wsd", "wsd-s")
-    cooldown = n_steps(config.lr_decay_tokens or 0) if decays_apart else steps.cooldown_steps(config.epochs_cooldown)
-    return Schedule(
-        shape="const" if config.skip_scheduler else config.lr_scheduler,
-        peak=config.lr,
-        end=config.lr_cooldown_end,
-        warmup_steps=0 if config.skip_scheduler else warmup,
-        total_steps=steps.total_steps,
-        cooldown_steps=cooldown,
-        cooldown_power=config.lr_cooldown_power,
-        cooldown_fraction=config.lr_decay_fraction if decays_apart else 0.0,
-        period_ends=period_ends(config, steps) if config.lr_scheduler == "wsd-s" else (),
-        floor=config.force_min_lr,
+    has_experts = any(map(architecture.has_experts, range(architecture.n_layers)))
+    next_token = NextToken(
+        config.train.z_loss_coefficient,
+        architecture.moe_loss_weight if has_experts else None,
+        config.tracking.log_logit_mean,
     )
-
-
-def period_ends(config: ScheduleConfig, steps: Horizon) -> tuple[int, ...]:
-    """The steps at which the periods of wsd-s end; the last period takes what is left."""
-    if not config.lr_period_tokens:
-        return steps.interval_ends
-    ends = [round(tokens / steps.tokens_per_step) for tokens in accumulate(config.lr_period_tokens)]
-    if ends[-1] > steps.total_steps or any(end <= start for start, end in pairwise([0, *ends])):
+    flags = config.distillation
+    if flags.distill_pretrained is None:
+        return next_token
+    teacher = load_model(
+        flags.distill_pretrained, model=flags.distill_model, device=str(world.device), dtype=precision.weight_dtype
+    )
+    if teacher.config.vocab_size != architecture.vocab_size:
         raise ConfigError(
-            f"--lr-period-tokens end after {ends} steps: they must grow and stay within the run's {steps.total_steps}."
+            f"--distill-pretrained {flags.distill_pretrained} has {teacher.config.vocab_size} tokens, the model "
+            f"{architecture.vocab_size}: teacher and student need the same tokenizer."
         )
-    return (*ends[:-1], steps.total_steps)
+    return Distillation(teacher.requires_grad_(False), flags.distill_weight, flags.distill_temperature, next_token)
 
 
 def build_state(config: RunConfig, architecture: ModelConfig, world: World, steps: Horizon) -> TrainState:
@@ -178,15 +116,18 @@ def build_state(config: RunConfig, architecture: ModelConfig, world: World, step
     torch.manual_seed(config.train.seed)
     model = create_model(architecture).to(world.device, precision.weight_dtype)
     wrapped = wrap(model, world, parallel)
-    balance = architecture.moe_loss_weight if any(map(architecture.has_experts, range(architecture.n_layers))) else None
+    averages = [WeightAverage(spec, wrapped) for spec in parse_averagers(config.optimizer.averagers)]
+    sigma = config.optimizer.skip_step_sigma
     return TrainState(
         model=wrapped,
         optimizers=build_optimizers(wrapped, config.optimizer, config.schedule.lr),
         precision=precision,
         lr_at=build_schedule(config.schedule, steps),
         horizon=steps,
-        task=NextToken(config.train.z_loss_coefficient, balance),
+        task=build_task(config, architecture, world, precision),
         world=world,
+        averages=averages,
+        guard=SpikeGuard(sigma) if sigma else None,
     )
 
 

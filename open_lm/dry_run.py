@@ -6,8 +6,9 @@ import json
 from dataclasses import dataclass
 
 from open_lm import text
-from open_lm.build import architecture_of, build_schedule, global_batch_size, run_horizon
+from open_lm.build import architecture_of
 from open_lm.distributed import ranks_from_environment
+from open_lm.lengths import build_schedule, global_batch_size, run_horizon
 from open_lm.model.config import ModelConfig
 from open_lm.model.describe import ModelSize, model_size
 from open_lm.params import RunConfig

@@ -17,7 +17,7 @@ from open_lm.evaluate.config import ValidationConfig
 from open_lm.flags import Parser
 from open_lm.model.config import ModelFlags
 from open_lm.tracking.config import TrackingConfig
-from open_lm.train.config import OptimizerConfig, ParallelConfig, ScheduleConfig, TrainConfig
+from open_lm.train.config import DistillationConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class RunConfig:
     train: TrainConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
+    distillation: DistillationConfig
     parallel: ParallelConfig
     checkpoint: CheckpointConfig
     tracking: TrackingConfig
@@ -51,6 +52,7 @@ GROUPS: dict[str, type] = {
     "train": TrainConfig,
     "optimizer": OptimizerConfig,
     "schedule": ScheduleConfig,
+    "distillation": DistillationConfig,
     "parallel": ParallelConfig,
     "checkpoint": CheckpointConfig,
     "tracking": TrackingConfig,

@@ -42,25 +42,34 @@ class Precision:
         """Accumulate the gradients of `loss`, scaled where fp16 needs it."""
         (self.scaler.scale(loss) if self.scaler else loss).backward()
 
-    def step(self, model: nn.Module, optimizers: Sequence[Optimizer], clip: Callable[[nn.Module], Tensor]) -> Tensor:
-        """Clip, take the optimizers' steps and clear the gradients; returns the gradient norm before clipping.
+    def step(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        clip: Callable[[nn.Module], Tensor],
+        allows: Callable[[Tensor], bool] = lambda norm: True,
+    ) -> tuple[Tensor, bool]:
+        """Clip, take the optimizers' steps and clear the gradients; returns the gradient norm before clipping, and
+        whether the step was taken.
 
-        When scaled gradients overflow, the step is left out, the loss scale falls, and the norm returned is 0.
+        It is not where `allows(norm)` says no. When scaled gradients overflow, the step is left out too, the loss scale
+        falls, and the norm returned is 0.
         """
         if self.scaler is not None:
             for optimizer in optimizers:
                 self.scaler.unscale_(optimizer)
         norm = clip(model)
+        taken = allows(norm)
         for optimizer in optimizers:
-            if self.scaler is not None:
+            if taken and self.scaler is not None:
                 self.scaler.step(optimizer)
-            else:
+            elif taken:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if self.scaler is not None:
             self.scaler.update()
             norm = norm.nan_to_num(nan=0.0, posinf=0.0)
-        return norm
+        return norm, taken
 
     @property
     def loss_scale(self) -> float | None:

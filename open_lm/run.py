@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from open_lm.checkpoint.manager import Checkpoints, DataOrder
+from open_lm.data.batch import Batch
 from open_lm.distributed import World, start_world
 from open_lm.errors import DeviceError, Preempted, StorageError, TrainingDiverged
 from open_lm.evaluate.held_out import HeldOut, ValidationSet, evaluate
@@ -25,7 +26,7 @@ from open_lm.signals import StopRequests
 from open_lm.tracking.log import text_log
 from open_lm.tracking.sink import RunFacts, Sink, open_sinks
 from open_lm.train.state import TrainState
-from open_lm.train.step import StepReport
+from open_lm.train.step import StepReport, average_losses
 from open_lm.train.timing import Timing
 
 PEER_LEFT = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
@@ -108,9 +109,25 @@ class Run:
     def record(self, report: StepReport, state: TrainState, timing: Timing) -> None:
         """Count one step; write the figures every --log-every-n-steps, before each save, and at the end."""
         self.recorder.add(report, timing)
+        if not report.taken:
+            self._note_skipped(report, state)
         every = self.config.tracking.log_every_n_steps
         if state.step % every == 0 or state.step == state.horizon.last_step or self._save_due(state):
             self.recorder.write(state, report.lr)
+
+    def _note_skipped(self, report: StepReport, state: TrainState) -> None:
+        loss, norm = self.world.sum(report.loss).item(), report.grad_norm.item()
+        logging.warning("step %d is left out: loss %.4f, gradient norm %.3g stand out.", state.step, loss, norm)
+        if self.world.is_master:
+            line = {"step": state.step, "loss": loss, "grad_norm": norm}
+            append_json_line(os.path.join(self.folder, "skipped_steps.jsonl"), line)
+
+    def score_averages_if_due(self, state: TrainState, batch: Batch) -> None:
+        """Every --log-avg-model-training-loss steps: the loss of each average on the batch just trained on."""
+        every = self.config.optimizer.log_avg_model_training_loss
+        if every and state.step % every == 0:
+            losses = self.recorder.aside(lambda: average_losses(state, batch, accum=self.config.train.accum_freq))
+            self.recorder.log(state.step, {f"train/{name}_loss": loss for name, loss in losses.items()})
 
     def validate_if_due(self, state: TrainState) -> None:
         """Measure held-out loss and scores at the ends of intervals, or every --val-every-steps, --icl-every-steps."""

@@ -32,6 +32,7 @@ class TrackingConfig:
     )
     log_local: bool = flag(False, "Every rank writes a log of its own (out-RANK.log).")
     log_every_n_steps: int = flag(100, "Optimizer steps between two reports.")
+    log_logit_mean: bool = flag(False, "Also report train/logit_mean, the mean logit.")
     report_to: str = flag("", "Where metrics go besides metrics.jsonl: wandb, tensorboard, both with a comma, or all.")
     wandb_project_name: str = flag("open-lm", "Project on Weights & Biases.")
     wandb_notes: str = flag("", "Notes of the run on Weights & Biases.")

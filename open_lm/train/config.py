@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from open_lm.errors import ConfigError
 from open_lm.flags import flag
 from open_lm.registry import Registry
+from open_lm.train.averagers import parse_averagers
 from open_lm.train.schedule import SCHEDULES
 
 OPTIMIZERS = Registry(
@@ -19,7 +20,16 @@ OPTIMIZERS = Registry(
         "adafactor": "open_lm.train.optim:build_adafactor",
     },
 )
-MEANINGLESS = ("fsdp_backward_prefetch", "fsdp_limit_all_gathers", "fsdp_use_orig_params", "fsdp_checkpoint")
+MEANINGLESS = (
+    "fsdp_backward_prefetch",
+    "fsdp_limit_all_gathers",
+    "fsdp_use_orig_params",
+    "fsdp_checkpoint",
+    "use_bn_sync",
+    "torchscript",
+    "trace",
+    "use_bnb_linear",
+)
 PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "fp32")
 
 
@@ -37,7 +47,24 @@ class OptimizerConfig:
         None, "Largest global gradient norm; a larger one is scaled down. None: no clipping.", above=0
     )
 
+    skip_step_sigma: float | None = flag(
+        None,
+        "Leave out steps whose loss or gradient norm is this many standard deviations above the last 128; costs one "
+        "wait for the device a step. None: take every step.",
+        above=0,
+    )
+    averagers: str | None = flag(
+        None,
+        "Running averages of the weights, saved as NAME_K.pt: METHOD_PARAMETER_STEPS with commas between, such as "
+        "ema_0.999_1,poly_8_1,cosine_1000_1.",
+    )
+    log_avg_model_training_loss: int = flag(
+        0, "Steps between two measurements of the averages' loss on the batch just trained on; 0 is off.", least=0
+    )
+
     def __post_init__(self) -> None:
+        if self.log_avg_model_training_loss and not parse_averagers(self.averagers):
+            raise ConfigError("--log-avg-model-training-loss measures averages of the weights: name some, --averagers.")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"--{name} {getattr(self, name)} is not in [0, 1).")
@@ -131,6 +158,24 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class DistillationConfig:
+    """Distillation"""
+
+    distill_model: str | None = flag(None, "Architecture of the teacher, where its file does not state it.")
+    distill_pretrained: str | None = flag(
+        None, "Weights of a teacher to learn from: anything that --pretrained takes. None: no teacher."
+    )
+    distill_weight: float = flag(0.5, "Share of the teacher's divergence in the loss; the rest is cross-entropy.")
+    distill_temperature: float = flag(1.0, "Temperature of both distributions in the divergence.", above=0)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.distill_weight <= 1:
+            raise ConfigError(f"--distill-weight {self.distill_weight} is not in [0, 1].")
+        if self.distill_model and not self.distill_pretrained:
+            raise ConfigError("--distill-model names a teacher without weights: give --distill-pretrained too.")
+
+
+@dataclass(frozen=True)
 class ParallelConfig:
     """Precision, devices and ranks"""
 
@@ -165,6 +210,10 @@ class ParallelConfig:
         False, "No meaning under FSDP2, which keeps the parameters as they are; accepted."
     )
     fsdp_checkpoint: bool = flag(False, "No meaning: checkpoints are the same for every parallel mode; accepted.")
+    use_bn_sync: bool = flag(False, "No meaning: no model here has batch norm; accepted.")
+    torchscript: bool = flag(False, "No meaning: use --torchcompile; accepted.")
+    trace: bool = flag(False, "No meaning: it traced for torchscript; see --trace-steps and --profile-steps; accepted.")
+    use_bnb_linear: str | None = flag(None, "No meaning: there is no 8-bit linear layer here; accepted.")
     ddp_static_graph: bool = flag(False, "Tell DDP that every step uses the same parameters.")
     dist_url: str = flag("env://", "Where ranks meet, as torch.distributed's init_method.")
     dist_backend: str | None = flag(None, "Communication between ranks; None: nccl for GPUs, gloo for CPUs.")

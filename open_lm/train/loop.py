@@ -16,6 +16,8 @@ class Run(Protocol):
 
     def record(self, report: StepReport, state: TrainState, timing: Timing) -> None: ...
 
+    def score_averages_if_due(self, state: TrainState, batch: Batch) -> None: ...
+
     def validate_if_due(self, state: TrainState) -> None: ...
 
     def save_if_due(self, state: TrainState) -> None: ...
@@ -27,9 +29,11 @@ def train(state: TrainState, batches: Iterable[Batch], run: Run, *, accum: int, 
     """Train on `batches`, one optimizer step each, from `state.step` on."""
     state.model.train()
     timing = Timing(state.world.device)
-    for batch in timed(batches, timing):
-        report = train_step(state, batch.to(state.world.device), accum=accum, clip=clip, timing=timing)
+    for host_batch in timed(batches, timing):
+        batch = host_batch.to(state.world.device)
+        report = train_step(state, batch, accum=accum, clip=clip, timing=timing)
         run.record(report, state, timing)
+        run.score_averages_if_due(state, batch)
         run.validate_if_due(state)
         run.save_if_due(state)
         run.stop_if_asked(state)

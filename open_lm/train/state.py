@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from open_lm.distributed import World
 from open_lm.precision import Precision
+from open_lm.train.averaging import WeightAverage
 from open_lm.train.horizon import Horizon
+from open_lm.train.spikes import SpikeGuard
 from open_lm.train.tasks import Task
 
 
 @dataclass
 class TrainState:
-    """The weights, the optimizers and the step are saved; the rest is rebuilt from the flags."""
+    """Weights, optimizers, loss scale, averages, guard and step are saved; the rest is rebuilt from the flags."""
 
     model: nn.Module
     """As the step calls it: wrapped for the ranks, compiled, or plain."""
@@ -27,6 +29,9 @@ class TrainState:
     horizon: Horizon
     task: Task
     world: World
+    averages: list[WeightAverage] = field(default_factory=list)
+    guard: SpikeGuard | None = None
+    """What leaves out steps that stand out; None takes every step."""
     step: int = 0
     """Optimizer steps taken so far; the data follow from it too."""
     tokens: int = 0
@@ -35,3 +40,7 @@ class TrainState:
     @property
     def tokens_per_step(self) -> int:
         return self.horizon.tokens_per_step
+
+    def allows(self, loss_share: Tensor, grad_norm: Tensor) -> bool:
+        """Whether to take the step; with a guard this waits for the figures, summed over all ranks."""
+        return self.guard is None or self.guard.allows(self.world.sum(loss_share).item(), grad_norm.item())

@@ -29,6 +29,8 @@ class StepReport:
     parts: Tensor
     grad_norm: Tensor
     lr: float
+    taken: bool = True
+    """Whether the weights were updated; a loss or gradient that stands out may leave a step out."""
 
     @property
     def loss(self) -> Tensor:
@@ -42,7 +44,8 @@ def train_step(state: TrainState, batch: Batch, *, accum: int, clip: float | Non
     The loss is the mean over the unmasked targets of all ranks, so neither `accum` nor the world size changes it.
     """
     lr = set_lr(state.optimizers, state.lr_at(state.step))
-    n_targets = state.world.sum(batch.n_targets).clamp(min=1)
+    with timing("sync"):
+        n_targets = state.world.sum(batch.n_targets).clamp(min=1)
     parts = torch.zeros(len(state.task.names), device=batch.device)
     for micro, is_last in with_last(batch.split(accum)):
         with grad_sync(state.model, enabled=is_last):
@@ -52,10 +55,29 @@ def train_step(state: TrainState, batch: Batch, *, accum: int, clip: float | Non
                 state.precision.backward(losses.total / n_targets * state.world.size)
         parts += losses.parts
     with timing("optim_step"):
-        grad_norm = state.precision.step(state.model, state.optimizers, lambda model: clip_grad_norm(model, clip))
+        grad_norm, taken = state.precision.step(
+            state.model,
+            state.optimizers,
+            clip=lambda model: clip_grad_norm(model, clip),
+            allows=lambda norm: state.allows(parts[0] / n_targets, norm),
+        )
     state.step += 1
     state.tokens += state.horizon.tokens_per_step
-    return StepReport(parts / n_targets, grad_norm, lr)
+    for average in state.averages:
+        average.update(state.step)
+    return StepReport(parts / n_targets, grad_norm, lr, taken)
+
+
+@torch.no_grad()
+def average_losses(state: TrainState, batch: Batch, *, accum: int) -> dict[str, float]:
+    """The loss of each running average on this rank's `batch`, over all ranks; every rank must call this."""
+    n_targets = state.world.sum(batch.n_targets).clamp(min=1)
+    losses: dict[str, float] = {}
+    for average in state.averages:
+        with average.in_place(), state.precision.autocast():
+            shares = [state.task.loss_sums(state.model, micro).parts[0] for micro in batch.split(accum)]
+        losses[average.name] = (state.world.sum(torch.stack(shares).sum()) / n_targets).item()
+    return losses
 
 
 def with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from open_lm.data.batch import Batch
 from open_lm.kernels.linear_cross_entropy import linear_cross_entropy
+from open_lm.kernels.linear_divergence import linear_divergence
 
 
 class Losses(NamedTuple):
@@ -39,27 +40,77 @@ class NextToken:
     """Predict each token from those before it.
 
     `z_loss` weighs the squared log-normaliser of the output; `balance_loss` the load-balancing loss of a model with
-    experts, whose mean over the micro-batches is taken by their numbers of targets.
+    experts, whose mean over the micro-batches is taken by their numbers of targets. `logit_mean` also reports the mean
+    logit.
     """
 
     z_loss: float = 0.0
     balance_loss: float | None = None
+    logit_mean: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
         experts = ("load_balancing_loss", "tokens_dropped", "expert_load_max")
-        return ("loss", "z_loss", *(experts if self.balance_loss is not None else ()))
+        return (
+            "loss",
+            "z_loss",
+            *(("logit_mean",) if self.logit_mean else ()),
+            *(experts if self.balance_loss is not None else ()),
+        )
 
     def loss_sums(self, model: nn.Module, batch: Batch) -> Losses:
         def head(hidden_BTD: Tensor, weight_VD: Tensor, routing: Any = None) -> Losses:
-            hidden_ND, targets_N = hidden_BTD.flatten(0, 1), batch.targets_BT.flatten()
-            sums = linear_cross_entropy(hidden_ND, weight_VD, targets_N, self.z_loss)
-            parts = [sums.cross_entropy, sums.squared_log_z]
-            if routing is None:
-                return Losses(sums.total, torch.stack(parts).detach())
-            n_targets = batch.n_targets
-            parts += [routing.balance_loss * n_targets, routing.n_dropped.float(), routing.load.max() * n_targets]
-            total = sums.total + (self.balance_loss or 0.0) * n_targets * routing.balance_loss
-            return Losses(total, torch.stack(parts).detach())
+            return self._losses(batch, hidden_BTD.flatten(0, 1), weight_VD, routing)
+
+        return model(batch.inputs_BT, head=head)
+
+    def _losses(self, batch: Batch, hidden_ND: Tensor, weight_VD: Tensor, routing: Any = None) -> Losses:
+        targets_N = batch.targets_BT.flatten()
+        sums = linear_cross_entropy(hidden_ND, weight_VD, targets_N, self.z_loss)
+        parts = [sums.cross_entropy, sums.squared_log_z]
+        if self.logit_mean:
+            parts.append(sum_of_mean_logits(hidden_ND, weight_VD, targets_N >= 0))
+        if routing is None:
+            return Losses(sums.total, torch.stack(parts).detach())
+        n_targets = batch.n_targets
+        parts += [routing.balance_loss * n_targets, routing.n_dropped.float(), routing.load.max() * n_targets]
+        total = sums.total + (self.balance_loss or 0.0) * n_targets * routing.balance_loss
+        return Losses(total, torch.stack(parts).detach())
+
+
+@torch.no_grad()
+def sum_of_mean_logits(hidden_ND: Tensor, weight_VD: Tensor, counted_N: Tensor) -> Tensor:
+    """The mean logit of each counted position, summed; the mean of products is the product with the mean row."""
+    return (hidden_ND.float() * counted_N[:, None]).sum(0) @ weight_VD.float().mean(0)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Predict the next token and what a teacher thinks of it: `(1 - weight) * cross-entropy + weight * divergence`
+    (Hinton et al., arXiv:1503.02531)."""
+
+    teacher: nn.Module
+    """In eval mode, without gradients, of the same vocabulary; not saved with the run."""
+    weight: float = 0.5
+    temperature: float = 1.0
+    next_token: NextToken = NextToken()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.next_token.names, "distill_loss")
+
+    def loss_sums(self, model: nn.Module, batch: Batch) -> Losses:
+        with torch.no_grad():
+            teacher_hidden_BTE, teacher_weight_VE = self.teacher(batch.inputs_BT, head=lambda *both: both)
+
+        def head(hidden_BTD: Tensor, weight_VD: Tensor, routing: Any = None) -> Losses:
+            hidden_ND, counted_N = hidden_BTD.flatten(0, 1), batch.targets_BT.flatten() >= 0
+            plain = self.next_token._losses(batch, hidden_ND, weight_VD, routing)
+            teacher_ND = teacher_hidden_BTE.flatten(0, 1)
+            divergence = linear_divergence(
+                hidden_ND, weight_VD, teacher_ND, teacher_weight_VE, counted_N, self.temperature
+            )
+            total = (1 - self.weight) * plain.total + self.weight * divergence
+            return Losses(total, torch.cat((plain.parts, divergence.detach()[None])))
 
         return model(batch.inputs_BT, **batch.model_inputs, head=head)

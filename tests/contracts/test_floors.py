@@ -15,14 +15,15 @@ FLOORS = [
     {"model", "data", "tracking"},
     {"train", "checkpoint"},
     {"evaluate", "generate", "hf", "loading"},
-    {"params", "run", "run_folder", "recorder", "build", "report", "dry_run"},
+    {"params", "run", "run_folder", "recorder", "build", "lengths", "report", "dry_run"},
     {"main", "utils"},
 ]
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 ALLOWED_WITHIN_A_FLOOR = {
     ("evaluate", "loading"), ("evaluate", "generate"), ("generate", "loading"), ("hf", "loading"), ("hf", "generate"),
     ("run", "recorder"), ("run", "run_folder"), ("run", "params"), ("run_folder", "params"),
-    ("build", "params"), ("build", "run_folder"),    ("dry_run", "build"), ("dry_run", "params"),
+    ("build", "params"), ("build", "run_folder"), ("build", "lengths"), ("lengths", "params"),
+    ("dry_run", "build"), ("dry_run", "params"), ("dry_run", "lengths"),
 }  # fmt: skip
 
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from open_lm.build import build_schedule
 from open_lm.errors import ConfigError
+from open_lm.lengths import build_schedule
 from open_lm.train.config import ScheduleConfig
 from open_lm.train.horizon import Horizon, horizon
 from open_lm.train.schedule import SCHEDULES, Schedule

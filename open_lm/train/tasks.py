@@ -62,7 +62,7 @@ class NextToken:
         def head(hidden_BTD: Tensor, weight_VD: Tensor, routing: Any = None) -> Losses:
             return self._losses(batch, hidden_BTD.flatten(0, 1), weight_VD, routing)
 
-        return model(batch.inputs_BT, head=head)
+        return model(batch.inputs_BT, **batch.model_inputs, head=head)
 
     def _losses(self, batch: Batch, hidden_ND: Tensor, weight_VD: Tensor, routing: Any = None) -> Losses:
         targets_N = batch.targets_BT.flatten()
@@ -101,7 +101,9 @@ class Distillation:
 
     def loss_sums(self, model: nn.Module, batch: Batch) -> Losses:
         with torch.no_grad():
-            teacher_hidden_BTE, teacher_weight_VE = self.teacher(batch.inputs_BT, head=lambda *both: both)
+            teacher_hidden_BTE, teacher_weight_VE = self.teacher(
+                batch.inputs_BT, **batch.model_inputs, head=lambda *both: both
+            )
 
         def head(hidden_BTD: Tensor, weight_VD: Tensor, routing: Any = None) -> Losses:
             hidden_ND, counted_N = hidden_BTD.flatten(0, 1), batch.targets_BT.flatten() >= 0

@@ -35,5 +35,5 @@ def test_a_teacher_of_another_vocabulary_is_refused(tmp_path, teacher):
     manifest, path = teacher
     keys = {"hidden_dim": 16, "n_layers": 1, "n_heads": 2, "seq_len": 16, "vocab_size": 20}
     (tmp_path / "other.json").write_text(json.dumps({**keys, "post_embed_norm": False, "weight_tying": False}))
-    with pytest.raises(ConfigError, match="--distill-pretrained .* has 16 tokens, the model 20"):
+    with pytest.raises(ConfigError, match=r"--distill-pretrained .* has 16 tokens, the model 20"):
         run(tmp_path, manifest, "--distill-pretrained", path, "--model", str(tmp_path / "other.json"))

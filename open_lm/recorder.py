@@ -23,6 +23,7 @@ from open_lm.tracking.sink import Sink
 from open_lm.train.state import TrainState
 from open_lm.train.step import StepReport
 from open_lm.train.timing import Timing
+from open_lm.watchdog import LEEWAY, Watchdog
 
 MIN_LOSS_SCALE = 1e-4
 """Below it fp16 gradients have overflowed step after step, and none has been applied for long."""
@@ -36,6 +37,7 @@ class Recorder:
         world: World,
         state: TrainState,
         sinks: Sequence[Sink],
+        watchdog: Watchdog,
         *,
         flops_per_token: int,
         peak_tflops: float | None,
@@ -43,6 +45,7 @@ class Recorder:
         """`peak_tflops` None: that of the device, if it is a known one."""
         self._world = world
         self._sinks = sinks
+        self._watchdog = watchdog
         self._meter = Meter(world, state.horizon.tokens_per_step, flops_per_token, _peak(world, peak_tflops))
         self._bar: tqdm | None = None
         self._total_steps = state.horizon.last_step
@@ -54,6 +57,7 @@ class Recorder:
     def add(self, report: StepReport, timing: Timing) -> None:
         """Count one step, without waiting for its figures; `timing` has been running since the last `write`."""
         self._timing = timing
+        self._watchdog.beat()
         self._meter.add(report.parts, report.grad_norm.reshape(1).to(report.parts.dtype))
         if self._bar is not None:
             self._bar.update()
@@ -131,9 +135,11 @@ class Recorder:
     def aside(self, work: Callable[[], Any]) -> Any:
         """Do `work` (a validation, a save) without counting its time as training."""
         began = time.perf_counter()
+        self._watchdog.beat(LEEWAY)
         try:
             return work()
         finally:
+            self._watchdog.beat()
             self._meter.skip(time.perf_counter() - began)
 
     def close(self) -> None:

@@ -28,9 +28,15 @@ from open_lm.tracking.sink import RunFacts, Sink, open_sinks
 from open_lm.train.state import TrainState
 from open_lm.train.step import StepReport, average_losses
 from open_lm.train.timing import Timing
+from open_lm.watchdog import Watchdog, record_collectives
 
-PEER_LEFT = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
-"""How gloo and NCCL put it when another rank is gone."""
+PEER_LEFT = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "remote process exited",
+    "Timed out waiting",
+)
+"""How gloo and NCCL put it when another rank is gone or stuck."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class Run:
         world: World,
         folder: str,
         sinks: list[Sink],
+        watchdog: Watchdog,
     ):
         self.config = config
         self.architecture = architecture
@@ -68,6 +75,7 @@ class Run:
         )
         self.stop_requests = StopRequests(config.train.time_limit_minutes)
         self._save_seconds = 0.0
+        self._watchdog = watchdog
         self._sinks = sinks
         self._closing = contextlib.ExitStack()
         for sink in sinks:
@@ -96,6 +104,7 @@ class Run:
             self.world,
             state,
             self._sinks,
+            self._watchdog,
             flops_per_token=model_size(self.architecture).flops_per_token,
             peak_tflops=self.config.tracking.peak_tflops,
         )
@@ -251,6 +260,7 @@ def start_run(config: RunConfig, architecture: ModelConfig, command: str) -> Ite
     """
     flags, tracking = config.parallel, config.tracking
     with contextlib.ExitStack() as stack:
+        record_collectives()
         world = stack.enter_context(
             start_world(
                 flags.device,
@@ -266,7 +276,8 @@ def start_run(config: RunConfig, architecture: ModelConfig, command: str) -> Ite
         logging.info("%s", command)
         facts = RunFacts(os.path.basename(folder), folder, config.as_flags(), tracking)
         sinks = open_sinks(facts) if world.is_master else []
-        run = Run(config, architecture, world, folder, sinks)
+        watchdog = stack.enter_context(Watchdog(folder, world.rank, flags.hang_timeout or 0.8 * flags.dist_timeout))
+        run = Run(config, architecture, world, folder, sinks, watchdog)
         stack.callback(run.close)
         try:
             yield run

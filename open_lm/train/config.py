@@ -218,6 +218,12 @@ class ParallelConfig:
     dist_url: str = flag("env://", "Where ranks meet, as torch.distributed's init_method.")
     dist_backend: str | None = flag(None, "Communication between ranks; None: nccl for GPUs, gloo for CPUs.")
     dist_timeout: float = flag(600.0, "Seconds a rank waits for the others before the run fails.", above=0)
+    hang_timeout: float | None = flag(
+        None,
+        "Seconds without a finished step after which every rank writes its stacks to the run folder; after as many more "
+        "it ends. None: 0.8 of --dist-timeout, so that the stacks are there before the ranks give up on each other.",
+        above=0,
+    )
     no_set_device_rank: bool = flag(False, "Every rank uses GPU 0 of those it sees (the launcher hides the others).")
     force_distributed: bool = flag(False, "Make a process group even for one rank.")
 

@@ -220,7 +220,7 @@ class ParallelConfig:
     dist_timeout: float = flag(600.0, "Seconds a rank waits for the others before the run fails.", above=0)
     hang_timeout: float | None = flag(
         None,
-        "Seconds without a finished step after which every rank writes its stacks to the run folder; after as many more "
+        "Seconds without a finished step after which every rank writes its stacks to the run; after as many again "
         "it ends. None: 0.8 of --dist-timeout, so that the stacks are there before the ranks give up on each other.",
         above=0,
     )

@@ -80,7 +80,8 @@ def record_collectives() -> None:
 
 
 def last_collectives() -> dict:
-    """What torch's flight recorder holds of this rank; {} where it was not on."""
+    """What torch's flight recorder holds of this rank; {} where it was not on, or this torch cannot say."""
     from torch._C import _distributed_c10d as c10d
 
-    return json.loads(c10d._dump_fr_trace_json() or b"{}")
+    dump = getattr(c10d, "_dump_fr_trace_json", None)
+    return json.loads(dump() or b"{}") if dump else {}

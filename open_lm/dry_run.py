@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from open_lm import text
 from open_lm.build import architecture_of
+from open_lm.checkpoint.when import SaveSteps
 from open_lm.distributed import ranks_from_environment
 from open_lm.lengths import build_schedule, global_batch_size, run_horizon
 from open_lm.model.config import ModelConfig
@@ -44,9 +45,13 @@ class Forecast:
             f"ranks         {self.world_size}\n"
             f"steps         {steps.total_steps:,} of {steps.tokens_per_step:,} tokens: {steps.total_tokens:,} tokens\n"
             f"{self._stop}"
-            f"checkpoints   after steps {', '.join(map(str, steps.interval_ends))}\n"
+            f"checkpoints   after steps {', '.join(map(str, self._save_steps.all()))}\n"
             f"learning rate {rates}"
         )
+
+    @property
+    def _save_steps(self) -> SaveSteps:
+        return SaveSteps(self.config.checkpoint, self.steps.interval_ends, self.steps.last_step)
 
     @property
     def _stop(self) -> str:

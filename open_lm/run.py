@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from open_lm.checkpoint.manager import Checkpoints, DataOrder
+from open_lm.checkpoint.when import Kind, SaveClock, SaveSteps
 from open_lm.data.batch import Batch
 from open_lm.distributed import World, start_world
 from open_lm.errors import DeviceError, Preempted, StorageError, TrainingDiverged
@@ -88,6 +89,8 @@ class Run:
         self._scores: dict[str, float] = {}
         self._scored_at: int | None = None
         self._saved_at: int | None = None
+        self._due: tuple[int, Kind | None] = (-1, None)
+        self._save_clock = SaveClock(config.checkpoint.save_every_minutes)
 
     def begin(
         self,
@@ -112,6 +115,7 @@ class Run:
         if state.step > 0 and loader is not None:
             self.recorder.rewind(state.step)
         self._saved_at = state.step
+        self._save_clock.restart()
         if loader is not None and state.step >= state.horizon.last_step:
             logging.info("step %d of %d: nothing left to train", state.step, state.horizon.last_step)
 
@@ -176,21 +180,24 @@ class Run:
         )
 
     def save_if_due(self, state: TrainState) -> None:
-        """Write a checkpoint at the ends of intervals, as --save-frequency says, and at the end."""
-        if self._save_due(state):
-            done, is_last = state.horizon.intervals_done(state.step), state.step == state.horizon.last_step
-            label = str(done) if state.step in state.horizon.interval_ends else f"{done}-step{state.step}"
-            self._save(state, label=label, kept=self.checkpoints.keeps(done, is_last=is_last))
+        """Write a checkpoint where the flags --save-* and --ephemeral-every-steps ask for one."""
+        kind = self._save_due(state)
+        if kind is not None:
+            self._save(state, kind)
 
-    def _save_due(self, state: TrainState) -> bool:
-        steps = state.horizon
-        if state.step == steps.last_step:
-            return True
-        return state.step in steps.interval_ends and self.checkpoints.due(
-            steps.intervals_done(state.step), is_last=False
-        )
+    def _save_due(self, state: TrainState) -> Kind | None:
+        """What is to be saved after this step; the same on every rank, however often it is asked."""
+        if self._due[0] != state.step:
+            clock = self._save_clock
+            time_is_up = clock.runs and self.world.any(self.world.is_master and clock.is_up())
+            steps = self._save_steps(state)
+            self._due = state.step, steps.kind_at(state.step, time_is_up=time_is_up)
+        return self._due[1]
 
-    def _save(self, state: TrainState, *, label: str, kept: bool = True) -> bool:
+    def _save_steps(self, state: TrainState) -> SaveSteps:
+        return SaveSteps(self.config.checkpoint, state.horizon.interval_ends, state.horizon.last_step)
+
+    def _save(self, state: TrainState, kind: Kind) -> bool:
         loader, is_final = self._loader, state.step == state.horizon.total_steps
         assert loader is not None
         stats = {
@@ -202,10 +209,12 @@ class Run:
             "next_shard_per_source": None,
         }
         began = time.monotonic()
+        label = self._save_steps(state).label(state.step)
         saved = self.recorder.aside(
-            lambda: self.checkpoints.save(state, loader, label=label, stats=stats, kept=kept, is_final=is_final)
+            lambda: self.checkpoints.save(state, loader, label=label, stats=stats, kind=kind, is_final=is_final)
         )
         self._save_seconds = max(self._save_seconds, time.monotonic() - began)
+        self._save_clock.restart()
         self._saved_at = state.step if saved else self._saved_at
         return saved
 
@@ -222,8 +231,7 @@ class Run:
             return
         self.recorder.write(state, state.lr_at(state.step - 1))
         reason = next(why for why in self.world.gather(asked) if why)
-        label = f"{state.horizon.intervals_done(state.step)}-step{state.step}"
-        if self._saved_at != state.step and not self._save(state, label=label, kept=False):
+        if self._saved_at != state.step and not self._save(state, "ephemeral"):
             raise StorageError(
                 f"stopped by {reason} after step {state.step}; not saved, see the log. Earlier ones are good."
             )

@@ -24,8 +24,24 @@ class CheckpointConfig:
         False, "Also write every interval's checkpoint, and drop it when the next is written."
     )
     delete_previous_checkpoint: bool = flag(False, "Keep only the newest checkpoint; the same as --keep-last 1.")
+    save_every_steps: int | None = flag(None, "Also write a checkpoint every so many steps.", least=1)
+    save_every_minutes: float | None = flag(
+        None, "Also write a checkpoint when so many minutes have passed since the last one.", above=0
+    )
+    save_at_steps: tuple[str, ...] = flag(
+        (),
+        "Also write a checkpoint after these steps (100,1000 or 100 1000), which is never deleted and not counted by "
+        "--keep-last.",
+        metavar="STEPS",
+    )
+    ephemeral_every_steps: int | None = flag(
+        None, "Also write a checkpoint every so many steps that is dropped when the next one is complete.", least=1
+    )
     keep_last: int | None = flag(
-        None, "How many checkpoints to keep; older ones go once a new one is verified. None: all."
+        None,
+        "How many checkpoints to keep, those at the ends of intervals and those of --save-every-* counted apart; older "
+        "ones go once a new one is complete. None: all.",
+        least=1,
     )
 
     def __post_init__(self) -> None:
@@ -35,12 +51,18 @@ class CheckpointConfig:
             )
         if self.save_frequency < 0:
             raise ConfigError(f"--save-frequency {self.save_frequency} must not be negative.")
-        if self.keep_last is not None and self.keep_last < 1:
-            raise ConfigError(
-                f"--keep-last {self.keep_last} must be at least 1: the newest checkpoint is never deleted."
-            )
+        if not all(word.strip().isdigit() and int(word) for word in self._at_steps_words()):
+            raise ConfigError(f"--save-at-steps {' '.join(self.save_at_steps)}: give steps, counted from 1: 100,1000.")
 
     @property
     def n_kept(self) -> int | None:
         """How many checkpoints stay; None: all."""
         return 1 if self.delete_previous_checkpoint else self.keep_last
+
+    @property
+    def fixed_steps(self) -> frozenset[int]:
+        """The steps of --save-at-steps."""
+        return frozenset(int(word) for word in self._at_steps_words())
+
+    def _at_steps_words(self) -> list[str]:
+        return [word for words in self.save_at_steps for word in words.split(",") if word.strip()]

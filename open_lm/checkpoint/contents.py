@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -13,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from open_lm.checkpoint.sources import read_checkpoint
@@ -83,6 +86,45 @@ def load_optimizers(model: nn.Module, optimizers: list[Optimizer], saved: dict[s
     set_optimizer_state_dict(model, optimizers, state, options=options)
     for group, kept in zip((g for o in optimizers for g in o.param_groups), settings, strict=True):
         group.update(kept)
+
+
+def gather_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
+    """`state` with its sharded tensors made whole and all tensors on the CPU; every rank must call this."""
+
+    def gathered(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: gathered(part) for name, part in value.items()}
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        return whole.cpu() if isinstance(whole, Tensor) else whole
+
+    return gathered(state)
+
+
+def spread_tensors(saved: Mapping[str, Any] | None, like: Mapping[str, Any]) -> dict[str, Any]:
+    """What rank 0 holds as `saved`, on every rank, each tensor sharded and placed as its namesake in `like`.
+
+    Raises:
+        KeyError: `saved` lacks a tensor of `like`; on rank 0.
+    """
+    spread: dict[str, Any] = {}
+    for name, value in like.items():
+        part = saved[name] if saved is not None else None
+        if isinstance(value, Mapping):
+            spread[name] = spread_tensors(part, value)
+        elif isinstance(value, DTensor):
+            full = torch.empty(value.shape, dtype=value.dtype) if part is None else part.to(value.dtype)
+            spread[name] = distribute_tensor(full.to(value.device), value.device_mesh, value.placements)
+        elif isinstance(value, Tensor):
+            whole = (torch.empty_like(value) if part is None else part.to(value)).contiguous()
+            if dist.is_initialized():
+                dist.broadcast(whole, 0)
+            spread[name] = whole
+        else:
+            box = [part]
+            if dist.is_initialized():
+                dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+            spread[name] = box[0]
+    return spread
 
 
 def by_name(saved: dict[str, Any], model: nn.Module) -> dict[str, Any]:

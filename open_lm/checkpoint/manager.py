@@ -4,36 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol
-
-from torch import nn
-from torch.optim import Optimizer
 
 from open_lm import storage, text
 from open_lm.checkpoint import commit as commits
 from open_lm.checkpoint.commit import Commit
 from open_lm.checkpoint.config import CheckpointConfig
-from open_lm.checkpoint.contents import gather
-from open_lm.distributed import World
+from open_lm.checkpoint.retention import may_go
+from open_lm.checkpoint.snapshot import Saved, Snapshot, take
+from open_lm.checkpoint.when import Kind
 from open_lm.errors import StorageError
-from open_lm.precision import Precision
 
 MAX_FAILED_SAVES = 3
 """Saves in a row that may fail (a full disk, say) before the run ends; training goes on meanwhile."""
-
-
-class Saved(Protocol):
-    """What of a training state the checkpoints read and set."""
-
-    model: nn.Module
-    optimizers: list[Optimizer]
-    precision: Precision
-    world: World
-    step: int
-    tokens: int
-
-    @property
-    def tokens_per_step(self) -> int: ...
 
 
 class DataOrder(Protocol):
@@ -54,15 +38,6 @@ class Checkpoints:
         self._name = name
         self._failed_saves = 0
 
-    def due(self, interval: int, *, is_last: bool) -> bool:
-        """Whether to write a checkpoint at the end of `interval`."""
-        return self.keeps(interval, is_last=is_last) or self.flags.save_most_recent
-
-    def keeps(self, interval: int, *, is_last: bool) -> bool:
-        """Whether the checkpoint at the end of `interval` stays, as far as --save-frequency is concerned."""
-        every = self.flags.save_frequency
-        return is_last or (every > 0 and interval % every == 0)
-
     def save(
         self,
         state: Saved,
@@ -70,22 +45,20 @@ class Checkpoints:
         *,
         label: str,
         stats: Mapping[str, Any],
-        kept: bool = True,
+        kind: Kind = "interval",
         is_final: bool = False,
     ) -> bool:
         """Write one checkpoint, then drop those that retention allows to go; False when it could not be written.
 
-        One that is not `kept` goes as soon as the next is there.
-
         Raises:
             StorageError: the last checkpoint of the run, or the third in a row, could not be written.
         """
-        weights, optimizer = gather(state.model, state.optimizers)
+        about = {"is_final_checkpoint": is_final, "data_state": loader.state(state.step)}
+        snapshot = take(state, label=label, kind=kind, stats={**stats, **about})
         problem: str | None = None
         if state.world.is_master:
             try:
-                all_stats = {**stats, "is_final_checkpoint": is_final, "data_state": loader.state(state.step)}
-                self._write(state, weights, optimizer, label, all_stats, kept)
+                self._write(snapshot)
             except (StorageError, OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
                 problem = str(error)
         problem = state.world.broadcast(problem)
@@ -100,52 +73,28 @@ class Checkpoints:
             )
         return problem is None
 
-    def _write(self, state: Saved, weights: dict, optimizer: dict, label: str, stats: dict, kept: bool) -> None:
+    def _write(self, snapshot: Snapshot) -> None:
         present = {commit.label: commit for commit in commits.committed(self.folder)}
+        label = snapshot.label
         if label in present:  # a checkpoint that exists is never written over
-            if present[label].step == state.step:
+            if present[label].step == snapshot.step:
                 return
-            label = f"{_number(label)}-step{state.step}"
-        head = {"epoch": _number(label), "name": self._name, "step": state.step, "tokens": state.tokens}
-        results = {"evaluation_metrics": stats["evaluation_metrics"]}
-        scaler = state.precision.state_dict()
-        payloads = {
-            f"epoch_{label}.pt": {**head, **results, "state_dict": weights, "config": self.config},
-            f"optimizer_{label}.pt": {**head, "optimizer": optimizer, **({"scaler": scaler} if scaler else {})},
-            f"stats_{label}.pt": {**head, **stats},
-        }
-        self._require_space(weights, optimizer)
+            snapshot = replace(snapshot, label=f"{snapshot.epoch}-step{snapshot.step}")
+        payloads = snapshot.payloads(self._name, {"config": self.config})
+        self._require_space(snapshot.size_bytes)
         try:
             files = {name: commits.save_file(self.folder, name, payload) for name, payload in payloads.items()}
         except BaseException:
             for name in payloads:
                 storage.remove(storage.join(self.folder, name))
             raise
-        written = Commit(label, state.step, files, {"kept": kept, "config": self.config})
+        written = Commit(snapshot.label, snapshot.step, files, {"kind": snapshot.kind, "config": self.config})
         commits.publish(self.folder, written)
-        logging.info("saved checkpoint %s at step %d (%s)", label, state.step, text.size(written.size_bytes))
-        self._thin_out(written)
+        logging.info("saved checkpoint %s at step %d (%s)", written.label, written.step, text.size(written.size_bytes))
+        for commit in may_go(commits.committed(self.folder), written, self.flags.n_kept):
+            commits.discard(self.folder, commit)
 
-    def _require_space(self, weights: dict, optimizer: dict) -> None:
-        tensors = [*weights.values(), *(t for s in optimizer["state"].values() for t in s.values())]
-        needed = sum(t.numel() * t.element_size() for t in tensors if hasattr(t, "numel"))
+    def _require_space(self, needed: int) -> None:
         free = storage.free_bytes(self.folder)
         if free is not None and free < 1.02 * needed:
             raise StorageError(f"no space left: {text.size(needed)} are needed, {text.size(free)} free.")
-
-    def _thin_out(self, written: Commit) -> None:
-        """Delete what retention lets go: never the one just written, and only because that one is complete."""
-        complete = commits.committed(self.folder)
-        others = [commit for commit in complete if commit.label != written.label]
-        if len(others) == len(complete):
-            return
-        n_kept = self.flags.n_kept
-        surplus = others[n_kept - 1 :] if n_kept is not None else []
-        passing = [commit for commit in others if not commit.facts.get("kept", True)]
-        for commit in {c.label: c for c in (*surplus, *passing)}.values():
-            commits.discard(self.folder, commit)
-
-
-def _number(label: str) -> int:
-    """The K of a label: `3`, or `3-step120` for a checkpoint inside the fourth interval."""
-    return int(label.partition("-")[0])

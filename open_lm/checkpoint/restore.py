@@ -8,9 +8,16 @@ from typing import Any
 
 from open_lm import storage
 from open_lm.checkpoint import commit as commits
-from open_lm.checkpoint.contents import by_name, load_optimizers, load_weights, require_same_architecture
+from open_lm.checkpoint.contents import (
+    by_name,
+    load_optimizers,
+    load_weights,
+    require_same_architecture,
+    spread_tensors,
+)
 from open_lm.checkpoint.find import latest
-from open_lm.checkpoint.manager import Checkpoints, DataOrder, Saved
+from open_lm.checkpoint.manager import Checkpoints, DataOrder
+from open_lm.checkpoint.snapshot import Saved
 from open_lm.checkpoint.sources import read_checkpoint
 from open_lm.checkpoint.weights import clean_state_dict, load_file
 from open_lm.errors import CheckpointError
@@ -23,6 +30,7 @@ class Stored:
     path: str
     weights: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
+    companions: dict[str, dict[str, Any]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -47,16 +55,29 @@ def restore(checkpoints: Checkpoints, state: Saved, loader: DataOrder | None) ->
     broadcast = state.world.size > 1
     load_weights(state.model, stored.weights, facts["path"], broadcast=broadcast)
     if loader is not None and not continues:
+        for part in state.companions.values():
+            part.reset()
         logging.info("starting from the weights of %s", facts["path"])
         return
     state.step, state.tokens = facts["step"], facts["tokens"]
     if loader is not None:
         load_optimizers(state.model, state.optimizers, stored.optimizer, broadcast=broadcast)
         state.precision.load_state_dict(facts["scaler"])
+        _restore_companions(state, stored.companions, facts)
         if facts["data_state"] is not None:
             loader.check_state(facts["data_state"])
         state.world.from_master(lambda: _set_aside_later(checkpoints.folder, state.step))
     logging.info("resumed from %s at step %d", facts["path"], state.step)
+
+
+def _restore_companions(state: Saved, saved: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
+    """Set every companion of the state: to what was saved of it, or anew where the checkpoint has nothing of it."""
+    for name, part in state.companions.items():
+        if name in facts["companions"]:
+            part.load_state_dict(spread_tensors(saved.get(name), part.state_dict()))
+        else:
+            logging.warning("%s holds no %s: it begins anew here.", facts["path"], name)
+            part.reset()
 
 
 def _read(stored: Stored, checkpoints: Checkpoints, state: Saved, *, with_optimizer: bool) -> dict[str, Any] | None:
@@ -78,8 +99,10 @@ def _read(stored: Stored, checkpoints: Checkpoints, state: Saved, *, with_optimi
     _require_same_batch(facts, state.tokens_per_step)
     optimizer, stats = (_companion(stored.path, kind) for kind in ("optimizer", "stats"))
     stored.optimizer = by_name(optimizer["optimizer"], state.model)
+    present = [name for name in state.companions if storage.exists(_companion_path(stored.path, name))]
+    stored.companions = {name: _companion(stored.path, name) for name in present}
     facts |= {"step": int(stats["step"]), "scaler": optimizer.get("scaler", {}), "data_state": stats.get("data_state")}
-    return facts
+    return facts | {"companions": present}
 
 
 def _require_undamaged(path: str) -> None:
@@ -112,14 +135,18 @@ def _require_same_batch(facts: dict[str, Any], tokens_per_step: int) -> None:
 
 
 def _companion(path: str, kind: str) -> dict[str, Any]:
-    """The optimizer or stats file that belongs to weights file `path`, by name in the same folder."""
-    folder, name = storage.parent(path), path.rpartition("/")[2]
-    companion = storage.join(folder, name.replace("epoch_", f"{kind}_", 1))
+    """The optimizer, stats or other file that belongs to weights file `path`, by name in the same folder."""
+    companion = _companion_path(path, kind)
     if not storage.exists(companion):
         raise CheckpointError(
             f"--resume {path}: {companion} is missing. Use --pretrained to start anew from the weights alone."
         )
     return load_file(companion)
+
+
+def _companion_path(path: str, kind: str) -> str:
+    folder, name = storage.parent(path), path.rpartition("/")[2]
+    return storage.join(folder, name.replace("epoch_", f"{kind}_", 1))
 
 
 def _set_aside_later(folder: str, step: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -40,6 +41,12 @@ class TrainState:
     @property
     def tokens_per_step(self) -> int:
         return self.horizon.tokens_per_step
+
+    @property
+    def companions(self) -> dict[str, Any]:
+        """What is saved beside weights and optimizer as `<name>_K.pt`, each a `Companion` of checkpoint.snapshot."""
+        guard = {"guard": self.guard} if self.guard else {}
+        return {average.name: average for average in self.averages} | guard
 
     def allows(self, loss_share: Tensor, grad_norm: Tensor) -> bool:
         """Whether to take the step; with a guard this waits for the figures, summed over all ranks."""

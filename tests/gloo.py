@@ -1,0 +1,27 @@
+"""Several ranks in one test: a function run by as many processes, joined by gloo."""
+
+import faulthandler
+import os
+import socket
+
+import torch
+import torch.multiprocessing
+
+from open_lm.distributed import start_world
+
+
+def run_ranks(work, size, *arguments):
+    """`work(world, *arguments)` on each of `size` ranks; what one raises, the test raises."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, (work, size, port, arguments), nprocs=size)
+
+
+def _rank(rank, work, size, port, arguments):
+    torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(50, exit=True)  # a rank that hangs says where, and ends
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with start_world("cpu", timeout_seconds=60) as world:
+        work(world, *arguments)

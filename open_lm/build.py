@@ -24,6 +24,7 @@ from open_lm.precision import Precision
 from open_lm.run_folder import run_folder
 from open_lm.train.averagers import parse_averagers
 from open_lm.train.averaging import WeightAverage
+from open_lm.train.backends import prepare_backends
 from open_lm.train.horizon import Horizon
 from open_lm.train.optim import build_optimizers
 from open_lm.train.parallel import wrap
@@ -112,6 +113,7 @@ def build_task(config: RunConfig, architecture: ModelConfig, world: World, preci
 def build_state(config: RunConfig, architecture: ModelConfig, world: World, steps: Horizon) -> TrainState:
     """The model with the weights of --seed, wrapped for the ranks, and what trains it."""
     parallel = config.parallel
+    prepare_backends(parallel, world.device, architecture.seq_len, architecture.vocab_size)
     precision = Precision(parallel.precision, world.device.type)
     torch.manual_seed(config.train.seed)
     model = create_model(architecture).to(world.device, precision.weight_dtype)

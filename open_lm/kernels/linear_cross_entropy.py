@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from open_lm.kernels import native
+
 CHUNK_LOGITS = 1 << 22
 """Logits one chunk aims at (16 MB in fp32)."""
 MAX_CHUNK_LOGITS = 1 << 27
@@ -60,26 +62,51 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_loss: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
-        needs_grad = any(ctx.needs_input_grad[:2])
         hidden, weight = hidden_ND.to(dtype), weight_VD.to(dtype)
-        chunk = _Chunk(rows_per_chunk(hidden.shape[0], hidden.shape[1], weight.shape[0]), weight, z_loss)
-        grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
-        for start in range(0, hidden.shape[0], chunk.n_rows):
-            rows = slice(start, start + chunk.n_rows)
-            grad_CV = chunk.add(hidden[rows], targets_N[rows], needs_grad)
-            if grad_hidden is not None and grad_weight is not None and grad_CV is not None:
-                torch.mm(grad_CV, weight, out=grad_hidden[rows])
-                _accumulate(grad_weight, grad_CV, hidden[rows])
-        if grad_hidden is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_hidden.to(hidden_ND.dtype), grad_weight.to(weight_VD.dtype))
-        cross_entropy, squared_log_z = chunk.sums
+        compute = _by_kernel if runs_for(hidden, weight) else _in_chunks
+        sums, gradients = compute(hidden, weight, targets_N, z_loss, any(ctx.needs_input_grad[:2]))
+        if gradients is not None:
+            ctx.save_for_backward(gradients[0].to(hidden_ND.dtype), gradients[1].to(weight_VD.dtype))
+        cross_entropy, squared_log_z = sums
         return cross_entropy + z_loss * squared_log_z, cross_entropy.clone(), squared_log_z.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad_total, grad_weight * grad_total, None, None, None
+
+
+Computed = tuple[Tensor, tuple[Tensor, Tensor] | None]
+"""The sums of the cross-entropy and of squared log Z; the gradients of hidden and of weight, the latter in fp32."""
+
+
+def runs_for(hidden_ND: Tensor, weight_VD: Tensor) -> bool:
+    """Whether the C++ kernel computes this call: on a CPU, in fp32 or bf16, widths even."""
+    plain = type(weight_VD) in (Tensor, torch.nn.Parameter) and hidden_ND.device.type == "cpu"
+    types = hidden_ND.dtype == weight_VD.dtype and hidden_ND.dtype in (torch.float32, torch.bfloat16)
+    return native.in_use() and plain and types and hidden_ND.shape[1] % 2 == 0
+
+
+def _by_kernel(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_loss: float, needs_grad: bool) -> Computed:
+    """By the C++ kernel, whose logits never leave a core's cache."""
+    hidden, weight, targets = hidden_ND.contiguous(), weight_VD.contiguous(), targets_N.contiguous()
+    sums, *gradients = torch.ops.open_lm.linear_cross_entropy(hidden, weight, targets, z_loss, needs_grad)
+    return sums, (gradients[0], gradients[1]) if needs_grad else None
+
+
+def _in_chunks(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_loss: float, needs_grad: bool) -> Computed:
+    """By torch, a chunk of positions at a time."""
+    (n_positions, dim), vocab_size = hidden_ND.shape, weight_VD.shape[0]
+    chunk = _Chunk(rows_per_chunk(n_positions, dim, vocab_size), weight_VD, z_loss)
+    grad_hidden = torch.empty_like(hidden_ND) if needs_grad else None
+    grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_grad else None
+    for start in range(0, hidden_ND.shape[0], chunk.n_rows):
+        rows = slice(start, start + chunk.n_rows)
+        grad_CV = chunk.add(hidden_ND[rows], targets_N[rows], needs_grad)
+        if grad_hidden is not None and grad_weight is not None and grad_CV is not None:
+            torch.mm(grad_CV, weight_VD, out=grad_hidden[rows])
+            _accumulate(grad_weight, grad_CV, hidden_ND[rows])
+    return chunk.sums, (grad_hidden, grad_weight) if grad_hidden is not None and grad_weight is not None else None
 
 
 def rows_per_chunk(n_positions: int, dim: int, vocab_size: int) -> int:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from open_lm.kernels.attention import causal_attention
 from open_lm.model.config import ModelConfig
 from open_lm.model.variants import ATTENTIONS, ATTN_ACTIVATIONS, SEQ_SCALARS
 
@@ -22,6 +23,17 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 def build_attend(config: ModelConfig) -> Attend:
     """The back end that `config.attn_name` names, ready to call."""
     return ATTENTIONS.load(config.attn_name)(config)
+
+
+def fastest_attention(config: ModelConfig) -> Attend:
+    """Softmax attention through torch, or on a CPU by a C++ kernel where one is in use."""
+
+    def attend(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None and q_BTHK.shape[1] == k_BSGK.shape[1]:
+            return causal_attention(q_BTHK, k_BSGK, v_BSGK)
+        return scaled_dot_product(q_BTHK, k_BSGK, v_BSGK, mask)
+
+    return attend
 
 
 def torch_attention(config: ModelConfig) -> Attend:

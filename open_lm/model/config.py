@@ -53,7 +53,8 @@ class ModelFlags:
     )
     attn_name: str = flag(
         "auto",
-        "What computes attention; auto is torch's own fused attention, equal to all but custom_attn.",
+        "What computes attention; auto is torch's own fused attention, or on a CPU that of --cpu-kernels. Equal to all "
+        "but custom_attn.",
         choices=ATTENTIONS,
     )
     attn_activation: str | None = flag(

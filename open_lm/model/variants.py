@@ -44,7 +44,7 @@ POSITIONS = Registry(
 ATTENTIONS = Registry(
     "attention",
     {
-        "auto": "open_lm.model.attend:torch_attention",
+        "auto": "open_lm.model.attend:fastest_attention",
         "torch_attn": "open_lm.model.attend:torch_attention",
         "xformers_attn": "open_lm.model.attend_xformers:xformers_attention",
         "xformers_attn_variable_length": "open_lm.model.attend_xformers:xformers_attention",

@@ -190,6 +190,12 @@ class ParallelConfig:
     grad_checkpointing: bool = flag(
         False, "Recompute each block in the backward pass instead of keeping its activations."
     )
+    cpu_kernels: str = flag(
+        "auto",
+        "On a CPU: auto computes attention and loss of all but tiny models with C++ kernels, compiled at their first "
+        "use on a machine (10 seconds, needs g++ and AVX-512; without them plain torch is used); off never does.",
+        choices=("auto", "off"),
+    )
     torchcompile: bool = flag(False, "Compile each block with torch.compile; the keys of checkpoints do not change.")
     fsdp: bool = flag(
         False, "Shard weights, gradients and optimizer over the ranks (FSDP2) instead of copying them (DDP)."

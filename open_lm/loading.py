@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from os import PathLike, fspath
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from open_lm.checkpoint.openlm_names import has_megablocks
 from open_lm.checkpoint.sources import read_checkpoint, weights_file
-from open_lm.checkpoint.weights import clean_state_dict
+from open_lm.checkpoint.weights import clean_state_dict, named_weights
 from open_lm.errors import CheckpointError, ConfigError
 from open_lm.model import create_model
 from open_lm.model.config import ModelConfig, ModelFlags, resolve
@@ -37,7 +39,7 @@ def load_model(
     path, dtype = fspath(path), torch_dtype(dtype)
     content = read_checkpoint(path)
     config = checked(stored_config(content, path), path, model, architecture)
-    return build(config, clean_state_dict(content), path, device, dtype).eval()
+    return build(with_experts_of(config, content), clean_state_dict(content), path, device, dtype).eval()
 
 
 def stored_facts(path: str | PathLike[str]) -> dict[str, Any]:
@@ -50,6 +52,14 @@ def stored_config(content: dict[str, Any], path: str) -> ModelConfig | None:
     """The architecture that a checkpoint states, if it does."""
     stored = (content.get("config") or {}).get("model")
     return ModelConfig.from_dict(stored, path) if stored else None
+
+
+def with_experts_of(config: ModelConfig, content: dict[str, Any]) -> ModelConfig:
+    """The architecture with experts as MegaBlocks has them where those of `content` lie so and are not gated."""
+    names = named_weights(content)
+    if not has_megablocks(names) or any(name.endswith(".experts.mlp.v1") for name in names):
+        return config
+    return replace(config, moe_expert_type="megablocks")
 
 
 def checked(stored: ModelConfig | None, path: str, model: str | None, architecture: dict[str, Any]) -> ModelConfig:
@@ -75,7 +85,7 @@ def require_same(config: ModelConfig, asked: dict[str, Any], path: str) -> None:
         CheckpointError: naming each key that differs.
     """
     stored = config.to_dict()
-    free = () if stored.get("attn_name") == "custom_attn" else ("attn_name",)
+    free = {"moe_backend"} if stored.get("attn_name") == "custom_attn" else {"moe_backend", "attn_name"}
     differences = [
         f"{key} {stored[key]!r} (asked {value!r})"
         for key, value in asked.items()

@@ -22,7 +22,7 @@ from open_lm.checkpoint.sources import read_checkpoint
 from open_lm.checkpoint.weights import plain_name
 from open_lm.errors import CheckpointError
 
-FREE_KEYS = {"seq_len", "attn_name"}
+FREE_KEYS = {"seq_len", "attn_name", "moe_backend"}
 """Keys of an architecture that do not change what its weights mean."""
 
 

@@ -1,6 +1,6 @@
-"""How architectures that transformers knows map to ours: Llama, OLMo and GPT-NeoX configs and weights, both ways.
+"""How models of transformers become ours: Llama, OLMo, OLMoE, StableLM, GPT-NeoX and Mamba configs and weights.
 
-Pure: dicts in, dicts out. Shapes: H heads, G heads of keys and values, K head width, D model width.
+Pure: dicts in, dicts out; `natives.py` goes the other way.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from open_lm.errors import CheckpointError
-from open_lm.model.config import ModelConfig
+from open_lm.model.architecture import MambaConfig, ModelConfig
 from open_lm.model.feed_forward import gated_width
 
 Weights = dict[str, Tensor]
@@ -23,66 +23,13 @@ LAYER_NAMES = {
     "input_layernorm.weight": "attention_norm.weight",
     "post_attention_layernorm.weight": "ffn_norm.weight",
 }
-"""Weights of a Llama or OLMo layer that are ours under another name; the others are packed."""
+"""Weights of a Llama-like layer that are ours under another name; the others are packed."""
 
 TOP_NAMES = {
     "model.embed_tokens.weight": "tok_embeddings.weight",
     "model.norm.weight": "norm.weight",
     "lm_head.weight": "output.weight",
 }
-
-
-def native_family(config: ModelConfig) -> str | None:
-    """The `model_type` of transformers that computes exactly what `config` does; None when there is none."""
-    gated = config.ffn_type in ("swiglu", "swiglu_torch")
-    turned = config.positional_embedding_type in ("rotary", "llama_rotary")
-    plain = not config.qk_norm and not config.post_embed_norm and config.attn_name != "custom_attn"
-    if not (gated and turned and plain and config.moe_freq == 0):
-        return None
-    if config.model_norm == "rms_norm":
-        return "llama"
-    fits_olmo = config.norm_eps == 1e-5 and config.hidden_dim % config.n_heads == 0  # both are fixed in OLMo's code
-    return "olmo" if config.model_norm == "no_wb_layer_norm" and fits_olmo else None
-
-
-def to_native(config: ModelConfig, weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], Weights]:
-    """The config and weights of transformers' own class for a model that `native_family` knows."""
-    values = {
-        "model_type": native_family(config),
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_dim,
-        "intermediate_size": config.ffn_dim or gated_width(config.hidden_dim),
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.seq_len,
-        "rope_theta": config.rotary_base,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.weight_tying,
-    }
-    if values["model_type"] == "olmo":
-        del values["rms_norm_eps"], values["head_dim"]
-    out = {theirs: weights[ours] for theirs, ours in TOP_NAMES.items() if ours in weights}
-    for layer in range(config.n_layers):
-        out |= _layer_to_native(config, weights, f"layers.{layer}.", f"model.layers.{layer}.")
-    return values, out
-
-
-def _layer_to_native(config: ModelConfig, weights: Mapping[str, Tensor], ours: str, theirs: str) -> Weights:
-    arranged: Callable = pairs_to_halves if config.positional_embedding_type == "llama_rotary" else _unchanged
-    widths = [config.n_heads * config.head_dim, *[config.kv_heads * config.head_dim] * 2]
-    q, k, v = weights[ours + "attention.in_proj.weight"].split(widths)
-    gate, up = weights[ours + "feed_forward.w12.weight"].chunk(2)
-    packed = {
-        "self_attn.q_proj.weight": arranged(q, config.head_dim),
-        "self_attn.k_proj.weight": arranged(k, config.head_dim),
-        "self_attn.v_proj.weight": v,
-        "mlp.gate_proj.weight": gate,
-        "mlp.up_proj.weight": up,
-    }
-    named = {name: weights[ours + other] for name, other in LAYER_NAMES.items() if ours + other in weights}
-    return {theirs + name: tensor.contiguous() for name, tensor in (packed | named).items()}
 
 
 def from_native(values: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[ModelConfig, Weights]:
@@ -101,21 +48,46 @@ def from_native(values: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tup
 
 
 def _from_llama(values: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[ModelConfig, Weights]:
-    _require(values, "hidden_act", "silu")
-    for name in ("attention_bias", "mlp_bias"):
-        _require(values, name, False)
+    _require(values, hidden_act="silu", attention_bias=False, mlp_bias=False)
     return _from_llama_like(values, weights, model_norm="rms_norm", norm_eps=float(values.get("rms_norm_eps", 1e-6)))
 
 
 def _from_olmo(values: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[ModelConfig, Weights]:
-    _require(values, "hidden_act", "silu")
-    _require(values, "attention_bias", False)
-    _require(values, "clip_qkv", None)
+    _require(values, hidden_act="silu", attention_bias=False, clip_qkv=None)
     return _from_llama_like(values, weights, model_norm="no_wb_layer_norm")
 
 
+def _from_olmoe(values: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[ModelConfig, Weights]:
+    _require(values, hidden_act="silu", attention_bias=False, clip_qkv=None, norm_topk_prob=False)
+    experts = {
+        "qk_norm": True,
+        "moe_freq": 1,
+        "moe_num_experts": values["num_experts"],
+        "moe_top_k": values["num_experts_per_tok"],
+        "moe_capacity_factor": 0.0,
+        "moe_loss_weight": float(values.get("router_aux_loss_coef", 0.01)),
+    }
+    eps = float(values.get("rms_norm_eps", 1e-5))
+    return _from_llama_like(values, weights, model_norm="rms_norm", norm_eps=eps, **experts)
+
+
+def _from_stablelm(values: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[ModelConfig, Weights]:
+    _require(values, hidden_act="silu", use_qkv_bias=False, qk_layernorm=False, use_parallel_residual=False)
+    _require_whole_rotary(values, values.get("partial_rotary_factor", 0.25))
+    has_bias = any(bool(w.any()) for name, w in weights.items() if name.endswith("norm.bias"))
+    kind = "default_layer_norm" if has_bias else "gain_only_layer_norm"
+    eps = float(values.get("layer_norm_eps", 1e-5))
+    config, out = _from_llama_like(values, weights, model_norm=kind, norm_eps=eps)
+    if has_bias:
+        out["norm.bias"] = weights["model.norm.bias"]
+        norms = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+        for layer in range(config.n_layers):
+            out |= {f"layers.{layer}.{a}.bias": weights[f"model.layers.{layer}.{b}.bias"] for a, b in norms.items()}
+    return config, out
+
+
 def _from_llama_like(
-    values: Mapping[str, Any], weights: Mapping[str, Tensor], **norm: Any
+    values: Mapping[str, Any], weights: Mapping[str, Tensor], **others: Any
 ) -> tuple[ModelConfig, Weights]:
     n_heads, dim = values["num_attention_heads"], values["hidden_size"]
     head_dim = values.get("head_dim") or dim // n_heads
@@ -131,31 +103,63 @@ def _from_llama_like(
         weight_tying=bool(values.get("tie_word_embeddings", False)),
         rotary_base=rotary_base(values),
         ffn_dim=None if values["intermediate_size"] == gated_width(dim) else values["intermediate_size"],
-        **norm,
+        **others,
     )
     out = {ours: weights[theirs] for theirs, ours in TOP_NAMES.items() if theirs in weights}
     for layer in range(config.n_layers):
-        ours, theirs = f"layers.{layer}.", f"model.layers.{layer}."
-        out |= {
-            ours + name: weights[theirs + other] for other, name in LAYER_NAMES.items() if theirs + other in weights
-        }
-        qkv = [weights[f"{theirs}self_attn.{part}_proj.weight"] for part in "qkv"]
-        out[ours + "attention.in_proj.weight"] = torch.cat(qkv)
-        gate_up = [weights[f"{theirs}mlp.{part}_proj.weight"] for part in ("gate", "up")]
-        out[ours + "feed_forward.w12.weight"] = torch.cat(gate_up)
+        out |= _llama_layer(config, weights, f"layers.{layer}.", f"model.layers.{layer}.")
     return config, out
 
 
+def _llama_layer(config: ModelConfig, weights: Mapping[str, Tensor], ours: str, theirs: str) -> Weights:
+    out = {ours + name: weights[theirs + other] for other, name in LAYER_NAMES.items() if theirs + other in weights}
+    qkv = [weights[f"{theirs}self_attn.{part}_proj.weight"] for part in "qkv"]
+    out[ours + "attention.in_proj.weight"] = torch.cat(qkv)
+    if config.qk_norm:
+        out |= {f"{ours}attention.{n}_norm.weight": weights[f"{theirs}self_attn.{n}_norm.weight"] for n in "qk"}
+    if config.moe_freq:
+        return out | _experts(config, weights, f"{ours}feed_forward.", f"{theirs}mlp.")
+    gate_up = [weights[f"{theirs}mlp.{part}_proj.weight"] for part in ("gate", "up")]
+    out[ours + "feed_forward.w12.weight"] = torch.cat(gate_up)
+    return out
+
+
+def _experts(config: ModelConfig, weights: Mapping[str, Tensor], ours: str, theirs: str) -> Weights:
+    """The stacked experts of a layer; files hold them one by one, or stacked already."""
+    if theirs + "experts.gate_up_proj" in weights:
+        w12, w3 = weights[theirs + "experts.gate_up_proj"], weights[theirs + "experts.down_proj"]
+    else:
+        each = [f"{theirs}experts.{e}." for e in range(config.moe_num_experts or 0)]
+        gate_up = [[weights[f"{e}{part}_proj.weight"] for part in ("gate", "up")] for e in each]
+        w12 = torch.stack([torch.cat(pair) for pair in gate_up])
+        w3 = torch.stack([weights[e + "down_proj.weight"] for e in each])
+    return {f"{ours}router.weight": weights[theirs + "gate.weight"], f"{ours}experts.w12": w12, f"{ours}experts.w3": w3}
+
+
+def _from_mamba(values: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[MambaConfig, Weights]:
+    _require(values, hidden_act="silu", use_bias=False, use_conv_bias=True)
+    config = MambaConfig(
+        d_model=values["hidden_size"],
+        n_layer=values["num_hidden_layers"],
+        vocab_size=values["vocab_size"],
+        seq_len=values.get("max_position_embeddings", 2048),  # the architecture knows no end; it was trained on 2048
+        d_state=values.get("state_size", 16),
+        d_conv=values.get("conv_kernel", 4),
+        expand=values.get("expand", 2),
+        dt_rank=values.get("time_step_rank"),
+        tie_embeddings=bool(values.get("tie_word_embeddings", True)),
+        norm_eps=float(values.get("layer_norm_epsilon", 1e-5)),
+    )
+    return config, {name.replace(".embeddings.", ".embedding."): tensor for name, tensor in weights.items()}
+
+
 def _from_gpt_neox(values: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[ModelConfig, Weights]:
-    rope = values.get("rope_parameters") or {}
-    share = rope.get("partial_rotary_factor", values.get("rotary_pct", 1.0))
+    share = _rotary_share(values, values.get("rotary_pct", 1.0))
     problems = [] if share == 1 else [f"rotary_pct {share} (ours turns all channels)"]
     if values.get("use_parallel_residual", True):
         problems.append("use_parallel_residual (our blocks run one after the other)")
     if values.get("hidden_act", "gelu") != "gelu":
         problems.append(f"hidden_act {values['hidden_act']!r}")
-    if values["intermediate_size"] != 4 * values["hidden_size"]:
-        problems.append("an intermediate_size other than 4 times hidden_size")
     biased = [n for n, w in weights.items() if n.endswith(("attention.query_key_value.bias", "dense.bias",
               "dense_h_to_4h.bias", "dense_4h_to_h.bias")) and w.any()]  # fmt: skip
     if biased:
@@ -174,8 +178,11 @@ def _from_gpt_neox(values: Mapping[str, Any], weights: Mapping[str, Tensor]) -> 
         norm_eps=float(values.get("layer_norm_eps", 1e-5)),
         rotary_base=rotary_base(values),
         ffn_type="gelu",
+        ffn_dim=None if values["intermediate_size"] == 4 * values["hidden_size"] else values["intermediate_size"],
     )
-    out = {"tok_embeddings.weight": weights["gpt_neox.embed_in.weight"], "output.weight": weights["embed_out.weight"]}
+    embedding = weights["gpt_neox.embed_in.weight"]
+    heads = [weights[name] for name in ("embed_out.weight", "lm_head.weight") if name in weights]
+    out = {"tok_embeddings.weight": embedding, "output.weight": heads[0] if heads else embedding}
     out |= {f"norm.{kind}": weights[f"gpt_neox.final_layer_norm.{kind}"] for kind in ("weight", "bias")}
     for layer in range(config.n_layers):
         out |= _neox_layer(config, weights, f"layers.{layer}.", f"gpt_neox.layers.{layer}.")
@@ -197,7 +204,14 @@ def _neox_layer(config: ModelConfig, weights: Mapping[str, Tensor], ours: str, t
     }
 
 
-FAMILIES = {"llama": _from_llama, "olmo": _from_olmo, "gpt_neox": _from_gpt_neox}
+FAMILIES: dict[str, Callable[..., tuple[Any, Weights]]] = {
+    "llama": _from_llama,
+    "olmo": _from_olmo,
+    "olmoe": _from_olmoe,
+    "stablelm": _from_stablelm,
+    "gpt_neox": _from_gpt_neox,
+    "mamba": _from_mamba,
+}
 
 
 def rotary_base(values: Mapping[str, Any]) -> float:
@@ -218,14 +232,22 @@ def pairs_to_halves(weight: Tensor, head_dim: int) -> Tensor:
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _unchanged(weight: Tensor, head_dim: int) -> Tensor:
-    return weight
-
-
 def _fewer(n_kv_heads: int | None, n_heads: int) -> int | None:
     return None if n_kv_heads in (None, n_heads) else n_kv_heads
 
 
-def _require(values: Mapping[str, Any], name: str, expected: Any) -> None:
-    if values.get(name, expected) != expected:
-        raise CheckpointError(f"{name} {values[name]!r}: ours has {expected!r} alone. Train it with --hf-model.")
+def _require(values: Mapping[str, Any], **expected: Any) -> None:
+    for name, ours in expected.items():
+        if values.get(name, ours) != ours:
+            raise CheckpointError(f"{name} {values[name]!r}: ours has {ours!r} alone. Train it with --hf-model.")
+
+
+def _rotary_share(values: Mapping[str, Any], before: float) -> float:
+    """The share of a head's channels that is turned; `before` is where older files have it."""
+    return (values.get("rope_parameters") or {}).get("partial_rotary_factor", before)
+
+
+def _require_whole_rotary(values: Mapping[str, Any], before: float) -> None:
+    share = _rotary_share(values, before)
+    if share != 1:
+        raise CheckpointError(f"partial_rotary_factor {share}: ours turns all channels. Train it with --hf-model.")

@@ -6,14 +6,21 @@ import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from open_lm.checkpoint.families import from_native
-from open_lm.checkpoint.weights import clean_state_dict, load_file
+from open_lm.checkpoint.weights import clean_state_dict, load_file, tensors_in
 from open_lm.errors import CheckpointError
-from open_lm.model.config import ModelConfig
+from open_lm.model.architecture import MambaConfig, ModelConfig
+from open_lm.model.feed_forward import default_width
+
+INNER_KEYS = ("params_args_dict", "params")
+"""Where folders on the Hub keep OpenLM's parameters: DCLM's, and those of PyTorchModelHubMixin."""
+
+OPENLM_NAMES = {"dim": "hidden_dim", "apply_qk_norm": "qk_norm"}
+"""Names of OpenLM's parameters that its JSON files call otherwise."""
 
 
 def from_transformers(folder: Path) -> tuple[ModelConfig | None, dict[str, Tensor]]:
@@ -23,11 +30,12 @@ def from_transformers(folder: Path) -> tuple[ModelConfig | None, dict[str, Tenso
         CheckpointError: the folder is damaged, or the model has something that our architectures do not; named.
     """
     values = _read_json(folder / "config.json")
-    weights: dict[str, Tensor] = {}
+    stored: dict[str, Tensor] = {}
     for file in weight_files(folder):
-        weights |= clean_state_dict(load_file(str(file)))
+        stored |= tensors_in(load_file(str(file)))
+    weights = clean_state_dict(stored)
     try:
-        if values.get("model_type", "open_lm") == "open_lm":
+        if values.get("model_type", "open_lm") in ("open_lm", "openlm"):
             return own_config(values, f"{folder}/config.json"), weights
         return from_native(values, weights)
     except KeyError as error:
@@ -37,7 +45,10 @@ def from_transformers(folder: Path) -> tuple[ModelConfig | None, dict[str, Tenso
 
 
 def own_config(values: Mapping[str, Any], origin: str) -> ModelConfig | None:
-    """The architecture in a config.json that we exported, or that has OpenLM's keys; None if it has not."""
+    """The architecture in a config.json that we exported, or that has OpenLM's or mamba-ssm's keys; else None."""
+    if "d_model" in values:
+        return cast("ModelConfig", mamba_config(values, origin))
+    values = openlm_values(values)
     known = {f.name for f in fields(ModelConfig)}
     ours = {name: value for name, value in values.items() if name in known}
     if "hidden_dim" not in ours:
@@ -45,8 +56,46 @@ def own_config(values: Mapping[str, Any], origin: str) -> ModelConfig | None:
     if values.get("attn_activation"):
         ours["attn_name"] = "custom_attn"
     if "ffn_width" in values:
-        ours |= {"ffn_dim": values["ffn_width"], "weight_tying": bool(values.get("tie_word_embeddings"))}
+        width, derived = values["ffn_width"], default_width(ours["ffn_type"], ours["hidden_dim"])
+        ours |= {
+            "ffn_dim": None if width == derived else width,
+            "weight_tying": bool(values.get("tie_word_embeddings")),
+        }
     return ModelConfig.from_dict(ours, origin)
+
+
+def openlm_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of an architecture, wherever a folder keeps them and whatever it calls them."""
+    inner = next((values[name] for name in INNER_KEYS if isinstance(values.get(name), Mapping)), values)
+    if "dim" not in inner:
+        return dict(values)
+    out = {OPENLM_NAMES.get(name, name): value for name, value in inner.items() if value is not None}
+    if out.get("attn_name") != "custom_attn":  # how attention was computed there says nothing about the weights
+        for name in ("attn_name", "attn_activation", "attn_seq_scalar", "attn_seq_scalar_alpha"):
+            out.pop(name, None)
+    if out.get("moe_freq"):
+        out.setdefault("moe_expert_type", "megablocks")
+    return out
+
+
+def mamba_config(values: Mapping[str, Any], origin: str) -> MambaConfig:
+    """The architecture in a config.json as mamba-ssm writes it.
+
+    Raises:
+        CheckpointError: it has layers of another kind.
+    """
+    inner = dict(values.get("ssm_cfg") or {})
+    if inner.pop("layer", "Mamba1") != "Mamba1" or values.get("attn_layer_idx") or not values.get("rms_norm", True):
+        raise CheckpointError("attention, Mamba 2 or layer norms among its layers: ours are Mamba 1 with rms norms.")
+    multiple = values.get("pad_vocab_size_multiple", 8)
+    return MambaConfig(
+        d_model=values["d_model"],
+        n_layer=values["n_layer"],
+        vocab_size=-(-values["vocab_size"] // multiple) * multiple,
+        seq_len=values.get("seq_len", 2048),
+        tie_embeddings=values.get("tie_embeddings", True),
+        **{name: inner[name] for name in ("d_state", "d_conv", "expand") if name in inner},
+    )
 
 
 def weight_files(folder: Path) -> list[Path]:

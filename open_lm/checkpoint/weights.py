@@ -15,10 +15,14 @@ import torch
 from torch import Tensor
 
 from open_lm import storage
+from open_lm.checkpoint.openlm_names import from_openlm
 from open_lm.errors import CheckpointError, OpenLMError
 
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """What DDP, compile, FSDP and activation checkpointing put between the parts of a name, in any order and place."""
+
+INNER = "model."
+"""What a class around OpenLM's model puts before its names, as in DCLM's folders on the Hub."""
 
 NUMPY_SCALARS = [
     numpy.dtype,
@@ -106,16 +110,27 @@ def _require_plain_archive(path: Path, shown: str) -> None:
 
 
 def clean_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The bare weights of a bare or wrapped dict: prefixes of wrappers removed, OpenLM's second names of gelu dropped.
+    """The bare weights of a bare or wrapped dict, under our names: no wrappers' prefixes, none of OpenLM's own names.
+
+    Raises:
+        CheckpointError: there are no weights in it, or experts have something that ours have not.
+    """
+    return from_openlm(named_weights(state))
+
+
+def named_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The same under the names of the program that wrote them.
 
     Raises:
         CheckpointError: there are no weights in it.
     """
-    weights = {plain_name(name): tensor for name, tensor in _weights_in(state).items()}
-    return {name: tensor for name, tensor in weights.items() if not _is_second_name(name)}
+    weights = {plain_name(name): tensor for name, tensor in tensors_in(state).items()}
+    if f"{INNER}tok_embeddings.weight" in weights:
+        return {name.removeprefix(INNER): tensor for name, tensor in weights.items()}
+    return weights
 
 
-def _weights_in(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
+def tensors_in(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
     """The dict of tensors in `state`: itself, its `state_dict`, or the one dict of weights that it wraps otherwise."""
     if isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
@@ -137,8 +152,3 @@ def _looks_like_weights(value: Mapping[str, Any]) -> bool:
 def plain_name(name: str) -> str:
     """A parameter's name without what DDP and torch.compile put into it."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
-
-
-def _is_second_name(name: str) -> bool:
-    """OpenLM stores the two matrices of a gelu layer twice: as feed_forward.{0,2} and as _ff_w{1,2}."""
-    return "._ff_w1." in name or "._ff_w2." in name

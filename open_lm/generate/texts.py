@@ -66,16 +66,11 @@ def check_prompts(model: Transformer, prompts: Sequence[Sequence[int]]) -> None:
     """Refuse prompts that the model cannot read.
 
     Raises:
-        ConfigError: there are none, they cannot be padded, or one is empty, too long or beyond the vocabulary.
+        ConfigError: there are none, or one is empty, too long or beyond the vocabulary.
     """
     vocab_size, context = model.config.vocab_size, model.config.seq_len
     if not prompts:
         raise ConfigError("no prompts: give at least one.")
-    if getattr(model.config, "attn_seq_scalar", None) in ("max", "avg") and len(set(map(len, prompts))) > 1:
-        raise ConfigError(
-            f"attn_seq_scalar {model.config.attn_seq_scalar} counts padding too: prompts of different lengths would "
-            "change each other. Give them one at a time (scripts/generate.py --stream does)."
-        )
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise ConfigError(f"prompt {index} is empty: give at least one token, such as the end-of-text token.")

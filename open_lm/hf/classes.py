@@ -10,28 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_lm.checkpoint.families import native_family, to_native
-from open_lm.errors import ConfigError
-from open_lm.model.config import ModelConfig
-from open_lm.model.feed_forward import gated_width
+from open_lm.checkpoint.natives import native_family, to_native
+from open_lm.model.architecture import MambaConfig, ModelConfig
+from open_lm.model.feed_forward import default_width
+from open_lm.model.hf_config import HFConfig
+from open_lm.model.moe import expert_width
 
 MODELING = Path(__file__).with_name("modeling_openlm.py")
 
 
-def to_transformers(config: ModelConfig, weights: dict[str, Tensor]) -> Any:
-    """A PreTrainedModel that shares `weights`, to be saved (its constants have no memory, so it cannot compute).
-
-    Raises:
-        ConfigError: it has experts or state-space layers, which neither transformers nor the travelling file has.
-    """
-    if not isinstance(config, ModelConfig) or config.moe_freq:
-        raise ConfigError("only dense transformers can be exported; this model has experts or state-space layers.")
+def to_transformers(config: ModelConfig | MambaConfig | HFConfig, weights: dict[str, Tensor]) -> Any:
+    """A PreTrainedModel that shares `weights`, to be saved (its constants have no memory, so it cannot compute)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if native_family(config):
+    build: Callable[[Any], Any] = AutoModelForCausalLM.from_config
+    their_config: Any
+    if isinstance(config, HFConfig):
+        their_config = AutoConfig.for_model(**config.hf_config)
+        named = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    elif isinstance(config, MambaConfig) or native_family(config):
         values, named = to_native(config, weights)
-        their_config: Any = AutoConfig.for_model(values.pop("model_type"), **values, bos_token_id=None)
-        build: Callable[[Any], Any] = AutoModelForCausalLM.from_config
+        their_config = AutoConfig.for_model(values.pop("model_type"), **values, bos_token_id=None, eos_token_id=None)
     else:
         from open_lm.hf.modeling_openlm import OpenLMConfig, OpenLMForCausalLM
 
@@ -48,14 +47,15 @@ def to_transformers(config: ModelConfig, weights: dict[str, Tensor]) -> Any:
 def own_values(config: ModelConfig) -> dict[str, Any]:
     """What OpenLMConfig of the travelling file needs."""
     values = config.to_dict()
-    width = 4 * config.hidden_dim if config.ffn_type == "gelu" else gated_width(config.hidden_dim)
     known = ("hidden_dim", "n_layers", "n_heads", "seq_len", "vocab_size", "norm_eps", "rotary_base", "model_norm",
              "ffn_type", "positional_embedding_type", "qk_norm", "post_embed_norm", "attn_activation",
-             "attn_seq_scalar", "attn_seq_scalar_alpha")  # fmt: skip
+             "attn_seq_scalar", "attn_seq_scalar_alpha", "moe_freq", "moe_num_experts", "moe_top_k",
+             "moe_expert_type", "moe_capacity_factor", "moe_loss_weight")  # fmt: skip
     return {
         **{name: values[name] for name in known},
         "n_kv_heads": config.kv_heads,
-        "ffn_width": config.ffn_dim or width,
+        "ffn_width": config.ffn_dim or default_width(config.ffn_type, config.hidden_dim),
+        "expert_width": expert_width(config),
         "tie_word_embeddings": config.weight_tying,
         "auto_map": {
             "AutoConfig": "modeling_openlm.OpenLMConfig",

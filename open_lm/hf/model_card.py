@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from open_lm import text
+from open_lm.model.architecture import MambaConfig
+from open_lm.model.hf_config import HFConfig
 
 
 def model_card(title: str, facts: dict[str, Any], model: Any, class_name: str, difference: float) -> str:
@@ -14,12 +16,10 @@ def model_card(title: str, facts: dict[str, Any], model: Any, class_name: str, d
     own_code = ", trust_remote_code=True" if class_name == "OpenLMForCausalLM" else ""
     rows = [
         ("parameters", text.count(n_parameters)),
-        ("layers × width, heads", f"{config.n_layers} × {config.hidden_dim}, {config.n_heads}"),
+        *architecture_facts(config),
         ("context", f"{config.seq_len} tokens"),
-        ("norm, feed-forward, positions",
-         f"{config.model_norm}, {config.ffn_type}, {config.positional_embedding_type}"),
         *training_facts(facts),
-    ]  # fmt: skip
+    ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return f"""---
 library_name: transformers
@@ -43,6 +43,20 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 
 Loaded as `{class_name}`; its logits differ from OpenLM's own by at most {difference:.2g} (fp32).
 """
+
+
+def architecture_facts(config: Any) -> list[tuple[str, str]]:
+    """What kind of model it is, as rows of the table."""
+    size = ("layers × width", f"{config.n_layers} × {config.hidden_dim}")
+    if isinstance(config, MambaConfig):
+        return [size, ("kind", f"Mamba, {config.d_state} numbers of state per channel")]
+    if isinstance(config, HFConfig):
+        return [size, ("began as", config.hf_model)]
+    parts = f"{config.model_norm}, {config.ffn_type}, {config.positional_embedding_type}"
+    rows = [size, ("heads", str(config.n_heads)), ("norm, feed-forward, positions", parts)]
+    if config.moe_freq:
+        rows.append(("experts", f"{config.moe_top_k} of {config.moe_num_experts} in every {config.moe_freq}. layer"))
+    return rows
 
 
 def training_facts(facts: dict[str, Any]) -> list[tuple[str, str]]:

@@ -45,6 +45,11 @@ class OpenLMConfig(PretrainedConfig):
         attn_activation=None,
         attn_seq_scalar=None,
         attn_seq_scalar_alpha=None,
+        moe_freq=0,
+        moe_num_experts=None,
+        moe_top_k=2,
+        moe_expert_type="ffn",
+        expert_width=None,
         **kwargs,
     ):
         self.hidden_dim, self.n_layers, self.n_heads = hidden_dim, n_layers, n_heads
@@ -56,6 +61,8 @@ class OpenLMConfig(PretrainedConfig):
         self.qk_norm, self.post_embed_norm = qk_norm, post_embed_norm
         self.attn_activation, self.attn_seq_scalar = attn_activation, attn_seq_scalar
         self.attn_seq_scalar_alpha = attn_seq_scalar_alpha
+        self.moe_freq, self.moe_num_experts, self.moe_top_k = moe_freq, moe_num_experts, moe_top_k
+        self.moe_expert_type, self.expert_width = moe_expert_type, expert_width or ffn_width
         super().__init__(**kwargs)
 
 
@@ -101,9 +108,50 @@ class GemmaGeGLU(nn.Module):
         return self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def feed_forward(config):
-    """The feed-forward layer of every block."""
+class Experts(nn.Module):
+    """The feed-forward layers of all experts: `w12` (E, F or 2 F, D) and `w3` (E, D, F), without biases."""
+
+    def __init__(self, config):
+        super().__init__()
+        tanh, n, dim = config.moe_expert_type == "megablocks", config.moe_num_experts, config.hidden_dim
+        self.gated = config.ffn_type != "gelu" and not tanh
+        self.activation = F.silu if config.ffn_type.startswith("swiglu") and not tanh else F.gelu
+        self.options = {"approximate": "tanh"} if tanh else {}
+        width = config.expert_width
+        self.w12 = nn.Parameter(torch.empty(n, width * (2 if self.gated else 1), dim))
+        self.w3 = nn.Parameter(torch.empty(n, dim, width))
+
+    def forward(self, x, expert):
+        hidden = F.linear(x, self.w12[expert])
+        gate, value = hidden.chunk(2, dim=-1) if self.gated else (hidden, 1.0)
+        return F.linear(self.activation(gate, **self.options) * value, self.w3[expert])
+
+
+class MixtureOfExperts(nn.Module):
+    """Every token goes through its `moe_top_k` likeliest experts, weighted by their probabilities."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.top_k = config.moe_top_k
+        self.router = nn.Linear(config.hidden_dim, config.moe_num_experts, bias=False)
+        self.experts = Experts(config)
+
+    def forward(self, x):
+        tokens = x.flatten(0, -2)
+        weights, chosen = self.router(tokens).float().softmax(-1).topk(self.top_k, dim=-1)
+        out = torch.zeros_like(tokens)
+        for expert in range(self.router.out_features):
+            rows, places = (chosen == expert).nonzero(as_tuple=True)
+            mixed = self.experts(tokens[rows], expert) * weights[rows, places, None].to(x.dtype)
+            out = out.index_add(0, rows, mixed)
+        return out.view_as(x)
+
+
+def feed_forward(config, layer):
+    """The feed-forward layer of block number `layer`."""
     dim, width = config.hidden_dim, config.ffn_width
+    if config.moe_freq and layer % config.moe_freq == 0:
+        return MixtureOfExperts(config)
     if config.ffn_type == "gelu":
         return nn.Sequential(nn.Linear(dim, width, bias=False), nn.GELU(), nn.Linear(width, dim, bias=False))
     return GemmaGeGLU(dim, width) if config.ffn_type == "gemma_geglu" else SwiGLU(dim, width)
@@ -118,7 +166,7 @@ ACTIVATIONS = {
     "sigmoid": torch.sigmoid,
     "softmax": lambda scores: scores.softmax(-1),
 }
-SEQ_SCALARS = {None: lambda n: 1.0, "none": lambda n: 1.0, "max": float, "avg": lambda n: (n - 1) / 2 + 1}
+SEQ_SCALARS = {None: lambda n: 1.0, "none": lambda n: 1.0, "max": lambda n: n * 1.0, "avg": lambda n: (n - 1) / 2 + 1}
 
 
 class Attention(nn.Module):
@@ -167,8 +215,10 @@ class Attention(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         scores = (q @ k.transpose(-1, -2) * self.head_dim**-0.5).masked_fill(~mask, -torch.inf)
         weights = ACTIVATIONS[self.config.attn_activation](scores).masked_fill(~mask, 0.0)
-        scale = SEQ_SCALARS[self.config.attn_seq_scalar](k.shape[2]) ** -(self.config.attn_seq_scalar_alpha or 0.0)
-        return weights * scale @ v
+        new = mask[..., -q.shape[2] :]  # keys of the sequence: those seen, and later positions, which see this one
+        length = (mask.sum(-1) + new.sum(-2) - new.diagonal(dim1=-2, dim2=-1).long())[..., None]
+        scale = SEQ_SCALARS[self.config.attn_seq_scalar](length) ** -(self.config.attn_seq_scalar_alpha or 0.0)
+        return (weights * scale).type_as(v) @ v
 
 
 class Block(nn.Module):
@@ -177,7 +227,7 @@ class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.attention = Attention(config, layer)
-        self.feed_forward = feed_forward(config)
+        self.feed_forward = feed_forward(config, layer)
         self.attention_norm = Norm(config, config.hidden_dim)
         self.ffn_norm = Norm(config, config.hidden_dim)
 

@@ -10,7 +10,16 @@ from typing import Any, TypeVar, cast
 
 from open_lm.errors import ConfigError
 from open_lm.model.hf_config import HFConfig
-from open_lm.model.variants import ATTENTIONS, ATTN_ACTIVATIONS, FEED_FORWARDS, NORMS, POSITIONS, SEQ_SCALARS
+from open_lm.model.variants import (
+    ATTENTIONS,
+    ATTN_ACTIVATIONS,
+    EXPERT_TYPES,
+    FEED_FORWARDS,
+    GROUPED_PRODUCTS,
+    NORMS,
+    POSITIONS,
+    SEQ_SCALARS,
+)
 
 C = TypeVar("C")
 
@@ -21,6 +30,7 @@ _CHOICES = {
     "attn_name": ATTENTIONS,
     "attn_activation": ATTN_ACTIVATIONS,
     "attn_seq_scalar": SEQ_SCALARS,
+    "moe_backend": GROUPED_PRODUCTS,
 }
 _SIZES = ("hidden_dim", "n_layers", "n_heads", "seq_len", "vocab_size")
 
@@ -56,6 +66,8 @@ class ModelConfig:
     moe_top_k: int = 2
     moe_capacity_factor: float = 1.25
     moe_loss_weight: float = 0.1
+    moe_expert_type: str = "ffn"
+    moe_backend: str = "torch"
 
     def __post_init__(self) -> None:
         for name in _SIZES:
@@ -105,6 +117,8 @@ class ModelConfig:
             _require_number(name, getattr(self, name), zero=True)
         if not isinstance(self.moe_freq, int):
             raise ConfigError(f"model key moe_freq: found {self.moe_freq!r}, need a whole number of layers.")
+        if self.moe_expert_type not in EXPERT_TYPES:
+            raise ConfigError(f"model key moe_expert_type: found {self.moe_expert_type!r}, choose ffn or megablocks.")
         _require_count("moe_top_k", self.moe_top_k)
         if self.moe_num_experts is not None:
             _require_count("moe_num_experts", self.moe_num_experts)

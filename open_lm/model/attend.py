@@ -8,6 +8,7 @@ a key, (T, S) or (B, 1, T, S); None means causal, the queries standing at the en
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,13 +66,14 @@ def custom_attention(config: ModelConfig) -> Attend:
 
     def attend(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Tensor | None) -> Tensor:
         n_queries, n_keys = q_BTHK.shape[1], k_BSGK.shape[1]
+        length = n_keys if mask is None else keys_of_sequence(mask, n_queries)
         if mask is None:
             mask = causal_mask(n_queries, n_keys, None, q_BTHK.device)
         repeats = q_BTHK.shape[2] // k_BSGK.shape[2]
         k_BSHK, v_BSHK = (x.repeat_interleave(repeats, dim=2) if repeats > 1 else x for x in (k_BSGK, v_BSGK))
         scores_BHTS = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK) * q_BTHK.shape[-1] ** -0.5
         weights_BHTS = activation(scores_BHTS.masked_fill(~mask, -torch.inf)).masked_fill(~mask, 0.0)
-        return torch.einsum("bhts,bshk->bthk", weights_BHTS * seq_scalar(n_keys) ** -alpha, v_BSHK)
+        return torch.einsum("bhts,bshk->bthk", (weights_BHTS * seq_scalar(length) ** -alpha).type_as(v_BSHK), v_BSHK)
 
     return attend
 
@@ -87,6 +89,16 @@ def causal_mask(n_queries: int, n_keys: int, real_BS: Tensor | None, device: tor
     if real_BS is None:
         return causal_TS
     return (causal_TS & real_BS.bool()[:, None, None, :]) | (keys == places)
+
+
+def keys_of_sequence(mask: Tensor, n_queries: int) -> Tensor:
+    """How many keys each query's sequence has, (..., T, 1): those it sees, and its later positions, which see it.
+
+    So padding on the left is not counted, nor are other documents; a whole causal mask gives the number of all keys.
+    """
+    among_new = mask[..., -n_queries:]
+    n_later = among_new.sum(-2) - among_new.diagonal(dim1=-2, dim2=-1).long()
+    return (mask.sum(-1) + n_later)[..., None]
 
 
 def document_mask(documents_BT: Tensor) -> Tensor:
@@ -110,16 +122,16 @@ def softmax(scores: Tensor) -> Tensor:
     return torch.softmax(scores, dim=-1)
 
 
-def n_keys(length: int) -> float:
+def n_keys(length: int | Tensor) -> Any:
     """L of `max`: how many keys there are."""
-    return float(length)
+    return length * 1.0
 
 
-def mean_keys_seen(length: int) -> float:
+def mean_keys_seen(length: int | Tensor) -> Any:
     """L of `avg`: how many keys a query of a whole causal sequence sees on average."""
     return (length - 1) / 2 + 1
 
 
-def one(length: int) -> float:
+def one(length: int | Tensor) -> Any:
     """L of `none`."""
     return 1.0

@@ -14,7 +14,16 @@ from open_lm.errors import ConfigError
 from open_lm.flags import flag
 from open_lm.model.architecture import MambaConfig, ModelConfig
 from open_lm.model.hf_config import HFConfig, resolve_hf
-from open_lm.model.variants import ATTENTIONS, ATTN_ACTIVATIONS, FEED_FORWARDS, NORMS, POSITIONS, SEQ_SCALARS
+from open_lm.model.variants import (
+    ATTENTIONS,
+    ATTN_ACTIVATIONS,
+    EXPERT_TYPES,
+    FEED_FORWARDS,
+    GROUPED_PRODUCTS,
+    NORMS,
+    POSITIONS,
+    SEQ_SCALARS,
+)
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -76,6 +85,16 @@ class ModelFlags:
         1.25, "Assignments an expert takes in training, in even shares; what comes later is dropped. 0 drops nothing."
     )
     moe_loss_weight: float = flag(0.1, "Weight of the load-balancing loss in the training loss.")
+    moe_expert_type: str = flag(
+        "ffn",
+        "What experts are: ffn, as --ffn-type says; megablocks, as in OpenLM's own models: tanh gelu, 4 times as wide.",
+        choices=EXPERT_TYPES,
+    )
+    moe_backend: str = flag(
+        "torch",
+        "What multiplies the rows of experts: torch, with its grouped kernel where it runs; or megablocks', on GPUs.",
+        choices=GROUPED_PRODUCTS,
+    )
     moe_weight_parallelism: bool = flag(
         False, "Accepted and ignored: --fsdp spreads the weights of experts over ranks."
     )

@@ -27,6 +27,11 @@ def gated_width(dim: int) -> int:
     return 256 * math.ceil(int(8 * dim / 3) / 256)
 
 
+def default_width(ffn_type: str, dim: int) -> int:
+    """Hidden width of a feed-forward layer that is not told its own."""
+    return 4 * dim if ffn_type == "gelu" else gated_width(dim)
+
+
 class SwiGLU(nn.Module):
     """`w3(silu(gate) * value)` (arXiv:2002.05202); `w12` holds gate and value, as published checkpoints do."""
 

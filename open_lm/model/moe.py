@@ -8,14 +8,16 @@ takes, A = N K assignments of a token to an expert.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_lm.model.config import ModelConfig
-from open_lm.model.feed_forward import gated_width
+from open_lm.model.feed_forward import default_width
+from open_lm.model.grouped_product import build_grouped_product
 from open_lm.model.init import scaled_normal_
 
 
@@ -36,15 +38,29 @@ def over_layers(routings: list[Routing]) -> Routing:
     return Routing(torch.stack(losses).mean(), torch.stack(dropped).sum(), torch.stack(loads))
 
 
+def expert_width(config: ModelConfig) -> int:
+    """Hidden width of an expert."""
+    as_megablocks = config.moe_expert_type == "megablocks"
+    return config.ffn_dim or default_width("gelu" if as_megablocks else config.ffn_type, config.hidden_dim)
+
+
 class Experts(nn.Module):
-    """The feed-forward layers of all experts, as two stacks of matrices; gated where `ffn_type` is, without biases."""
+    """The feed-forward layers of all experts, as two stacks of matrices without biases.
+
+    `moe_expert_type` ffn: as `ffn_type` says; megablocks: as MegaBlocks has them unless told otherwise, and so all of
+    OpenLM's models with experts: tanh gelu, not gated, four times as wide as the model.
+    """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.dim, self.layer, self.n_experts = config.hidden_dim, layer, config.moe_num_experts or 1
-        self.gated = config.ffn_type != "gelu"
-        self.activation = F.silu if config.ffn_type.startswith("swiglu") else F.gelu
-        self.width = config.ffn_dim or (gated_width(self.dim) if self.gated else 4 * self.dim)
+        as_megablocks = config.moe_expert_type == "megablocks"
+        self.gated = config.ffn_type != "gelu" and not as_megablocks
+        self.activation: Any = F.silu if config.ffn_type.startswith("swiglu") else F.gelu
+        if as_megablocks:
+            self.activation = partial(F.gelu, approximate="tanh")
+        self.product = build_grouped_product(config)
+        self.width = expert_width(config)
         self.w12 = nn.Parameter(torch.empty(self.n_experts, self.width * (2 if self.gated else 1), self.dim))
         self.w3 = nn.Parameter(torch.empty(self.n_experts, self.dim, self.width))
 
@@ -60,8 +76,8 @@ class Experts(nn.Module):
     def of_any_loads(self, x_AD: Tensor, counts_E: Tensor) -> Tensor:
         """Each expert applied to its rows of `x_AD`, which hold those of expert 0 first, `counts_E` of each."""
         ends_E = counts_E.cumsum(0)
-        hidden_AF = self._activated(grouped_product(x_AD, self.w12, ends_E))
-        return grouped_product(hidden_AF, self.w3, ends_E)
+        hidden_AF = self._activated(self.product(x_AD, self.w12, ends_E))
+        return self.product(hidden_AF, self.w3, ends_E)
 
     def _activated(self, hidden: Tensor) -> Tensor:
         if not self.gated:
@@ -120,21 +136,3 @@ class MixtureOfExperts(nn.Module):
         slots_SD = x_AD.new_zeros(self.n_experts * capacity, self.dim).index_add(0, slot_A, x_AD)
         mixed_SD = self.experts.of_equal_loads(slots_SD.view(self.n_experts, capacity, self.dim)).flatten(0, 1)
         return mixed_SD[slot_A] * fits_A[:, None], (~fits_A).sum()
-
-
-def grouped_product(x_AD: Tensor, weights_EFD: Tensor, ends_E: Tensor) -> Tensor:
-    """Rows `ends[e-1]` to `ends[e]` of `x` times matrix `e` transposed: one kernel on GPUs that can, else a loop."""
-    kind = x_AD.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        x_AD, weights_EFD = x_AD.to(dtype), weights_EFD.to(dtype)
-    if has_grouped_kernel(x_AD):
-        return F.grouped_mm(x_AD, weights_EFD.mT, offs=ends_E.to(torch.int32))
-    sizes = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
-    return torch.cat([x @ weight.t() for x, weight in zip(x_AD.split(sizes), weights_EFD, strict=True)])
-
-
-def has_grouped_kernel(x: Tensor) -> bool:
-    """Whether torch's grouped product runs for `x`: bf16 on GPUs of compute capability 9 and newer."""
-    known = x.is_cuda and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")
-    return known and torch.cuda.get_device_capability(x.device)[0] >= 9

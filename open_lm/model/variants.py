@@ -51,6 +51,14 @@ ATTENTIONS = Registry(
         "custom_attn": "open_lm.model.attend:custom_attention",
     },
 )
+EXPERT_TYPES = ("ffn", "megablocks")
+GROUPED_PRODUCTS = Registry(
+    "back end of experts",
+    {
+        "torch": "open_lm.model.grouped_product:through_torch",
+        "megablocks": "open_lm.model.grouped_product:through_megablocks",
+    },
+)
 ATTN_ACTIVATIONS = Registry(
     "attention activation",
     {

@@ -94,13 +94,15 @@ def test_prompts_that_cannot_be_read_are_refused(model, bad, found):
         generate(model, bad)
 
 
-def test_a_model_whose_attention_counts_padding_takes_prompts_of_one_length(prompts):
-    custom = {"attn_name": "custom_attn", "attn_activation": "relu", "attn_seq_scalar": "max"}
-    sizes = {"hidden_dim": 16, "n_layers": 1, "n_heads": 2, "seq_len": 48, "vocab_size": 61}
-    model = create_model(ModelConfig(**sizes, **custom, attn_seq_scalar_alpha=1.0))
-    with pytest.raises(ConfigError, match="attn_seq_scalar max counts padding"):
-        generate(model, prompts)
-    assert len(generate(model, [prompts[0], prompts[0]], max_gen_len=3)) == 2
+@pytest.mark.parametrize("scalar", ["max", "avg"])
+def test_attention_that_counts_keys_does_not_count_padding(prompts, scalar):
+    custom = {"attn_name": "custom_attn", "attn_activation": "relu", "attn_seq_scalar": scalar}
+    sizes = {"hidden_dim": 16, "n_layers": 2, "n_heads": 2, "seq_len": 48, "vocab_size": 61}
+    torch.manual_seed(0)
+    model = create_model(ModelConfig(**sizes, **custom, attn_seq_scalar_alpha=0.7))
+    alone = [generate(model, [prompt], temperature=0, max_gen_len=12)[0] for prompt in prompts]
+    assert generate(model, prompts, temperature=0, max_gen_len=12) == alone
+    assert len({tuple(row) for row in alone}) == 3
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import make_model
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, OlmoConfig, OlmoForCausalLM
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    OlmoConfig,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    OlmoForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
+)
 
 import open_lm
 from open_lm.checkpoint.weights import load_file
@@ -26,6 +39,9 @@ MODELS = {
     "llama_gqa": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, rms_norm_eps=1e-4, rope_theta=300.0)),
     "llama_tied": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True)),
     "olmo": lambda: OlmoForCausalLM(OlmoConfig(**LLAMA)),
+    "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(**LLAMA, num_experts=4, num_experts_per_tok=2)),
+    "stablelm": lambda: StableLmForCausalLM(StableLmConfig(**LLAMA, rope_parameters=NEOX["rope_parameters"])),
+    "mamba": lambda: MambaForCausalLM(MambaConfig(vocab_size=47, hidden_size=32, num_hidden_layers=2)),
     "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**NEOX)),
 }
 IDS = torch.randint(47, (2, 20), generator=torch.Generator().manual_seed(2))
@@ -55,8 +71,8 @@ def test_imported_models_have_their_logits_and_go_back_to_the_same(tmp_path, kin
     model = open_lm.load_model(tmp_path / "ours.pt")
     assert torch.allclose(model(IDS)[0], theirs(IDS).logits, atol=1e-4)
     export(ExportConfig(checkpoint=str(tmp_path / "ours.pt"), out=str(tmp_path / "back")))
-    if kind != "gpt_neox":
-        assert torch.equal(type(theirs).from_pretrained(tmp_path / "back")(IDS).logits, theirs(IDS).logits)
+    back = type(theirs).from_pretrained(tmp_path / "back")(IDS).logits
+    assert torch.allclose(back, theirs(IDS).logits, atol=1e-5)
 
 
 def test_a_folder_of_transformers_loads_without_import(tmp_path):
@@ -72,8 +88,11 @@ def test_a_folder_of_transformers_loads_without_import(tmp_path):
         ("llama_gqa", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ("llama_gqa", {"head_dim": 16}, "head_dim 16"),
         ("llama_gqa", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "rope_scaling 'llama3'"),
-        ("llama_gqa", {"model_type": "mamba"}, "model_type 'mamba'"),
+        ("llama_gqa", {"model_type": "gemma"}, "model_type 'gemma'"),
         ("olmo", {"clip_qkv": 8.0}, "clip_qkv 8.0"),
+        ("olmoe", {"norm_topk_prob": True}, "norm_topk_prob True"),
+        ("stablelm", {"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor 0.25"),
+        ("mamba", {"use_bias": True}, "use_bias True"),
         ("gpt_neox", {"use_parallel_residual": True}, "use_parallel_residual"),
         ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 0.25}}, "rotary_pct 0.25"),
     ],

@@ -17,6 +17,12 @@ VARIANTS = {
     "by head": {"positional_embedding_type": "head_rotary", "qk_norm": True},
     "no positions": {"positional_embedding_type": "none", "model_norm": "rms_norm"},
     "custom": {"attn_name": "custom_attn", "attn_activation": "relu_squared"},
+    "custom, scaled": {
+        "attn_name": "custom_attn",
+        "attn_activation": "relu",
+        "attn_seq_scalar": "avg",
+        "attn_seq_scalar_alpha": 0.5,
+    },
 }
 END = 9
 DOCUMENTS = [[1, 2, 3, END], [END], [4, 5, 6, 7, 8, 10, 11, 12, END], [13, END], [14, 15, 16, 17, 18, 19, 20, 21]]

@@ -95,6 +95,7 @@ def build_task(config: RunConfig, architecture: ModelConfig, world: World, preci
         config.train.z_loss_coefficient,
         architecture.moe_loss_weight if has_experts else None,
         config.tracking.log_logit_mean,
+        architecture.moe_num_experts or 0 if has_experts else 0,
     )
     flags = config.distillation
     if flags.distill_pretrained is None:

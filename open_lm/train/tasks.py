@@ -40,17 +40,19 @@ class NextToken:
     """Predict each token from those before it.
 
     `z_loss` weighs the squared log-normaliser of the output; `balance_loss` the load-balancing loss of a model with
-    experts, whose mean over the micro-batches is taken by their numbers of targets. `logit_mean` also reports the mean
-    logit.
+    `n_experts` experts, whose mean over the micro-batches is taken by their numbers of targets. `logit_mean` also
+    reports the mean logit.
     """
 
     z_loss: float = 0.0
     balance_loss: float | None = None
     logit_mean: bool = False
+    n_experts: int = 0
 
     @property
     def names(self) -> tuple[str, ...]:
-        experts = ("load_balancing_loss", "tokens_dropped", "expert_load_max")
+        loads = (f"expert_load_{expert}" for expert in range(self.n_experts))
+        experts = ("load_balancing_loss", "tokens_dropped", "expert_load_max", *loads)
         return (
             "loss",
             "z_loss",
@@ -74,6 +76,7 @@ class NextToken:
             return Losses(sums.total, torch.stack(parts).detach())
         n_targets = batch.n_targets
         parts += [routing.balance_loss * n_targets, routing.n_dropped.float(), routing.load.max() * n_targets]
+        parts += (routing.load.mean(0) * n_targets).unbind()
         total = sums.total + (self.balance_loss or 0.0) * n_targets * routing.balance_loss
         return Losses(total, torch.stack(parts).detach())
 

@@ -167,3 +167,6 @@ def test_a_model_with_experts_trains_on_both_losses(tmp_path):
     assert losses[12] < losses[1] - 0.1
     assert all(value >= 0.99 for value in balance.values())  # 1 is the least: equal shares
     assert all(0.25 <= value <= 1 for value in metrics(tmp_path, key="train/expert_load_max").values())
+    loads = [metrics(tmp_path, key=f"train/expert_load_{expert}") for expert in range(4)]
+    assert all(sum(load[step] for load in loads) == pytest.approx(1, abs=1e-5) for step in losses)
+    assert metrics(tmp_path, key="train/tokens_dropped")[1] > 0

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 
 import torch
 
 from open_lm.checkpoint.commit import committed
 from open_lm.checkpoint.contents import stored_config
-from open_lm.data.loader import Loader, build_loader, validation_batches
+from open_lm.data.loader import Loader, build_loader
 from open_lm.data.sources import named_tokenizer
 from open_lm.distributed import World
 from open_lm.errors import ConfigError
-from open_lm.evaluate.held_out import ValidationSet
-from open_lm.evaluate.icl.in_training import TasksInTraining, read_exam
 from open_lm.lengths import build_schedule, global_batch_size, run_horizon
 from open_lm.loading import load_model
 from open_lm.model import create_model
@@ -132,59 +129,3 @@ def build_state(config: RunConfig, architecture: ModelConfig, world: World, step
         averages=averages,
         guard=SpikeGuard(sigma) if sigma else None,
     )
-
-
-def build_tasks(
-    config: RunConfig, architecture: ModelConfig, state: TrainState, loader: Loader | None
-) -> TasksInTraining | None:
-    """The tasks of --icl-tasks, every question read, checked and encoded; None where none are asked for.
-
-    Raises:
-        ConfigError: the tokenizer is not known or not the model's, the YAML is wrong, or a file is missing.
-        DataError: a row is malformed or does not fit the context (file:line).
-    """
-    path = config.validation.icl_tasks
-    if path is None:
-        return None
-    tokenizer = tokenizer_name(config, loader)
-    if tokenizer is None:
-        raise ConfigError("--icl-tasks needs to know the tokenizer that the data were made with: give --tokenizer.")
-    exam = state.world.from_master(lambda: read_exam(path, tokenizer, architecture.vocab_size))
-    return TasksInTraining(
-        exam, state.model, state.world, seq_len=architecture.seq_len, precision=config.parallel.precision
-    )
-
-
-def build_validation_sets(config: RunConfig, architecture: ModelConfig, world: World) -> list[ValidationSet]:
-    """The sets of --val-data, each readable any number of times."""
-    flags = config.validation
-    refuse_doc_mask(config, architecture)
-    if flags.val_batch_size:
-        batch = flags.val_batch_size * world.size
-    elif flags.global_val_batch_size or not config.trains:
-        batch = flags.global_val_batch_size or world.size * -(-config.train.global_batch_size // world.size)
-    else:
-        batch = global_batch_size(config, world.size)
-    if batch % world.size:
-        raise ConfigError(f"--global-val-batch-size {batch} does not divide among {world.size} ranks.")
-    limit = config.data.val_num_samples
-
-    return [
-        ValidationSet(
-            name=(flags.val_names or config.data.val_data)[index],
-            url=url,
-            batches=partial(
-                validation_batches,
-                url,
-                key=config.data.val_data_key[index] if config.data.val_data_key else "auto",
-                vocab_size=architecture.vocab_size,
-                seq_len=architecture.seq_len,
-                batch=batch // world.size,
-                rank=world.rank,
-                world_size=world.size,
-                max_sequences=max(1, limit // architecture.seq_len) if limit else None,
-                config=config.data,
-            ),
-        )
-        for index, url in enumerate(config.data.val_data)
-    ]

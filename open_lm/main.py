@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from open_lm.params import RunConfig, command_line, parse_args, read_config
 
 if TYPE_CHECKING:
     from open_lm.dry_run import Forecast
-    from open_lm.run import RunResult
+    from open_lm.run import Run, RunResult
 
 
 def main(argv: Sequence[str] | None = None) -> RunResult | Forecast:
@@ -34,31 +35,48 @@ def describe(config: RunConfig) -> Forecast:
 
 
 def execute(config: RunConfig, command: str) -> RunResult:
-    """Carry out `config`; `command` is what the log says was typed."""
-    from open_lm.build import (
-        architecture_of,
-        build_loader_and_horizon,
-        build_state,
-        build_tasks,
-        build_validation_sets,
-    )
-    from open_lm.checkpoint.restore import restore
+    """Carry out `config`; `command` is what the log says was typed. Of several checkpoints to evaluate, the last one's
+    result is given back."""
+    from open_lm.build import architecture_of
     from open_lm.run import start_run
+
+    each = each_checkpoint(config)
+    with start_run(each[0], architecture_of(each[0]), command) as run:
+        result = carry_out(run)
+        for config in each[1:]:
+            result = carry_out(run.another(config, architecture_of(config)))
+    return result
+
+
+def each_checkpoint(config: RunConfig) -> list[RunConfig]:
+    """`config` itself; with --val-checkpoints the evaluation of each of them."""
+    from open_lm.checkpoint.series import all_checkpoints
+
+    if not config.validation.val_checkpoints:
+        return [config]
+    paths = all_checkpoints(config.validation.val_checkpoints, "--val-checkpoints")
+    return [replace(config, checkpoint=replace(config.checkpoint, pretrained=path)) for path in paths]
+
+
+def carry_out(run: Run) -> RunResult:
+    """Build what the run works on, train if it is to, and evaluate."""
+    from open_lm.build import build_loader_and_horizon, build_state
+    from open_lm.build_evaluation import build_tasks, build_validation_sets
+    from open_lm.checkpoint.restore import restore
     from open_lm.train.loop import train
 
-    architecture = architecture_of(config)
-    with start_run(config, architecture, command) as run:
-        loader, steps = build_loader_and_horizon(config, architecture, run.world)
-        val_sets = build_validation_sets(config, architecture, run.world)
-        state = build_state(config, architecture, run.world, steps)
-        tasks = build_tasks(config, architecture, state, loader)
-        restore(run.checkpoints, state, loader)
-        run.begin(state, loader, val_sets, tasks)
-        if loader is not None:
-            batches = loader.batches(state.step, steps.last_step)
-            with run.stop_requests:
-                train(state, batches, run, accum=config.train.accum_freq, clip=config.optimizer.grad_clip_norm)
-        return run.finish(state)
+    config, architecture = run.config, run.architecture
+    loader, steps = build_loader_and_horizon(config, architecture, run.world)
+    val_sets = build_validation_sets(config, architecture, run.world, loader)
+    state = build_state(config, architecture, run.world, steps)
+    tasks = build_tasks(config, architecture, state, loader)
+    restore(run.checkpoints, state, loader)
+    run.begin(state, loader, val_sets, tasks)
+    if loader is not None:
+        batches = loader.batches(state.step, steps.last_step)
+        with run.stop_requests:
+            train(state, batches, run, accum=config.train.accum_freq, clip=config.optimizer.grad_clip_norm)
+    return run.finish(state)
 
 
 if __name__ == "__main__":

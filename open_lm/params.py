@@ -100,10 +100,7 @@ def read_config(args: Namespace) -> RunConfig:
 
 def check(config: RunConfig) -> None:
     """Refuse flags of different groups that cannot be honoured together."""
-    if not config.trains and not config.data.val_data:
-        raise ConfigError("nothing to do: give --train-data or --dataset-manifest to train, or --val-data to evaluate.")
-    if not config.trains and not (config.checkpoint.resume or config.checkpoint.pretrained):
-        raise ConfigError("--val-data alone evaluates a checkpoint: name it with --resume or --pretrained.")
+    check_evaluation(config)
     if config.parallel.ddp_static_graph and config.train.accum_freq > 1:
         raise ConfigError(
             "--ddp-static-graph and --accum-freq above 1: torch's DDP cannot combine them. Leave one out."
@@ -111,7 +108,23 @@ def check(config: RunConfig) -> None:
     asks_length = config.train.train_tokens or config.train.train_steps or config.train.train_num_samples
     if config.trains and not asks_length and (config.data.dataset_resampled or config.data.dataset_type == "synthetic"):
         raise ConfigError("the data have no end: say how long to train with --train-tokens or --train-num-samples.")
-    names, sets = config.validation.val_names, config.data.val_data
+
+
+def check_evaluation(config: RunConfig) -> None:
+    """Refuse what cannot be evaluated, or asks for nothing."""
+    flags, given = config.validation, config.checkpoint
+    if not config.trains and not (config.data.val_data or flags.icl_tasks):
+        raise ConfigError(
+            "nothing to do: give --train-data or --dataset-manifest to train, or --val-data or --icl-tasks to evaluate."
+        )
+    if flags.val_checkpoints and (config.trains or given.resume or given.pretrained):
+        raise ConfigError("--val-checkpoints only evaluates: leave out training data, --resume and --pretrained.")
+    if not config.trains and not (given.resume or given.pretrained or flags.val_checkpoints):
+        raise ConfigError(
+            "--val-data alone evaluates a checkpoint: name it with --resume or --pretrained, several with "
+            "--val-checkpoints."
+        )
+    names, sets = flags.val_names, config.data.val_data
     if names and len(names) != len(sets):
         raise ConfigError(f"--val-names gives {len(names)} names for {len(sets)} --val-data: give one each, or none.")
 

@@ -108,9 +108,14 @@ class Recorder:
         for index, result in enumerate(results):
             prefix = "valid" if index == 0 else f"valid/{result.name}"
             metrics |= {f"{prefix}/loss": result.loss, f"{prefix}/tokens": result.tokens}
+            bits = result.bits_per_byte
+            if bits is not None:
+                metrics[f"{prefix}/bits_per_byte"] = bits
             logging.info(
-                "held-out %s | loss %.4f | perplexity %.2f | %s sequences, %s tokens",
-                result.name, result.loss, result.perplexity, text.count(result.sequences), text.count(result.tokens),
+                "held-out %s | loss %.4f%s | perplexity %.2f%s | %s sequences, %s tokens",
+                result.name, result.loss, _interval(result), result.perplexity,
+                "" if bits is None else f" | {bits:.4f} bits per byte", text.count(result.sequences),
+                text.count(result.tokens),
             )  # fmt: skip
         self.log(step, metrics)
 
@@ -166,13 +171,15 @@ def result_rows(
     results: Sequence[HeldOut], *, step: int, tokens: int, model: str, checkpoint: str | None
 ) -> list[dict[str, Any]]:
     """One row per validation set under OpenLM's keys; -1.0 stands for an interval that was not asked for."""
-    bounds = [f"loss_{kind}_{side}_95" for kind in ("sequences", "tokens") for side in ("lower", "upper")]
     return [
         {
             "loss": result.loss if math.isfinite(result.loss) else None,
-            **dict.fromkeys(bounds, -1.0),
+            **_bounds("sequences", result.sequence_interval),
+            **_bounds("tokens", result.token_interval),
+            "bits_per_byte": result.bits_per_byte,
             "sequences": result.sequences,
             "tokens": result.tokens,
+            "bytes": result.bytes,
             "train_tokens": tokens,
             "step": step,
             "name": result.name,
@@ -182,6 +189,17 @@ def result_rows(
         }
         for result in results
     ]
+
+
+def _bounds(kind: str, interval: tuple[float, float] | None) -> dict[str, float]:
+    low, high = interval if interval and all(map(math.isfinite, interval)) else (-1.0, -1.0)
+    return {f"loss_{kind}_lower_95": low, f"loss_{kind}_upper_95": high}
+
+
+def _interval(result: HeldOut) -> str:
+    """The interval as it stands behind the loss: that over tokens, else that over sequences."""
+    interval = result.token_interval or result.sequence_interval
+    return f" ({interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
 
 
 def append_json_line(path: str, value: Any) -> None:

@@ -16,6 +16,7 @@ from open_lm.checkpoint.when import Kind, SaveClock, SaveSteps
 from open_lm.data.batch import Batch
 from open_lm.distributed import World, start_world
 from open_lm.errors import DeviceError, Preempted, StorageError, TrainingDiverged
+from open_lm.evaluate.bootstrap import Bootstrap
 from open_lm.evaluate.held_out import HeldOut, ValidationSet, evaluate
 from open_lm.evaluate.icl.in_training import TasksInTraining
 from open_lm.model.config import ModelConfig
@@ -84,6 +85,7 @@ class Run:
         self._loader: DataOrder | None = None
         self._val_sets: list[ValidationSet] = []
         self._held_out: tuple[HeldOut, ...] = ()
+        self._bootstrap = bootstrap_of(config)
         self._validated_at: int | None = None
         self._tasks: TasksInTraining | None = None
         self._scores: dict[str, float] = {}
@@ -118,6 +120,10 @@ class Run:
         self._save_clock.restart()
         if loader is not None and state.step >= state.horizon.last_step:
             logging.info("step %d of %d: nothing left to train", state.step, state.horizon.last_step)
+
+    def another(self, config: RunConfig, architecture: ModelConfig) -> Run:
+        """A run of `config` that writes where this one does, while this one is open."""
+        return Run(config, architecture, self.world, self.folder, self._sinks, self._watchdog)
 
     def record(self, report: StepReport, state: TrainState, timing: Timing) -> None:
         """Count one step; write the figures every --log-every-n-steps, before each save, and at the end."""
@@ -154,7 +160,9 @@ class Run:
         """Measure and record the held-out loss, unless this step has been measured."""
         if not self._val_sets or self._validated_at == state.step:
             return
-        results = self.recorder.aside(lambda: evaluate(state.model, self._val_sets, self.world, state.precision))
+        results = self.recorder.aside(
+            lambda: evaluate(state.model, self._val_sets, self.world, state.precision, self._bootstrap)
+        )
         self._held_out, self._validated_at = tuple(results), state.step
         self.recorder.write_held_out(state.step, results)
         if self.world.is_master:
@@ -247,6 +255,16 @@ class Run:
     def close(self) -> None:
         """Close what writes."""
         self._closing.close()
+
+
+def bootstrap_of(config: RunConfig) -> Bootstrap | None:
+    """The intervals of held-out losses that are asked for, if any."""
+    flags = config.validation
+    if not (flags.val_seq_ci or flags.val_tok_ci):
+        return None
+    return Bootstrap(
+        flags.val_seq_ci, flags.val_tok_ci, flags.val_iter_ci, flags.val_max_pop_ci, seed=config.train.seed
+    )
 
 
 def evaluation_due(state: TrainState, every_intervals: int, every_steps: int | None) -> bool:

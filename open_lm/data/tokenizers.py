@@ -64,8 +64,10 @@ class Tokenizer:
         return next((i for i in ids if i is not None), otherwise)
 
 
-def load_tokenizer(name_or_path: str) -> Tokenizer:
+def load_tokenizer(name_or_path: str, *, at_hand: bool = False) -> Tokenizer:
     """The tokenizer of a hub id, a local Hugging Face folder, or a tokenizer.json file.
+
+    With `at_hand` nothing is fetched: a hub id must have been downloaded before.
 
     Raises:
         ConfigError: there is none, it is not a fast tokenizer, or it has no end-of-text token.
@@ -77,7 +79,7 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
         return _from_file(path / "tokenizer.json", name_or_path)
     if not path.is_dir() and (name_or_path.endswith(".json") or name_or_path.startswith((".", "/", "~"))):
         raise ConfigError(f"--tokenizer {name_or_path}: no such file. Give a tokenizer.json, a folder or a hub id.")
-    return _from_transformers(name_or_path)
+    return _from_transformers(name_or_path, at_hand)
 
 
 def _from_file(path: Path, name: str) -> Tokenizer:
@@ -91,11 +93,11 @@ def _from_file(path: Path, name: str) -> Tokenizer:
         raise ConfigError(f"--tokenizer {name}: not a tokenizer.json ({error}). Check the file.") from None
 
 
-def _from_transformers(name: str) -> Tokenizer:
+def _from_transformers(name: str, at_hand: bool) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(name, use_fast=True)
+        loaded = AutoTokenizer.from_pretrained(name, use_fast=True, local_files_only=at_hand)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(

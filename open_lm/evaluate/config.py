@@ -22,6 +22,19 @@ class ValidationConfig:
     val_batch_size: int | None = flag(
         None, "Sequences per validation batch on each rank; sets --global-val-batch-size.", least=1
     )
+    val_seq_ci: bool = flag(False, "Bootstrap interval (95 %) of the mean over sequences of their mean losses.")
+    val_tok_ci: bool = flag(False, "Bootstrap interval (95 %) of the mean over tokens of their losses.")
+    val_max_pop_ci: int | None = flag(
+        None,
+        "Values in each resample, at most; fewer than all make the interval wider. None: as many as there are.",
+        least=1,
+    )
+    val_iter_ci: int = flag(10_000, "Resamples that an interval is drawn from.", least=1)
+    val_checkpoints: tuple[str, ...] = flag(
+        (),
+        "Evaluate these, one after the other, without training: weights files, globs, or run folders (all their "
+        "checkpoints, in order of steps). A line of results.jsonl each.",
+    )
     icl_tasks: str | None = flag(
         None, "YAML of tasks (as eval/yamls/light.yaml) to score the model on while it trains: icl/TASK/METRIC."
     )

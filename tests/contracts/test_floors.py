@@ -15,7 +15,7 @@ FLOORS = [
     {"model", "data", "tracking"},
     {"train", "checkpoint"},
     {"evaluate", "generate", "hf", "loading"},
-    {"params", "run", "run_folder", "recorder", "build", "lengths", "report", "dry_run"},
+    {"params", "run", "run_folder", "recorder", "build", "build_evaluation", "lengths", "report", "dry_run"},
     {"main", "utils"},
 ]
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
@@ -24,6 +24,7 @@ ALLOWED_WITHIN_A_FLOOR = {
     ("run", "recorder"), ("run", "run_folder"), ("run", "params"), ("run_folder", "params"),
     ("build", "params"), ("build", "run_folder"), ("build", "lengths"), ("lengths", "params"),
     ("dry_run", "build"), ("dry_run", "params"), ("dry_run", "lengths"),
+    ("build_evaluation", "build"), ("build_evaluation", "params"), ("build_evaluation", "lengths"),
 }  # fmt: skip
 
 

@@ -21,12 +21,17 @@ class Make2048:
     """Input and output"""
 
     input_files: tuple[str, ...] = flag(
-        (), "Raw text: paths, urls, globs or folders of .jsonl, .jsonl.zst, .jsonl.gz, one document a line."
+        (),
+        "Raw text: paths, urls, globs or folders of .jsonl, .jsonl.zst, .jsonl.gz, one document a line; or of .tar, "
+        "one a member.",
     )
     output_dir: str = flag(
         "", "Folder or url for the shards, manifest.jsonl and ledger.json. It appears when all is there."
     )
-    content_key: str = flag("text", "Key of a line's JSON object that holds the document.")
+    content_key: str = flag(
+        "text",
+        "Key of a line's JSON object that holds the document; for .tar: txt, json:KEY, or npy (ids, no text).",
+    )
     tokenizer: str = flag(
         "EleutherAI/gpt-neox-20b",
         "Hub id, local Hugging Face folder, or tokenizer.json file. It names the end of text.",
@@ -74,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from open_lm.data import ledger as books
     from open_lm.data.build import build_data_set
     from open_lm.data.encoding import choose_encoder
-    from open_lm.data.text_input import sample_texts
+    from open_lm.data.raw_input import sample_texts
 
     job, tokenizer = make_job(flags)
     encoder, why = choose_encoder(
@@ -103,19 +108,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def make_job(flags: Make2048) -> tuple[Any, Any]:
     """The job the flags describe, and its tokenizer."""
-    from open_lm.data.preprocess import Job, choose_block_bytes
-    from open_lm.data.text_input import expand_inputs
+    from open_lm.data import job as jobs
+    from open_lm.data.raw_input import member_ending
+    from open_lm.data.text_input import JSON_ENDINGS, TAR, expand_inputs
     from open_lm.data.tokenizers import load_tokenizer
 
-    inputs = tuple((url, storage.size_bytes(url)) for url in expand_inputs(flags.input_files, "--input-files"))
+    urls = expand_inputs(flags.input_files, "--input-files", (*JSON_ENDINGS, TAR))
+    if any(url.endswith(TAR) for url in urls):
+        member_ending(flags.content_key)
     tokenizer = load_tokenizer(flags.tokenizer)
-    job = Job(
-        inputs=inputs,
-        tokenizer=tokenizer.name,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
-        eot_token=str(tokenizer.token_of(tokenizer.eot_id)),
-        eot_id=tokenizer.eot_id,
+    job = jobs.make_job(
+        urls,
+        tokenizer,
         seq_len=flags.seqlen,
         shard_size=flags.shard_size,
         data_key=flags.data_key,
@@ -123,7 +127,6 @@ def make_job(flags: Make2048) -> tuple[Any, Any]:
         seed=flags.seed,
         on_bad_line=flags.on_bad_line,
         max_document_bytes=flags.max_document_bytes,
-        block_bytes=choose_block_bytes(sum(size for _, size in inputs)),
     )
     return job, tokenizer
 

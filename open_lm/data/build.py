@@ -16,21 +16,14 @@ import numpy as np
 import orjson
 
 from open_lm import storage
+from open_lm.data.job import Job, Workplace
 from open_lm.data.ledger import make_ledger
 from open_lm.data.manifest import FILENAME, write_manifest
-from open_lm.data.preprocess import (
-    TAILS,
-    FileTask,
-    Job,
-    Workplace,
-    join_tails,
-    make_shard,
-    shard_name,
-    tokenize,
-)
+from open_lm.data.preprocess import FileTask, join_tails, tokenize
 from open_lm.data.runs import SortedRuns
+from open_lm.data.shard_task import make_shard, shard_name
 from open_lm.data.text_input import estimated_text_bytes
-from open_lm.data.workers import run_tasks
+from open_lm.data.workers import RunTasks, run_tasks
 from open_lm.errors import ConfigError, DataError
 
 LEDGER = "ledger.json"
@@ -39,7 +32,7 @@ _UNFINISHED = ".unfinished"
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a data set appears. `folder` may be a url; unfinished work lies in `workplace`, always local."""
+    """Where a data set appears, and where its unfinished work lies; both may be urls."""
 
     folder: str
     workplace: str
@@ -69,10 +62,12 @@ def build_data_set(
     encoder: str = "tokenizers",
     resume: bool = False,
     overwrite: bool = False,
+    run: RunTasks | None = None,
 ) -> dict[str, Any]:
     """Make the data set and return its ledger. Nothing appears in the folder before all of it is there.
 
-    With `resume` the work an earlier call left is continued, and the result is the same byte for byte.
+    `run` runs the tasks; None: processes of this machine. With `resume` the work an earlier call left is continued, and
+    the result is the same byte for byte.
 
     Raises:
         ConfigError: the folder holds a data set already, or unfinished work of another job.
@@ -82,14 +77,22 @@ def build_data_set(
         return finished
     _check_folder(to, overwrite)
     with _workplace(job, to, tokenizer_json, resume=resume, overwrite=overwrite) as work:
-        blocks = _tokenize_all(job, work, encoder, n_workers)
+        blocks = _tokenize_all(job, work, encoder, n_workers, run or run_tasks)
         join_tails(job, work.folder, blocks)
-        runs = _runs(job, work, [*blocks, TAILS])
-        rows = _write_all(job, work, to, runs, n_writers or n_workers)
+        runs = _runs(job, work, [*blocks, *job.tail_blocks])
+        rows = _write_all(job, work, to, runs, n_writers or n_workers, run or run_tasks)
         ledger = make_ledger(job, work, blocks, rows)
         _publish(to, rows, ledger, overwrite)
-    shutil.rmtree(to.workplace, ignore_errors=True)
+    _remove(to.workplace)
     return ledger
+
+
+def _remove(folder: str) -> None:
+    if not storage.is_remote(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    for url in storage.glob(storage.join(folder, "**")):
+        storage.remove(url)
 
 
 def _finished(job: Job, to: Destination, resume: bool) -> dict[str, Any] | None:
@@ -100,7 +103,7 @@ def _finished(job: Job, to: Destination, resume: bool) -> dict[str, Any] | None:
     ledger = orjson.loads(storage.read_bytes(ledger_url)) if storage.exists(ledger_url) else {}
     if ledger.get("job") != orjson.loads(job.to_json()):
         return None
-    shutil.rmtree(to.workplace, ignore_errors=True)  # left by a run that was killed between its last two steps
+    _remove(to.workplace)  # left by a run that was killed between its last two steps
     return ledger
 
 
@@ -118,10 +121,10 @@ def _check_folder(to: Destination, overwrite: bool) -> None:
 
 @contextmanager
 def _workplace(job: Job, to: Destination, tokenizer_json: str, *, resume: bool, overwrite: bool) -> Iterator[Workplace]:
-    """The folder for unfinished work, locked, with the job and its tokenizer in it."""
+    """The folder for unfinished work, with the job and its tokenizer in it; a local one is locked."""
     work = Workplace(to.workplace)
-    if os.path.exists(work.path("job.json")):
-        if Path(work.path("job.json")).read_bytes() != job.to_json() and (resume or not overwrite):
+    if storage.exists(work.path("job.json")):
+        if storage.read_bytes(work.path("job.json")) != job.to_json() and (resume or not overwrite):
             raise ConfigError(
                 f"{work.folder}: holds unfinished work of a job with other settings or inputs. "
                 "Give the settings of then with --resume, or --overwrite to start anew."
@@ -131,20 +134,34 @@ def _workplace(job: Job, to: Destination, tokenizer_json: str, *, resume: bool, 
                 f"{work.folder}: holds unfinished work. Go on with it by --resume, or start anew by --overwrite."
             )
     storage.require_writable(work.folder, "--output-dir")
-    with open(work.path("lock"), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"{work.folder}: another process is at work there. Wait for it, or stop it.") from None
+    with _alone(work.folder):
         _clean(work.folder, everything=overwrite and not resume)
-        if not os.path.exists(work.path("job.json")):
+        if not storage.exists(work.path("job.json")):
             storage.write_bytes(work.path("tokenizer.json"), tokenizer_json.encode())
             storage.write_bytes(work.path("job.json"), job.to_json())
         yield work
 
 
+@contextmanager
+def _alone(folder: str) -> Iterator[None]:
+    """One process at a time works in a local folder. In a remote one two would write the same bytes."""
+    if storage.is_remote(folder):
+        yield
+        return
+    with open(os.path.join(folder, "lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"{folder}: another process is at work there. Wait for it, or stop it.") from None
+        yield
+
+
 def _clean(folder: str, *, everything: bool) -> None:
     """Remove what a killed run was writing; or all it left."""
+    if storage.is_remote(folder):
+        if everything:
+            _remove(folder)
+        return
     for root, _, files in os.walk(folder, topdown=False):
         for name in files:
             if name.endswith(".tmp") or (everything and name != "lock"):
@@ -153,12 +170,15 @@ def _clean(folder: str, *, everything: bool) -> None:
             shutil.rmtree(root)
 
 
-def _tokenize_all(job: Job, work: Workplace, encoder: str, n_workers: int) -> list[str]:
+def _tokenize_all(job: Job, work: Workplace, encoder: str, n_workers: int, run: RunTasks) -> list[str]:
     """Stage 1; the names of all blocks, in the order of the corpus."""
     tasks = [task for file in range(len(job.inputs)) for task in _file_tasks(job, file, n_workers)]
     calls = [partial(tokenize, job, work.folder, encoder, task) for task in tasks]
-    run_tasks(calls, n_workers, label="tokenize", total_bytes=estimated_text_bytes(job.inputs))
-    names = (Path(entry.path).stem for entry in os.scandir(work.folder) if entry.name.endswith(".bin"))
+    run(calls, n_workers, label="tokenize", total_bytes=estimated_text_bytes(job.inputs))
+    if storage.is_remote(work.folder):
+        names = [Path(url).stem for url in storage.glob(work.path("block-*.bin"))]
+    else:
+        names = [Path(entry.path).stem for entry in os.scandir(work.folder) if entry.name.endswith(".bin")]
     return sorted(name for name in names if name.startswith("block-"))
 
 
@@ -170,7 +190,7 @@ def _file_tasks(job: Job, file: int, n_workers: int) -> list[FileTask]:
 
 
 def _runs(job: Job, work: Workplace, names: Sequence[str]) -> SortedRuns:
-    counts = [(work.done(name) or {})["samples"] for name in names]
+    counts = [record["samples"] for record in work.records(names)]
     runs = SortedRuns(work.folder, tuple(names), tuple(counts), job.sample_tokens, job.dtype.str)
     if not sum(counts):
         raise DataError(
@@ -182,19 +202,17 @@ def _runs(job: Job, work: Workplace, names: Sequence[str]) -> SortedRuns:
     return runs
 
 
-def _write_all(job: Job, work: Workplace, to: Destination, runs: SortedRuns, n_workers: int) -> list[dict[str, Any]]:
+def _write_all(
+    job: Job, work: Workplace, to: Destination, runs: SortedRuns, n_workers: int, run: RunTasks
+) -> list[dict[str, Any]]:
     """Stage 2; the manifest's rows."""
     n_shards = -(-sum(runs.counts) // job.shard_size)
     if not storage.is_remote(to.shards):
         os.makedirs(to.shards, exist_ok=True)
-    calls = [partial(_one_shard, job, work.folder, to.shards, runs, number) for number in range(n_shards)]
+    calls = [partial(make_shard, job, work.folder, to.shards, runs, number) for number in range(n_shards)]
     sample_bytes = job.sample_tokens * job.dtype.itemsize
-    run_tasks(calls, n_workers, label="write shards", total_bytes=sum(runs.counts) * sample_bytes)
-    return [work.done(f"shard-{shard_name(number)}") or {} for number in range(n_shards)]
-
-
-def _one_shard(job: Job, folder: str, target: str, runs: SortedRuns, number: int) -> Iterator[int]:
-    yield make_shard(job, folder, target, runs, number)
+    run(calls, n_workers, label="write shards", total_bytes=sum(runs.counts) * sample_bytes)
+    return work.records([f"shard-{shard_name(number)}" for number in range(n_shards)])
 
 
 def _publish(to: Destination, rows: list[dict[str, Any]], ledger: dict[str, Any], overwrite: bool) -> None:

@@ -8,6 +8,8 @@ import numpy as np
 
 from open_lm.data.plan import key, mix
 
+_MOST_BLOCKS = 1 << 20
+
 
 def pack(pieces: Sequence[np.ndarray], sample_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """All tokens one after the other, cut into samples (n, sample_tokens), and the tail that fills none."""
@@ -19,3 +21,30 @@ def pack(pieces: Sequence[np.ndarray], sample_tokens: int) -> tuple[np.ndarray, 
 def shuffle_keys(n: int, *, seed: int, block: str) -> np.ndarray:
     """uint64 by which the `n` samples of one block are sorted among all: a hash of seed, block name and number."""
     return mix(key("sample", seed, block) ^ mix(np.arange(n, dtype=np.uint64)))
+
+
+def copies(n: int, frequency: float, *, seed: int, block: str) -> tuple[np.ndarray, np.ndarray]:
+    """Which of a block's `n` samples are written how often: their numbers, and which copy of the sample each one is.
+
+    Each is written `frequency` times on average: the whole part of it always, once more by a hash of seed and number.
+    """
+    chance = mix(key("copies", seed, block) ^ mix(np.arange(n, dtype=np.uint64))) / 2.0**64
+    times = int(frequency) + (chance < frequency - int(frequency))
+    numbers = np.repeat(np.arange(n), times)
+    return numbers, np.arange(len(numbers)) - np.repeat(np.cumsum(times) - times, times)
+
+
+def keys_of_copies(numbers: np.ndarray, copy: np.ndarray, *, seed: int, block: str) -> np.ndarray:
+    """`shuffle_keys` of copies: those of one sample are random, but lie apart by at least half an even spacing."""
+    n = int(numbers.max()) + 1 if len(numbers) else 0
+    times = np.bincount(numbers, minlength=n)[numbers].astype(np.uint64)
+    spacing = np.uint64(2**64 - 1) // np.maximum(times, np.uint64(1))
+    jitter = mix(key("place", seed, block) ^ mix(numbers.astype(np.uint64)) + mix(copy.astype(np.uint64)))
+    jitter = np.where(times > 1, jitter % (spacing // np.uint64(2) + np.uint64(1)), np.uint64(0))
+    return shuffle_keys(n, seed=seed, block=block)[numbers] + copy.astype(np.uint64) * spacing + jitter
+
+
+def keys_in_order(n: int, *, file: int, block: int, n_files: int) -> np.ndarray:
+    """Keys that keep the samples as they stand in the corpus: by file, block of it, and number."""
+    share = 2**64 // (n_files + 1)
+    return np.uint64(file * share + block * (share // _MOST_BLOCKS)) + np.arange(n, dtype=np.uint64)

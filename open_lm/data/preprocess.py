@@ -7,90 +7,28 @@ by random keys is a true permutation. What a task writes depends on the job alon
 
 from __future__ import annotations
 
-import os
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import numpy as np
-import orjson
 import tokenizers
 
 from open_lm import storage
 from open_lm.data.encoding import DocumentEncoder
-from open_lm.data.formats import token_dtype
-from open_lm.data.packing import pack, shuffle_keys
-from open_lm.data.runs import SortedRuns, write_sorted
-from open_lm.data.shards import BLOCK, write_shard
-from open_lm.data.text_input import BAD_LINE_REASONS, Line, Rejected, document_text, is_packed, read_lines
+from open_lm.data.job import TAILS, Job, Workplace, block_name, file_and_block
+from open_lm.data.packing import copies, keys_in_order, keys_of_copies, pack, shuffle_keys
+from open_lm.data.raw_input import document_of, read_documents
+from open_lm.data.runs import write_sorted
+from open_lm.data.shards import check_ids
+from open_lm.data.text_input import BAD_LINE_REASONS, TAR, Line, Rejected, is_packed, read_lines
 from open_lm.data.tokenizers import Tokenizer
 from open_lm.errors import DataError
 
-VERSION = 1
 _BATCH_CHARACTERS = 2 << 20
 _BATCH_DOCUMENTS = 1024
-TAILS = "tails"
-"""Name of the block made of the tokens left over in the others."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that decides what is written, byte for byte. `inputs` are (url, size in bytes)."""
-
-    inputs: tuple[tuple[str, int], ...]
-    tokenizer: str
-    tokenizer_fingerprint: str
-    vocab_size: int
-    eot_token: str
-    eot_id: int
-    seq_len: int
-    shard_size: int
-    data_key: str
-    content_key: str
-    seed: int
-    on_bad_line: str
-    max_document_bytes: int
-    block_bytes: int
-    version: int = VERSION
-
-    @property
-    def sample_tokens(self) -> int:
-        return self.seq_len + 1
-
-    @property
-    def dtype(self) -> np.dtype:
-        return token_dtype(self.vocab_size)
-
-    def to_json(self) -> bytes:
-        return orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2)
-
-
-def choose_block_bytes(total_bytes: int) -> int:
-    """How much text one block holds: 8 MiB for small corpora, up to 128 MiB so that a huge one has not too many."""
-    return max(8 << 20, min(128 << 20, total_bytes >> 8))
-
-
-@dataclass(frozen=True)
-class Workplace:
-    """The folder that holds a job's unfinished work; whatever has its final name in it is complete."""
-
-    folder: str
-
-    def path(self, name: str) -> str:
-        return os.path.join(self.folder, name)
-
-    def done(self, name: str) -> dict[str, Any] | None:
-        """The record of a finished task, None for an unfinished one."""
-        path = Path(self.path(f"{name}.json"))
-        return orjson.loads(path.read_bytes()) if path.exists() else None
-
-    def record(self, name: str, record: dict[str, Any]) -> dict[str, Any]:
-        storage.write_bytes(self.path(f"{name}.json"), orjson.dumps(record))
-        return record
 
 
 @dataclass(frozen=True)
@@ -121,11 +59,6 @@ def tokenize(job: Job, folder: str, encoder: str, task: FileTask) -> Iterator[in
     work.record(f"{block_name(task.file, 0)}-read-{task.residue}-{task.modulus}", {"last_block": last})
 
 
-def block_name(file: int, block: int) -> str:
-    """Names sort as the blocks stand in the corpus."""
-    return f"block-{file:06d}-{block:07d}"
-
-
 def _blocks(job: Job, url: str, size: int, task: FileTask) -> Iterator[tuple[int, Iterator[Line]]]:
     """The task's blocks and the lines that begin in them. A packed file is read once; others only where needed."""
     step, limit = job.block_bytes, job.max_document_bytes
@@ -134,7 +67,7 @@ def _blocks(job: Job, url: str, size: int, task: FileTask) -> Iterator[tuple[int
             lines = read_lines(url, start=block * step, stop=(block + 1) * step, max_line_bytes=limit)
             yield block, lines
         return
-    every_line = read_lines(url, max_line_bytes=limit)
+    every_line = read_documents(url, job.content_key, max_bytes=limit)
     held = next(every_line, None)
     while held is not None:
         block = held.offset // step
@@ -160,11 +93,12 @@ def _tokenize_block(
     counts: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
     pieces: list[np.ndarray] = []
-    for texts in _batches(_texts(job, lines, url, counts, rejected)):
-        pieces.append(documents.encode(texts))
-        counts["tokenized"] += len(texts)
+    holds_ids = url.endswith(TAR) and job.content_key == "npy"
+    for batch in _batches(_documents(job, lines, url, counts, rejected)):
+        pieces.append(_ended(job, batch) if holds_ids else documents.encode(batch))
+        counts["tokenized"] += len(batch)
     samples, tail = pack(pieces, job.sample_tokens)
-    write_sorted(work.path(f"{name}.bin"), samples, shuffle_keys(len(samples), seed=job.seed, block=name))
+    n_written = _write_block(job, work, name, samples, source=job.source(name))
     record = {
         "lines": counts["lines"],
         "blank_lines": counts["blank"],
@@ -172,48 +106,96 @@ def _tokenize_block(
         "tokenized": counts["tokenized"],
         "rejected": dict(sorted(rejected.items())),
         "tokens": sum(map(len, pieces)),
-        "samples": len(samples),
+        "packed": len(samples),
+        "samples": n_written,
         "tail": tail.tolist(),
     }
     return work.record(name, record)
 
 
-def _texts(job: Job, lines: Iterable[Line], url: str, counts: Counter[str], rejected: Counter[str]) -> Iterator[str]:
+def _write_block(job: Job, work: Workplace, name: str, samples: np.ndarray, *, source: int) -> int:
+    """Write a block's samples, as often as the source asks, with their keys; how many that are."""
+    n, seed = len(samples), job.seed
+    numbers, copy = copies(n, job.sampling[source][1] if job.sampling else 1, seed=seed, block=name)
+    if job.shuffle:
+        keys = (
+            keys_of_copies(numbers, copy, seed=seed, block=name)
+            if job.sampling
+            else shuffle_keys(n, seed=seed, block=name)
+        )
+    else:
+        file, block = (len(job.inputs), source) if name.startswith(TAILS) else file_and_block(name)
+        order = np.lexsort((numbers, copy))  # copies follow when the whole block has been
+        numbers, keys = numbers[order], keys_in_order(len(order), file=file, block=block, n_files=len(job.inputs))
+    write_sorted(work.path(f"{name}.bin"), samples, keys, numbers)
+    return len(numbers)
+
+
+def _ended(job: Job, documents: list[Any]) -> np.ndarray:
+    """Documents that are ids already, one after the other, an end-of-text id after each that has none."""
+    end = np.array([job.eot_id], job.dtype)
+    parts = [part for ids in documents for part in ((ids,) if ids[-1] == job.eot_id else (ids, end))]
+    return np.concatenate(parts).astype(job.dtype)
+
+
+def _documents(
+    job: Job, lines: Iterable[Line], url: str, counts: Counter[str], rejected: Counter[str]
+) -> Iterator[Any]:
+    """The texts, or vectors of ids, of the lines that hold one; all others are counted."""
     for line in lines:
         counts["lines"] += 1
         if line.content is None:
             rejected["too_long"] += 1
             continue
         counts["bytes"] += len(line.content) + 1
-        text = document_text(line, job.content_key)
-        if isinstance(text, str):
-            yield text
-        elif text is None:
+        found = _document(job, line, url)
+        if found is None:
             counts["blank"] += 1
+        elif isinstance(found, Rejected):
+            if found.reason in BAD_LINE_REASONS and job.on_bad_line == "stop":
+                raise _bad_line(job, url, line, found)
+            rejected[found.reason] += 1
         else:
-            if text.reason in BAD_LINE_REASONS and job.on_bad_line == "stop":
-                raise _bad_line(job, url, line, text)
-            rejected[text.reason] += 1
+            yield found
+
+
+def _document(job: Job, line: Line, url: str) -> Any:
+    found = document_of(url, line, job.content_key)
+    if not isinstance(found, np.ndarray):
+        return found
+    try:
+        return check_ids(found, job.vocab_size)
+    except ValueError:
+        return Rejected("not_ids")
 
 
 def _bad_line(job: Job, url: str, line: Line, rejected: Rejected) -> DataError:
+    what = {
+        "missing_key": f"no key {job.content_key!r}",
+        "not_text": f"{job.content_key!r} holds no text",
+        "not_ids": f"no vector of ids below {job.vocab_size}",
+    }
+    found = what.get(rejected.reason, rejected.reason.replace("_", " "))
+    if url.endswith(TAR):
+        return DataError(
+            f"{storage.shown(url)}, member at byte {line.offset}: {found}: {(line.content or b'')[:60]!r}. "
+            "Repair it, or leave such members out and counted with --on-bad-line skip."
+        )
     before = sum(
         1 for earlier in read_lines(url, max_line_bytes=job.max_document_bytes) if earlier.offset < line.offset
     )
-    what = {"missing_key": f"no key {job.content_key!r}", "not_text": f"{job.content_key!r} holds no text"}
-    found = what.get(rejected.reason, rejected.reason.replace("_", " "))
     return DataError(
         f"{storage.shown(url)}, line {before + 1}: {found}: {(line.content or b'')[:60]!r}. "
         "Repair it, name the key with --content-key, or leave such lines out and counted with --on-bad-line skip."
     )
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _batches(documents: Iterable[Any]) -> Iterator[list[Any]]:
+    batch: list[Any] = []
     held = 0
-    for text in texts:
-        batch.append(text)
-        held += len(text)
+    for document in documents:
+        batch.append(document)
+        held += len(document)
         if held >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
             yield batch
             batch, held = [], 0
@@ -224,74 +206,18 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 @lru_cache(maxsize=2)
 def _document_encoder(folder: str, name: str, eot_token: str, encoder: str, dtype: str) -> DocumentEncoder:
     """Loading a tokenizer takes a while; a process does it once."""
-    backend = tokenizers.Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
+    backend = tokenizers.Tokenizer.from_str(storage.read_text(storage.join(folder, "tokenizer.json")))
     return DocumentEncoder(Tokenizer(backend, name, eot_token=eot_token), encoder, np.dtype(dtype))
 
 
-def join_tails(job: Job, folder: str, blocks: list[str]) -> dict[str, Any]:
-    """The tokens left over at the ends of all blocks, in their order, as one more block."""
+def join_tails(job: Job, folder: str, blocks: list[str]) -> None:
+    """The tokens left over at the ends of all blocks of each source, in their order, as one more block."""
     work = Workplace(folder)
-    done = work.done(TAILS)
-    if done:
-        return done
-    tails = [np.array(cast(dict, work.done(name))["tail"], job.dtype) for name in blocks]
-    samples, tail = pack(tails, job.sample_tokens)
-    write_sorted(work.path(f"{TAILS}.bin"), samples, shuffle_keys(len(samples), seed=job.seed, block=TAILS))
-    return work.record(TAILS, {"samples": len(samples), "tail": len(tail)})
-
-
-def shard_name(number: int) -> str:
-    """Eight digits, from 0."""
-    return f"{number:08d}"
-
-
-def make_shard(job: Job, folder: str, target: str, runs: SortedRuns, number: int) -> int:
-    """Stage 2: write shard `number` into folder or url `target`, if that has not been done; its bytes."""
-    work, name = Workplace(folder), shard_name(number)
-    done = work.done(f"shard-{name}")
-    if done:
-        return done["bytes"]
-    start = number * job.shard_size
-    stop = min(start + job.shard_size, sum(runs.counts))
-    samples = runs.read(start, stop, np.load(work.path("bins.npy")))
-    with storage.open_atomic(storage.join(target, f"{name}.tar")) as file:
-        counted = _Counted(file)
-        write_shard(cast(IO[bytes], counted), samples, job.data_key, first_number=start)
-    row = {
-        "shard": name,
-        "num_sequences": len(samples),
-        "bytes": counted.n_bytes,
-        "crc32": f"{counted.crc:08x}",
-        "first_key": f"{start:012d}",
-        "last_key": f"{stop - 1:012d}",
-        "seq_len": job.seq_len,
-        "data_key": job.data_key,
-        "tokenizer": job.tokenizer,
-        "eot_id": job.eot_id,
-    }
-    layout = _layout(job, len(samples), counted)
-    work.record(f"shard-{name}", row | ({"layout": layout} if layout else {}))
-    return counted.n_bytes
-
-
-def _layout(job: Job, n_samples: int, written: _Counted) -> list[int] | None:
-    if job.data_key != "npy":
-        return None
-    step = (written.n_bytes - 2 * BLOCK) // n_samples
-    return [BLOCK, step, int(written.first_size, 8)]
-
-
-class _Counted:
-    """A file that keeps count of what is written through it."""
-
-    def __init__(self, file: IO[bytes]):
-        self._file, self.n_bytes, self.crc, self.first_size = file, 0, 0, b""
-
-    def write(self, content: bytes | memoryview) -> int:
-        view = memoryview(content).cast("B")
-        if not self.n_bytes:
-            self.first_size = bytes(view[124:135])
-        self.crc = zlib.crc32(view, self.crc)
-        self.n_bytes += len(view)
-        self._file.write(view)
-        return len(view)
+    for source, name in enumerate(job.tail_blocks):
+        if work.done(name):
+            continue
+        mine = [block for block in blocks if job.source(block) == source]
+        tails = [np.array(record["tail"], job.dtype) for record in work.records(mine)]
+        samples, tail = pack(tails, job.sample_tokens)
+        n_written = _write_block(job, work, name, samples, source=source)
+        work.record(name, {"packed": len(samples), "samples": n_written, "tail": len(tail)})

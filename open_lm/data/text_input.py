@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import os
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import IO, Any, NamedTuple, cast
@@ -16,9 +15,10 @@ from open_lm import storage
 from open_lm.errors import DataError, StorageError
 
 JSON_ENDINGS = (".jsonl", ".json", ".jsonl.zst", ".jsonl.zstd", ".json.zst", ".json.zstd", ".jsonl.gz", ".json.gz")
+TAR = ".tar"
 _BOM = b"\xef\xbb\xbf"
 
-BAD_LINE_REASONS = ("malformed_json", "invalid_utf8", "missing_key", "not_text")
+BAD_LINE_REASONS = ("malformed_json", "invalid_utf8", "missing_key", "not_text", "not_ids")
 """Reasons that mean a damaged input, which --on-bad-line decides about; `empty` and `too_long` never stop a run."""
 
 
@@ -35,31 +35,37 @@ class Rejected(NamedTuple):
     reason: str
 
 
-def expand_inputs(patterns: tuple[str, ...], flag_name: str) -> list[str]:
+def expand_inputs(
+    patterns: tuple[str, ...], flag_name: str, endings: tuple[str, ...] = JSON_ENDINGS, *, within: bool = False
+) -> list[str]:
     """The files that paths, urls, globs and folders name, sorted, each once.
+
+    Of folders the files with one of `endings` are taken, at any depth. A url without such an ending is taken for a
+    folder when `within` says so.
 
     Raises:
         StorageError: a pattern matches nothing.
-        DataError: a file's ending says that it holds no JSON lines.
+        DataError: a file has none of `endings`.
     """
     found: list[str] = []
     for pattern in patterns:
-        if not storage.is_remote(pattern) and storage.local_path(pattern).is_dir():
-            files = [url for url in storage.glob(os.path.join(pattern, "**")) if url.endswith(JSON_ENDINGS)]
+        is_folder = not storage.is_remote(pattern) and storage.local_path(pattern).is_dir()
+        if is_folder or (within and storage.is_remote(pattern) and not pattern.endswith(endings)):
+            files = [url for url in storage.glob(storage.join(pattern, "**")) if url.endswith(endings)]
         else:
             files = storage.glob(pattern)
         if not files:
             raise StorageError(f"{flag_name} {storage.shown(pattern)}: no file matches. Check the path.")
         found += files
     for url in found:
-        if not url.endswith(JSON_ENDINGS):
-            raise DataError(f"{flag_name} {storage.shown(url)}: need one of {', '.join(JSON_ENDINGS)}.")
+        if not url.endswith(endings):
+            raise DataError(f"{flag_name} {storage.shown(url)}: need one of {', '.join(endings)}.")
     return sorted(set(found))
 
 
 def is_packed(url: str) -> bool:
     """Whether a raw file can only be read from its start."""
-    return url.endswith((".zst", ".zstd", ".gz"))
+    return url.endswith((".zst", ".zstd", ".gz", TAR))
 
 
 def open_unpacked(url: str) -> IO[bytes]:
@@ -89,7 +95,7 @@ with contextlib.suppress(ImportError):  # three times as fast
 
 def estimated_text_bytes(inputs: Sequence[tuple[str, int]]) -> int:
     """About how much text the (url, size) inputs hold: packed ones by the rate at which 8 of them begin to unpack."""
-    packed = [(url, size) for url, size in inputs if is_packed(url)]
+    packed = [(url, size) for url, size in inputs if is_packed(url) and not url.endswith(TAR)]
     plain = sum(size for _, size in inputs) - sum(size for _, size in packed)
     tried = packed[:: max(1, len(packed) // 8)][:8]
     rates = [_expansion(url) for url, _ in tried]
@@ -203,17 +209,3 @@ def _is_utf8(content: bytes) -> bool:
         return True
     except UnicodeDecodeError:
         return False
-
-
-def sample_texts(urls: Sequence[str], content_key: str, *, max_characters: int = 1 << 20) -> Iterator[str]:
-    """Documents from the beginnings of up to 16 of the files, for trying something on the user's own text."""
-    spread = urls[:: max(1, len(urls) // 16)][:16]
-    for url in spread:
-        left = max_characters // len(spread)
-        for line in read_lines(url, max_line_bytes=max_characters):
-            text = document_text(line, content_key) if line.content is not None else None
-            if isinstance(text, str):
-                yield text[:left]
-                left -= len(text)
-            if left <= 0 or line.offset > 8 * max_characters:
-                break

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -18,6 +18,13 @@ from open_lm.errors import DataError
 
 Task = Callable[[], Iterator[int]]
 """A picklable piece of work that yields its progress in bytes."""
+
+
+class RunTasks(Protocol):
+    """Who runs tasks: every one to its end, on at most `n_workers` workers at a time; the first error is raised."""
+
+    def __call__(self, tasks: Sequence[Task], n_workers: int, /, *, label: str, total_bytes: int) -> None: ...
+
 
 _progress: Any = None
 

@@ -10,6 +10,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from open_lm.data.raw_input import sample_texts
 from open_lm.data.text_input import (
     Line,
     Rejected,
@@ -17,7 +18,6 @@ from open_lm.data.text_input import (
     estimated_text_bytes,
     expand_inputs,
     read_lines,
-    sample_texts,
 )
 from open_lm.errors import DataError, StorageError
 

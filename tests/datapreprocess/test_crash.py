@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from open_lm.data.build import build_data_set, destination
+from open_lm.data.job import Job
 from open_lm.data.manifest import read_manifest
-from open_lm.data.preprocess import Job
 from open_lm.data.tokenizers import load_tokenizer
 from open_lm.errors import ConfigError, DataError
 

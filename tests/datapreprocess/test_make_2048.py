@@ -224,3 +224,48 @@ def test_an_error_is_one_line_and_a_code(raw, tmp_path, tokenizer_json):
     done = subprocess.run(line, capture_output=True, text=True, timeout=60)
     assert done.returncode == StorageError.exit_code
     assert done.stderr.startswith("error: --input-files nowhere.jsonl") and "Traceback" not in done.stderr
+
+
+def tar_with(tmp_path, name, members):
+    import io
+    import tarfile
+
+    with tarfile.open(tmp_path / name, "w") as tar:
+        for member, content in members:
+            info = tarfile.TarInfo(member)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return str(tmp_path / name)
+
+
+@pytest.mark.parametrize("key", ["txt", "json:t"])
+def test_tars_of_text_give_the_samples_of_lines_of_text(make_2048, raw, tmp_path, tokenizer_json, texts, key):
+    encode = {"txt": str.encode, "json:t": lambda text: json.dumps({"t": text}).encode()}[key]
+    members = [(f"{k:04d}.{key.split(':')[0]}", encode(text)) for k, text in enumerate(texts)]
+    found = {}
+    for file, name in ((raw("a.jsonl", texts), "text"), (tar_with(tmp_path, "a.tar", members), key)):
+        args = ["--input-files", file, "--output-dir", str(tmp_path / name), "--tokenizer", str(tokenizer_json)]
+        make_2048([*args, *SMALL, "--content-key", name])
+        found[name] = Counter(map(tuple, samples_of(tmp_path / name).tolist()))
+    assert found["text"] == found[key]
+
+
+def test_tars_of_ids_are_packed_as_they_are_and_negative_ids_count_from_the_end(make_2048, tmp_path, tokenizer_json):
+    import io
+
+    def npy(ids):
+        held = io.BytesIO()
+        np.save(held, np.array(ids))
+        return held.getvalue()
+
+    vocab = tokenizers.Tokenizer.from_file(str(tokenizer_json)).get_vocab_size(with_added_tokens=True)
+    file = tar_with(tmp_path, "a.tar", [("1.npy", npy([5, 6, -1, 0])), ("2.npy", npy(range(1, 28)))])
+    args = ["--output-dir", str(tmp_path / "out"), "--tokenizer", str(tokenizer_json), *SMALL, "--content-key", "npy"]
+    ledger = make_2048(["--input-files", file, *args])
+    assert sorted(samples_of(tmp_path / "out").tolist()) == sorted(
+        [[5, 6, vocab - 1, 0, *range(1, 13)], [*range(13, 28), 0]]
+    )
+    assert ledger["documents"]["in"] == 2 and ledger["tokens"]["in"] == 32
+    bad = tar_with(tmp_path, "b.tar", [("1.npy", npy([5, vocab]))])
+    with pytest.raises(DataError, match=rf"b\.tar, member at byte 0: no vector of ids below {vocab}"):
+        make_2048(["--input-files", bad, *args, "--overwrite"])

@@ -1,0 +1,302 @@
+"""tokenize_shuffle on a real Ray cluster of two nodes: the bytes of make_2048, whatever dies and wherever they go."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from open_lm.data.manifest import read_manifest
+from open_lm.data.shards import read_samples
+from open_lm.errors import ConfigError, DataError, StorageError
+
+pytest.importorskip("ray", reason="needs Ray (pip install ray==2.60.0)")
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "datapreprocess" / "ray" / "tokenize_shuffle.py"
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """The url of an S3 server on loopback with a bucket; the cluster's nodes know it from their environment."""
+    moto_server = pytest.importorskip("moto.server", reason="needs moto[server]")
+    pytest.importorskip("s3fs", reason="s3:// needs s3fs (pip install s3fs)")
+    server = moto_server.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    endpoint = f"http://127.0.0.1:{server._server.server_port}"
+    named = {
+        "AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in named.items():
+            patch.setenv(name, value)
+        import fsspec
+
+        fsspec.filesystem("s3").clear_instance_cache()
+        fsspec.filesystem("s3", use_listings_cache=False).mkdir("bucket")
+        yield "s3://bucket"
+    fsspec.filesystem("s3").clear_instance_cache()
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def cluster(s3):
+    """The address of a cluster of two nodes with a core each."""
+    from ray.cluster_utils import Cluster
+
+    small = {"num_cpus": 1, "object_store_memory": 80 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args=small)
+    cluster.add_node(**small)
+    yield cluster.address
+    cluster.shutdown()
+
+
+@pytest.fixture
+def shuffle(script, cluster, tokenizer_json):
+    """`shuffle(input, output, *flags)` runs the tool on the cluster."""
+    main = script("datapreprocess/ray/tokenize_shuffle.py").main
+    settings = [
+        "--tokenizer",
+        str(tokenizer_json),
+        "--seqlen",
+        "15",
+        "--wds_chunk_size",
+        "32",
+        "--ray_address",
+        cluster,
+    ]
+    return lambda source, out, *flags: main(["--input", str(source), "--output", str(out), *settings, *flags])
+
+
+def tree(folder):
+    return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.suffix == ".tar"}
+
+
+def samples_of(folder):
+    shards = read_manifest(f"{folder}/manifest.jsonl")
+    return [tuple(tokens.tolist()) for shard in shards for _, tokens in read_samples(shard.url)]
+
+
+def test_a_cluster_writes_the_bytes_of_make_2048(shuffle, make_2048, raw, tmp_path, tokenizer_json, texts):
+    for k in range(4):
+        raw(f"{k}.jsonl.zst", texts[k::4])
+    ledger = shuffle(tmp_path / "raw", tmp_path / "ray", "--seed", "5")
+    alone = ["--input-files", str(tmp_path / "raw"), "--output-dir", str(tmp_path / "one"), "--seqlen", "15"]
+    alone += ["--tokenizer", str(tokenizer_json), "--shard-size", "32", "--num-workers", "1", "--seed", "5"]
+    assert make_2048(alone) == ledger
+    assert tree(tmp_path / "ray") == tree(tmp_path / "one") and len(tree(tmp_path / "one")) > 3
+    shuffle(tmp_path / "raw", tmp_path / "narrow", "--seed", "5", "--force_parallelism", "1", "--encoder", "tokenizers")
+    assert tree(tmp_path / "narrow") == tree(tmp_path / "one")
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_from_s3_to_s3_through_s3_the_shards_are_the_same(shuffle, raw, tmp_path, s3, texts):
+    from open_lm import storage
+
+    for k in range(3):
+        storage.write_bytes(f"{s3}/raw/deep/{k}.jsonl.gz", Path(raw(f"{k}.jsonl.gz", texts[k::3])).read_bytes())
+    for source, out in ((f"{s3}/raw", f"{s3}/out"), (tmp_path / "raw", tmp_path / "out")):
+        shuffle(source, out, "--wds_chunk_size", "512")
+    remote = {Path(url).name: storage.read_bytes(url) for url in storage.glob(f"{s3}/out/*.tar")}
+    assert Counter(samples_of(f"{s3}/out")) == Counter(samples_of(tmp_path / "out"))
+    assert remote.keys() == tree(tmp_path / "out").keys()
+    assert storage.glob(f"{s3}/out.unfinished/**") == []
+    with pytest.raises(ConfigError, match="--overwrite"):
+        shuffle(f"{s3}/raw", f"{s3}/out", "--seed", "9")
+
+
+def test_a_killed_worker_is_replaced_and_the_bytes_are_the_same(
+    shuffle, cluster, raw, tmp_path, tokenizer_json, texts, s3
+):
+    for k in range(2):
+        raw(f"{k}.jsonl", texts * 60)
+    arguments = ["--input", str(tmp_path / "raw"), "--tokenizer", str(tokenizer_json), "--seqlen", "15"]
+    arguments += ["--ray_address", cluster, "--encoder", "tokenizers"]
+    line = [sys.executable, str(SCRIPT), *arguments, "--output", str(tmp_path / "killed")]
+    running = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    killed = None
+    while running.poll() is None and killed is None:
+        for process in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                if process.read_bytes().startswith(b"ray::run_pickled"):
+                    killed = int(process.parent.name)
+                    os.kill(killed, signal.SIGKILL)
+                    break
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+        time.sleep(0.01)
+    output, _ = running.communicate(timeout=120)
+    assert killed and running.returncode == 0, output
+    shuffle(tmp_path / "raw", tmp_path / "straight", "--wds_chunk_size", "8192")
+    assert tree(tmp_path / "killed") == tree(tmp_path / "straight")
+
+
+@pytest.fixture
+def tasks(cluster):
+    """The executor, connected to the cluster."""
+    from open_lm.data import ray_tasks
+
+    ray = ray_tasks.connect(cluster, n_cores=None, dashboard_host="127.0.0.1")
+    yield ray_tasks.RayTasks(ray)
+    ray.shutdown()
+
+
+def test_tasks_reach_both_nodes_and_errors_come_back_as_they_are(tasks, tmp_path):
+    tasks([partial(_note_node, str(tmp_path), k) for k in range(8)], 2, label="x", total_bytes=8)
+    assert len({path.read_text() for path in tmp_path.iterdir()}) == 2
+    with pytest.raises(DataError, match="the file is bad"):
+        tasks([partial(_fail, "the file is bad")], 2, label="x", total_bytes=1)
+
+
+def test_a_task_that_always_kills_its_worker_ends_the_run(tasks, monkeypatch):
+    from open_lm.data import ray_tasks
+
+    monkeypatch.setattr(ray_tasks, "_TIMES_STARTED_AGAIN", 1)
+    with pytest.raises(DataError, match=r"died 2 times .*--resume"):
+        tasks([partial(_die)], 1, label="tokenize", total_bytes=1)
+
+
+def _note_node(folder, number):
+    import ray
+
+    time.sleep(0.05)
+    Path(folder, str(number)).write_text(ray.get_runtime_context().get_node_id())
+    yield 1
+
+
+def _fail(message):
+    raise DataError(message)
+    yield 0
+
+
+def _die():
+    os.kill(os.getpid(), signal.SIGKILL)
+    yield 0
+
+
+YAML = """
+sources:
+  - {source: A, markers: [/a/]}
+  - {source: B, markers: [/b/, bbb]}
+  - {source: UNKNOWN, markers: []}
+sampling_frequencies: {A: 3.5, B: 0.25, UNKNOWN: 1}
+"""
+
+
+def test_each_source_is_written_as_often_as_the_yaml_says_and_copies_lie_apart(shuffle, raw, tmp_path, texts):
+    for source in "abc":
+        os.makedirs(tmp_path / "in" / source)
+        os.replace(raw(f"{source}.jsonl", [f"{source} {t}" for t in texts]), tmp_path / "in" / source / "x.jsonl")
+    (tmp_path / "y.yaml").write_text(YAML)
+    plain = shuffle(tmp_path / "in", tmp_path / "plain")
+    ledger = shuffle(
+        tmp_path / "in", tmp_path / "out", "--do_sample", "--default_dataset_yaml", str(tmp_path / "y.yaml")
+    )
+    books = ledger["sampling"]
+    assert {name: row["frequency"] for name, row in books.items()} == {"A": 3.5, "B": 0.25, "UNKNOWN": 1}
+    for row in books.values():
+        expected, spread = row["samples"] * row["frequency"], 4 * (row["samples"] * 0.25) ** 0.5
+        assert abs(row["written"] - expected) <= spread
+    assert sum(row["written"] for row in books.values()) == ledger["samples"] > plain["samples"]
+    found = samples_of(tmp_path / "out")
+    once = {sample for sample, n in Counter(samples_of(tmp_path / "plain")).items() if n == 1}
+    times = Counter(sample for sample in found if sample in once)
+    assert set(times.values()) == {1, 3, 4}
+    assert not any(one == other for one, other in itertools.pairwise(found) if one in once)
+    assert ledger["tokens"]["in"] == plain["tokens"]["in"]
+
+
+def test_without_shuffling_the_samples_are_the_text_in_order(shuffle, raw, tmp_path, tokenizer_json, texts):
+    import tokenizers
+
+    for k in range(3):
+        raw(f"{k}.jsonl", texts[k * 40 : k * 40 + 40])
+    shuffle(tmp_path / "raw", tmp_path / "out", "--no_shuffle")
+    encode = tokenizers.Tokenizer.from_file(str(tokenizer_json)).encode
+    expected, rest = [], []
+    for k in range(3):
+        stream = [t for x in texts[k * 40 : k * 40 + 40] for t in [*encode(x, add_special_tokens=False).ids, 0]]
+        whole = len(stream) // 16 * 16
+        expected += [tuple(stream[i : i + 16]) for i in range(0, whole, 16)]
+        rest += stream[whole:]
+    expected += [tuple(rest[i : i + 16]) for i in range(0, len(rest) // 16 * 16, 16)]
+    assert samples_of(tmp_path / "out") == expected
+
+
+def flags_of(script, *arguments):
+    return script("datapreprocess/ray/tokenize_shuffle.py").TokenizeShuffle(input="x", output="y", **dict(arguments))
+
+
+def test_the_choice_of_files_depends_on_the_seed_alone(script):
+    chosen = script("datapreprocess/ray/tokenize_shuffle.py").chosen
+    urls = [f"/d/{k}.jsonl" for k in range(100)]
+    some = chosen(urls, flags_of(script, ("subset", 50), ("subfraction", 0.2)))
+    assert len(some) == 10 and some == sorted(some)
+    assert some == chosen(urls[::-1], flags_of(script, ("subset", 50), ("subfraction", 0.2)))
+    assert some != chosen(urls, flags_of(script, ("subset", 50), ("subfraction", 0.2), ("seed", 1)))
+    with pytest.raises(StorageError, match="--subfraction"):
+        chosen(urls, flags_of(script, ("subfraction", 0.001)))
+
+
+def test_old_flags_without_a_meaning_are_one_warning(script, caplog):
+    flags_of(script, ("presort", True), ("ray_spill_location", "/x"), ("allow_imbalanced_write", True))
+    assert len(caplog.messages) == 1 and "--ray_spill_location, --presort, --allow_imbalanced_write" in caplog.text
+    caplog.clear()
+    flags_of(script, ("ray_dashboard_host", "0.0.0.0"))
+    assert "--ray_dashboard_host 0.0.0.0" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("yaml", "match"),
+    [
+        ("sources: 5", "need sources"),
+        ("{", "not yaml"),
+        ("sources: [{source: A, markers: [x]}]\nsampling_frequencies: {A: .nan}", "give 0 or more"),
+        ("sources: [{source: A, markers: [x]}]\nsampling_frequencies: {A: 1}", "no sampling_frequencies for UNKNOWN"),
+    ],
+)
+def test_a_yaml_that_says_no_frequencies_is_refused(tmp_path, yaml, match):
+    from open_lm.data.sampling import assign
+
+    (tmp_path / "y.yaml").write_text(yaml)
+    with pytest.raises(ConfigError, match=match):
+        assign(["/d/a.jsonl"], str(tmp_path / "y.yaml"), "--default_dataset_yaml")
+
+
+def test_the_folder_hides_no_package_and_the_command_says_what_is_wrong(tmp_path):
+    assert not (SCRIPT.parent / "__init__.py").exists()
+    line = [sys.executable, str(SCRIPT), "--input", "nowhere", "--output", "x"]
+    done = subprocess.run(line, cwd="/", capture_output=True, text=True, timeout=60)
+    assert done.returncode == StorageError.exit_code
+    assert done.stderr.startswith("error: --input /nowhere: no file matches")
+
+
+def test_without_ray_the_pip_line_is_given(monkeypatch):
+    from open_lm.data import ray_tasks
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match="pip install ray"):
+        ray_tasks.connect(None, n_cores=1, dashboard_host="127.0.0.1")
+
+
+def test_copies_are_spread_evenly_and_chances_are_kept():
+    from open_lm.data.packing import copies, keys_of_copies, shuffle_keys
+
+    numbers, copy = copies(10_000, 2.25, seed=1, block="b")
+    times = np.bincount(numbers, minlength=10_000)
+    assert set(times) == {2, 3} and abs(times.mean() - 2.25) < 4 * (0.1875 / 10_000) ** 0.5
+    keys = keys_of_copies(numbers, copy, seed=1, block="b")
+    assert (keys[copy == 0] - shuffle_keys(10_000, seed=1, block="b") < 2**62).all()
+    for k in range(200):
+        mine = np.sort(keys[numbers == k])
+        gaps = np.diff(np.append(mine, mine[:1]))  # around the circle of 64 bits
+        assert int(gaps.min()) >= 2**64 // int(times[k]) // 2 - 2
+    assert np.array_equal(copies(50, 1.0, seed=1, block="b")[0], np.arange(50))

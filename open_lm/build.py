@@ -8,6 +8,7 @@ import torch
 
 from open_lm.checkpoint.commit import committed
 from open_lm.checkpoint.contents import stored_config
+from open_lm.checkpoint.named import architecture_named
 from open_lm.data.loader import Loader, build_loader
 from open_lm.data.sources import named_tokenizer
 from open_lm.distributed import World
@@ -39,7 +40,7 @@ def architecture_of(config: RunConfig) -> ModelConfig:
     """
     path = config.checkpoint.pretrained or config.checkpoint.resume
     if config.model.model is not None or path is None:
-        return resolve(config.model)
+        return architecture_named(config.model)
     if path != "latest":
         return ModelConfig.from_dict(stored_config(path)["model"])
     commits = committed(os.path.join(run_folder(config), "checkpoints"))

@@ -10,12 +10,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from open_lm.checkpoint.named import architecture_named
 from open_lm.checkpoint.openlm_names import has_megablocks
 from open_lm.checkpoint.sources import read_checkpoint, weights_file
 from open_lm.checkpoint.weights import clean_state_dict, named_weights
 from open_lm.errors import CheckpointError, ConfigError
 from open_lm.model import create_model
-from open_lm.model.config import ModelConfig, ModelFlags, resolve
+from open_lm.model.config import ModelConfig, ModelFlags
 from open_lm.model.transformer import Transformer
 
 __all__ = ["build", "load_model", "stored_facts", "weights_file"]
@@ -27,7 +28,7 @@ def load_model(
     """The model stored at `path`, in eval mode: a Transformer, or a Mamba, which is called alike.
 
     `path` is an epoch_K.pt, a run folder, a folder of transformers (Llama, OLMo, GPT-NeoX or one that OpenLM exported),
-    or hf://owner/name[@revision]. `model` (a registered name or a JSON file) and `architecture`
+    or hf://owner/name[@revision]. `model` (a registered name, a JSON file, or hf://…) and `architecture`
     (`model_norm="rms_norm"`) say what it is where the file does not. `dtype` is that of the weights ("bfloat16" or a
     torch.dtype); None keeps the file's.
 
@@ -68,7 +69,7 @@ def checked(stored: ModelConfig | None, path: str, model: str | None, architectu
     Raises:
         CheckpointError: none is known, or the two differ.
     """
-    asked = resolve(ModelFlags(model=model, **architecture)) if model else None
+    asked = architecture_named(ModelFlags(model=model, **architecture)) if model else None
     if stored is None and asked is None:
         raise CheckpointError(f"{path} does not say which model it is of: give --model and its flags.")
     if stored is None:

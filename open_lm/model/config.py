@@ -50,7 +50,8 @@ class ModelFlags:
 
     model: str | None = flag(
         None,
-        f"Registered architecture, or the path of a JSON file. None: that of the checkpoint given, else {DEFAULT}.",
+        "Registered architecture, the path of a JSON file or of a folder of transformers, or hf://owner/name. "
+        f"None: that of the checkpoint given, else {DEFAULT}.",
     )
     model_norm: str = flag("default_layer_norm", "Norm of every block.", choices=NORMS)
     ffn_type: str = flag("swiglu", "Feed-forward layer of every block.", choices=FEED_FORWARDS)

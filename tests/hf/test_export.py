@@ -15,6 +15,8 @@ import open_lm
 from open_lm.errors import CheckpointError, ConfigError
 from open_lm.generate import generate
 from open_lm.hf.export import ExportConfig, export, main
+from open_lm.model import create_model
+from open_lm.model.config import ModelFlags
 
 CLASSES = {
     "llama": "LlamaForCausalLM", "olmo": "OlmoForCausalLM", "stablelm": "StableLmForCausalLM",
@@ -170,3 +172,19 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, tokenizer_file, 
     with pytest.raises(ConfigError, match="29 tokens, the model 20"):
         main(["--checkpoint", path, "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer_file)])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_transformers_that_was_trained_here_goes_back_to_its_class(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=48)).save_pretrained(tmp_path / "theirs")
+    model = create_model(ModelFlags(hf_model=str(tmp_path / "theirs"), hf_seq_len=24)).eval()
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.5)  # as if trained
+    path = save_checkpoint(model, tmp_path / "e.pt")
+    export(ExportConfig(checkpoint=path, out=str(tmp_path / "out")))
+    back = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    ids = IDS.clamp(max=60)
+    with torch.inference_mode():
+        assert torch.allclose(back(ids).logits, model(ids)[0], atol=1e-5)

@@ -105,6 +105,8 @@ def check(config: RunConfig) -> None:
         raise ConfigError(
             "--ddp-static-graph and --accum-freq above 1: torch's DDP cannot combine them. Leave one out."
         )
+    if config.tracking.trace_steps and config.parallel.torchcompile:
+        raise ConfigError("--trace-steps looks into modules that --torchcompile takes apart: leave one out.")
     asks_length = config.train.train_tokens or config.train.train_steps or config.train.train_num_samples
     if config.trains and not asks_length and (config.data.dataset_resampled or config.data.dataset_type == "synthetic"):
         raise ConfigError("the data have no end: say how long to train with --train-tokens or --train-num-samples.")

@@ -19,6 +19,7 @@ from open_lm.errors import DeviceError, Preempted, StorageError, TrainingDiverge
 from open_lm.evaluate.bootstrap import Bootstrap
 from open_lm.evaluate.held_out import HeldOut, ValidationSet, evaluate
 from open_lm.evaluate.icl.in_training import TasksInTraining
+from open_lm.flags import parse_steps
 from open_lm.model.config import ModelConfig
 from open_lm.model.describe import model_size
 from open_lm.params import RunConfig
@@ -27,6 +28,7 @@ from open_lm.run_folder import open_folder
 from open_lm.signals import StopRequests
 from open_lm.tracking.log import text_log
 from open_lm.tracking.sink import RunFacts, Sink, open_sinks
+from open_lm.train.observing import Observer
 from open_lm.train.state import TrainState
 from open_lm.train.step import StepReport, average_losses
 from open_lm.train.timing import Timing
@@ -77,6 +79,12 @@ class Run:
         )
         self.stop_requests = StopRequests(config.train.time_limit_minutes)
         self._save_seconds = 0.0
+        self._observer = Observer(
+            folder,
+            world.rank,
+            profile_steps=parse_steps(config.tracking.profile_steps, "--profile-steps"),
+            trace_steps=parse_steps(config.tracking.trace_steps, "--trace-steps"),
+        )
         self._watchdog = watchdog
         self._sinks = sinks
         self._closing = contextlib.ExitStack()
@@ -124,6 +132,10 @@ class Run:
     def another(self, config: RunConfig, architecture: ModelConfig) -> Run:
         """A run of `config` that writes where this one does, while this one is open."""
         return Run(config, architecture, self.world, self.folder, self._sinks, self._watchdog)
+
+    def observe(self, state: TrainState) -> contextlib.AbstractContextManager[None]:
+        """Around the step that comes next: the profile and the traces that were asked for."""
+        return self._observer(state.model, state.step + 1)
 
     def record(self, report: StepReport, state: TrainState, timing: Timing) -> None:
         """Count one step; write the figures every --log-every-n-steps, before each save, and at the end."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import time
+from pathlib import Path
 
 import yaml
 
@@ -37,7 +40,26 @@ def _open(config: RunConfig) -> str:
     if config.trains or not holds_a_run(folder):
         lines = (f"{key}: {_one_line(value)}\n" for key, value in config.as_flags().items())
         storage.write_text(os.path.join(folder, "params.txt"), "".join(lines))
+    if config.tracking.copy_codebase:
+        copy_code(folder)
     return folder
+
+
+def copy_code(folder: str) -> None:
+    """Copy this checkout's tracked files, or without git this package's, to `folder/code`; secrets are not tracked."""
+    root, target = Path(__file__).resolve().parents[1], os.path.join(folder, "code")
+    for name in _tracked_files(root):
+        if (root / name).is_file():
+            os.makedirs(os.path.dirname(os.path.join(target, name)), exist_ok=True)
+            shutil.copyfile(root / name, os.path.join(target, name))
+
+
+def _tracked_files(root: Path) -> list[str]:
+    try:
+        listed = subprocess.run(["git", "-C", str(root), "ls-files", "-z"], capture_output=True, text=True, check=True)
+        return [name for name in listed.stdout.split("\0") if name]
+    except (OSError, subprocess.CalledProcessError):
+        return [str(path.relative_to(root)) for path in (root / "open_lm").rglob("*.py")]
 
 
 def run_folder(config: RunConfig) -> str:

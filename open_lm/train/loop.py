@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from open_lm.data.batch import Batch
@@ -13,6 +14,8 @@ from open_lm.train.timing import Timing
 
 class Run(Protocol):
     """What the loop asks of the run it trains in; each method decides by itself whether anything is due."""
+
+    def observe(self, state: TrainState) -> AbstractContextManager[None]: ...
 
     def record(self, report: StepReport, state: TrainState, timing: Timing) -> None: ...
 
@@ -31,7 +34,8 @@ def train(state: TrainState, batches: Iterable[Batch], run: Run, *, accum: int, 
     timing = Timing(state.world.device)
     for host_batch in timed(batches, timing):
         batch = host_batch.to(state.world.device)
-        report = train_step(state, batch, accum=accum, clip=clip, timing=timing)
+        with run.observe(state):
+            report = train_step(state, batch, accum=accum, clip=clip, timing=timing)
         run.record(report, state, timing)
         run.score_averages_if_due(state, batch)
         run.validate_if_due(state)

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "open_lm"
 
 FLOORS = [
     {"errors"},
-    {"flags", "text", "registry", "signals", "watchdog"},
+    {"flags", "text", "registry", "signals", "watchdog", "agreement"},
     {"storage", "distributed", "precision", "kernels", "command"},
     {"model", "data", "tracking"},
     {"train", "checkpoint"},

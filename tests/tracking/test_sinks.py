@@ -1,5 +1,6 @@
 """Every sink gets every metric once, a resumed run continues the same record, and a missing package is named."""
 
+import csv
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import yaml
 
 from open_lm.errors import ConfigError
 from open_lm.tracking.config import SINKS, TrackingConfig
+from open_lm.tracking.csv import CsvSink
 from open_lm.tracking.sink import RunFacts, open_sinks
 
 
@@ -16,16 +18,38 @@ def facts(folder, report_to):
 
 def test_metrics_jsonl_holds_a_line_a_step_and_a_resumed_run_appends(tmp_path):
     for step in (1, 2):
-        (sink,) = open_sinks(facts(tmp_path, ""))
+        sink, _ = open_sinks(facts(tmp_path, ""))
         sink.log(step, {"train/loss": 2.0 / step, "bad": float("nan")})
         sink.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows == [{"step": 1, "train/loss": 2.0, "bad": None}, {"step": 2, "train/loss": 1.0, "bad": None}]
 
 
+def test_metrics_csv_has_a_row_a_step_and_a_column_a_metric_however_they_came(tmp_path):
+    sink = CsvSink(facts(tmp_path, ""))
+    sink.log(1, {"train/loss": 2.5})
+    sink.log(2, {"train/loss": 0.1 + 0.2, "empty": float("inf")})
+    sink.log(2, {"valid/loss": 3.0})
+    sink.log(3, {"train/loss": 1.0})
+    sink.close()
+    with open(tmp_path / "metrics.csv", "a") as file:
+        file.write("4,0.")  # a kill in the middle of a line
+    sink = CsvSink(facts(tmp_path, ""))
+    sink.rewind(2)
+    sink.log(3, {"train/loss": 1.5})
+    sink.close()
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows == [
+        {"step": "1", "train/loss": "2.5", "valid/loss": ""},
+        {"step": "2", "train/loss": "0.30000000000000004", "valid/loss": "3.0"},
+        {"step": "3", "train/loss": "1.5", "valid/loss": ""},
+    ]
+
+
 def test_tensorboard_events_read_back(tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    _, sink = open_sinks(facts(tmp_path, "tensorboard"))
+    *_, sink = open_sinks(facts(tmp_path, "tensorboard"))
     sink.log(7, {"train/loss": 1.5})
     sink.close()
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
@@ -62,4 +86,4 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(tmp_path, mon
 
 def test_all_means_every_sink():
     assert set(TrackingConfig(report_to="all").sinks) == set(SINKS)
-    assert TrackingConfig(report_to="wandb,tensorboard").sinks == ("jsonl", "wandb", "tensorboard")
+    assert TrackingConfig(report_to="wandb,tensorboard").sinks == ("jsonl", "csv", "wandb", "tensorboard")

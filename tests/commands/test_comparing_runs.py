@@ -77,7 +77,7 @@ def test_a_trace_holds_what_the_modules_saw_once_even_with_recomputation():
     hidden = state.model.tok_embeddings(batch.inputs_BT)
     torch.testing.assert_close(plain["1 tok_embeddings output 0"], hidden.detach())
     torch.testing.assert_close(plain["1 layers.0 input 0"], hidden.detach())
-    assert list(plain)[0] == "1 model input 0"
+    assert next(iter(plain)) == "1 model input 0"
 
 
 def test_traces_of_two_ranks_and_micro_batches(tmp_path):
@@ -102,7 +102,7 @@ def test_a_profile_is_a_chrome_trace_of_the_steps_asked_for(tmp_path):
 
 @pytest.mark.parametrize("words", ["0", "3-2", "a", "1,,x"])
 def test_steps_that_are_none_are_refused(tmp_path, words):
-    with pytest.raises(ConfigError, match="--trace-steps .*: give steps"):
+    with pytest.raises(ConfigError, match=r"--trace-steps .*: give steps"):
         run(tmp_path, "none", "--trace-steps", words)
 
 

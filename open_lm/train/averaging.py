@@ -53,9 +53,14 @@ class WeightAverage:
                 _local(parameter).copy_(tensor)
 
     def state_dict(self) -> dict[str, Any]:
-        """How many weights were added, and the average by parameter name, spread over the ranks as the weights are."""
-        named = zip(self._model.named_parameters(), self._averages, strict=True)
-        return {"n": self._n, "state_dict": {name: _like(p, average) for (name, p), average in named}}
+        """How many weights were added, and the average by name, spread over the ranks as the weights are.
+
+        The model's buffers and the second names of tied weights are in it too, so that it is a whole model.
+        """
+        average_of = {id(p): a for p, a in zip(self._model.parameters(), self._averages, strict=True)}
+        every_name = self._model.named_parameters(remove_duplicate=False)
+        averages = {name: _like(p, average_of[id(p)]) for name, p in every_name}
+        return {"n": self._n, "state_dict": {**self._model.state_dict(), **averages}}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,14 +1,16 @@
 """Running averages of the weights against their definitions over stored iterates."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from train.conftest import make_batch, make_state
+from train.conftest import CONFIG, make_batch, make_state
 
 from open_lm.errors import ConfigError
+from open_lm.model import create_model
 from open_lm.train.averagers import cosine, parse_averagers, poly
 from open_lm.train.averaging import WeightAverage
 from open_lm.train.step import average_losses, train_step
@@ -90,3 +92,15 @@ def test_the_loss_of_an_average_is_that_of_a_model_with_its_weights():
 def test_what_is_no_averager_is_refused_by_name(text):
     with pytest.raises(ConfigError, match=f"--averagers .*{text}"):
         parse_averagers(f"poly_8_1,{text}")
+
+
+def test_a_tied_weight_is_averaged_under_both_names():
+    tied = create_model(replace(CONFIG, weight_tying=True))
+    average = WeightAverage(parse_averagers("ema_0.5_1")[0], tied)
+    with torch.no_grad():
+        tied.tok_embeddings.weight.add_(1.0)
+    average.update(step=1)
+    stored = average.state_dict()["state_dict"]
+    assert stored.keys() == tied.state_dict().keys()
+    torch.testing.assert_close(stored["output.weight"], tied.output.weight - 0.5)
+    assert torch.equal(stored["output.weight"], stored["tok_embeddings.weight"])

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from open_lm.checkpoint.manager import Checkpoints, DataOrder
 from open_lm.checkpoint.when import Kind, SaveClock, SaveSteps
 from open_lm.data.batch import Batch
 from open_lm.distributed import World, start_world
-from open_lm.errors import DeviceError, Preempted, StorageError, TrainingDiverged
-from open_lm.evaluate.bootstrap import Bootstrap
-from open_lm.evaluate.held_out import HeldOut, ValidationSet, evaluate
+from open_lm.errors import DeviceError, Preempted, StorageError
+from open_lm.evaluate.held_out import HeldOut, ValidationSet
 from open_lm.evaluate.icl.in_training import TasksInTraining
+from open_lm.evaluations import Evaluations
 from open_lm.flags import parse_steps
 from open_lm.model.config import ModelConfig
 from open_lm.model.describe import model_size
 from open_lm.params import RunConfig
-from open_lm.recorder import Recorder, append_json_line, close_quietly, result_rows
+from open_lm.recorder import Recorder, append_json_line, close_quietly
 from open_lm.run_folder import open_folder
 from open_lm.signals import StopRequests
 from open_lm.tracking.log import text_log
@@ -91,13 +89,7 @@ class Run:
         for sink in sinks:
             self._closing.callback(close_quietly, sink)
         self._loader: DataOrder | None = None
-        self._val_sets: list[ValidationSet] = []
-        self._held_out: tuple[HeldOut, ...] = ()
-        self._bootstrap = bootstrap_of(config)
-        self._validated_at: int | None = None
-        self._tasks: TasksInTraining | None = None
-        self._scores: dict[str, float] = {}
-        self._scored_at: int | None = None
+        self.evaluations = Evaluations(config, world, os.path.join(self.checkpoints.folder, "results.jsonl"))
         self._saved_at: int | None = None
         self._due: tuple[int, Kind | None] = (-1, None)
         self._save_clock = SaveClock(config.checkpoint.save_every_minutes)
@@ -111,8 +103,6 @@ class Run:
     ) -> None:
         """Take what the run works on, once it is built and restored."""
         self._loader = loader
-        self._val_sets = val_sets
-        self._tasks = tasks
         self.recorder = Recorder(
             self.world,
             state,
@@ -122,6 +112,7 @@ class Run:
             peak_tflops=self.config.tracking.peak_tflops,
         )
         self._closing.callback(self.recorder.close)
+        self.evaluations.begin(self.recorder, val_sets, tasks)
         if state.step > 0 and loader is not None:
             self.recorder.rewind(state.step)
         self._saved_at = state.step
@@ -162,42 +153,7 @@ class Run:
 
     def validate_if_due(self, state: TrainState) -> None:
         """Measure held-out loss and scores at the ends of intervals, or every --val-every-steps, --icl-every-steps."""
-        flags = self.config.validation
-        if evaluation_due(state, flags.val_frequency, flags.val_every_steps):
-            self.validate(state)
-        if evaluation_due(state, flags.icl_frequency, flags.icl_every_steps):
-            self.score(state)
-
-    def validate(self, state: TrainState) -> None:
-        """Measure and record the held-out loss, unless this step has been measured."""
-        if not self._val_sets or self._validated_at == state.step:
-            return
-        results = self.recorder.aside(
-            lambda: evaluate(state.model, self._val_sets, self.world, state.precision, self._bootstrap)
-        )
-        self._held_out, self._validated_at = tuple(results), state.step
-        self.recorder.write_held_out(state.step, results)
-        if self.world.is_master:
-            append_json_line(os.path.join(self.checkpoints.folder, "results.jsonl"), self._result_rows(state))
-        for result in results:
-            if not math.isfinite(result.loss):
-                raise TrainingDiverged(
-                    f"the held-out loss on {result.name} is {result.loss}: the weights are not usable."
-                )
-
-    def score(self, state: TrainState) -> None:
-        """Score the model on --icl-tasks and record it, unless that was done at this step."""
-        if self._tasks is None or self._scored_at == state.step:
-            return
-        self._scores, self._scored_at = self.recorder.aside(self._tasks.score), state.step
-        self.recorder.write_scores(state.step, self._scores)
-
-    def _result_rows(self, state: TrainState) -> list[dict[str, Any]]:
-        flags = self.config.checkpoint
-        path = flags.resume or flags.pretrained
-        return result_rows(
-            self._held_out, step=state.step, tokens=state.tokens, model=self.config.model.model or "", checkpoint=path
-        )
+        self.evaluations.if_due(state)
 
     def save_if_due(self, state: TrainState) -> None:
         """Write a checkpoint where the flags --save-* and --ephemeral-every-steps ask for one."""
@@ -221,7 +177,7 @@ class Run:
         loader, is_final = self._loader, state.step == state.horizon.total_steps
         assert loader is not None
         stats = {
-            "evaluation_metrics": self._result_rows(state),
+            "evaluation_metrics": self.evaluations.rows(state),
             "samples_seen": state.tokens // self.architecture.seq_len,
             "percentage_of_data_seen": state.step / state.horizon.total_steps,
             "shard_shuffle_seed": self.config.train.seed,
@@ -259,33 +215,14 @@ class Run:
 
     def finish(self, state: TrainState) -> RunResult:
         """The last validation and scores, where there is anything to evaluate on, and what the run came to."""
-        self.validate(state)
-        self.score(state)
+        self.evaluations.validate(state)
+        self.evaluations.score(state)
         logging.info("done: %s", self.folder)
-        return RunResult(self.folder, state.step, self._held_out, self._scores)
+        return RunResult(self.folder, state.step, self.evaluations.held_out, self.evaluations.scores)
 
     def close(self) -> None:
         """Close what writes."""
         self._closing.close()
-
-
-def bootstrap_of(config: RunConfig) -> Bootstrap | None:
-    """The intervals of held-out losses that are asked for, if any."""
-    flags = config.validation
-    if not (flags.val_seq_ci or flags.val_tok_ci):
-        return None
-    return Bootstrap(
-        flags.val_seq_ci, flags.val_tok_ci, flags.val_iter_ci, flags.val_max_pop_ci, seed=config.train.seed
-    )
-
-
-def evaluation_due(state: TrainState, every_intervals: int, every_steps: int | None) -> bool:
-    """Whether to evaluate after this step: every so many steps and at the end, or else every so many intervals."""
-    steps = state.horizon
-    if every_steps:
-        return state.step % every_steps == 0 or state.step == steps.last_step
-    ends = state.step in steps.interval_ends and every_intervals > 0
-    return ends and steps.intervals_done(state.step) % every_intervals == 0
 
 
 @contextlib.contextmanager

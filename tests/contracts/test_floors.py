@@ -15,13 +15,25 @@ FLOORS = [
     {"model", "data", "tracking"},
     {"train", "checkpoint"},
     {"evaluate", "generate", "hf", "loading"},
-    {"params", "run", "run_folder", "recorder", "build", "build_evaluation", "lengths", "report", "dry_run"},
+    {
+        "params",
+        "run",
+        "evaluations",
+        "run_folder",
+        "recorder",
+        "build",
+        "build_evaluation",
+        "lengths",
+        "report",
+        "dry_run",
+    },
     {"main", "utils"},
 ]
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 ALLOWED_WITHIN_A_FLOOR = {
     ("evaluate", "loading"), ("evaluate", "generate"), ("generate", "loading"), ("hf", "loading"), ("hf", "generate"),
-    ("run", "recorder"), ("run", "run_folder"), ("run", "params"), ("run_folder", "params"),
+    ("run", "recorder"), ("run", "evaluations"), ("evaluations", "recorder"), ("evaluations", "params"),
+    ("run", "run_folder"), ("run", "params"), ("run_folder", "params"),
     ("build", "params"), ("build", "run_folder"), ("build", "lengths"), ("lengths", "params"),
     ("dry_run", "build"), ("dry_run", "params"), ("dry_run", "lengths"),
     ("build_evaluation", "build"), ("build_evaluation", "params"), ("build_evaluation", "lengths"),

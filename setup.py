@@ -17,6 +17,7 @@ EXTRAS = {
     "eval": requirements("requirements-eval.txt"),  # LLM Foundry itself comes with `make install-eval`
     "wandb": ["wandb==0.31.0"],
     "ray": ["ray[default]==2.60.0"],
+    "parquet": ["pyarrow==26.0.1"],  # for data sets of the Hub
     "gpu": ["xformers>=0.0.30"],
     "s3": ["s3fs==2026.9.0", "aiobotocore==3.10.0", "boto3==1.43.117"],
 }

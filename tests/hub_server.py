@@ -10,9 +10,21 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs, unquote
 
 TOKEN = "hf_secret"
 COMMIT = "c0ffee" + "0" * 34
+KIND = "(models|datasets)"
+
+
+CONVERTED = "feed" + "0" * 36
+"""Commit of the Hub's own conversion of a data set to parquet: here the folder beside it that ends in .converted."""
+
+
+def folder_of(match, revision=None):
+    """The folder of a repository below the root: data sets lie in `datasets/`."""
+    converted = unquote(revision or "") in ("refs/convert/parquet", CONVERTED)
+    return match[2] if match[1] == "models" else f"datasets/{match[2]}" + ".converted" * converted
 
 
 class Hub:
@@ -60,42 +72,74 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         path = self.path.split("?")[0]
         self.hub.requests.append((self.command, path, self.headers.get("Range")))
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
-            repo, revision = match.groups()
+        if match := re.fullmatch(rf"/api/{KIND}/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+            repo, revision = folder_of(match, match[3]), match[3]
             if not self.allowed(repo):
                 return
-            if revision not in (None, "main", "v1", COMMIT):
-                return self.reply(404, {"error": "no revision"}, X_Error_Code="RevisionNotFound")
+            if not self.known(revision):
+                return None
             siblings = [{"rfilename": name} for name in self.hub.files(repo)]
-            return self.reply(200, {"id": repo, "sha": COMMIT, "siblings": siblings, "private": False, "tags": []})
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
-            sizes = {name: (self.hub.root / match[1] / name).stat().st_size for name in self.hub.files(match[1])}
-            listed = [{"type": "file", "path": n, "size": size, "oid": COMMIT} for n, size in sizes.items()]
-            return self.allowed(match[1]) and self.reply(200, listed)
-        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            return self.allowed(match[1]) and self.file(self.hub.root / match[1] / match[3])
+            return self.reply(
+                200,
+                {
+                    "id": repo,
+                    "sha": CONVERTED if repo.endswith(".converted") else COMMIT,
+                    "siblings": siblings,
+                    "private": False,
+                    "tags": [],
+                },
+            )
+        if match := re.fullmatch(rf"/api/{KIND}/([^/]+/[^/]+)/tree/([^/]+)(/.*)?", path):
+            folder = folder_of(match, match[3])
+            if not self.allowed(folder) or not self.known(match[3]):
+                return None
+            below = unquote(match[4] or "/").strip("/")
+            listed = [self.entry(folder, name) for name in self.hub.files(folder)]
+            return self.reply(200, [row for row in listed if row["path"].startswith(below)])
+        if match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            folder = (match[1] or "") + match[2] + ".converted" * (match[3] == CONVERTED)
+            return self.allowed(folder) and self.file(self.hub.root / folder / unquote(match[4]))
         self.reply(404, {"error": path})
 
     do_HEAD = do_GET
+
+    def known(self, revision):
+        """Whether there is such a revision; answers otherwise as the Hub does."""
+        found = unquote(revision or "main") in ("main", "v1", COMMIT, CONVERTED, "refs/convert/parquet")
+        return found or self.reply(404, {"error": "no revision"}, X_Error_Code="RevisionNotFound")
+
+    def entry(self, folder, name):
+        """How the Hub lists one path, a file or a folder."""
+        path = self.hub.root / folder / name
+        if path.is_dir():
+            return {"type": "directory", "path": name, "oid": COMMIT, "size": 0}
+        return {"type": "file", "path": name, "size": path.stat().st_size, "oid": COMMIT}
 
     def file(self, path):
         if not path.is_file():
             return self.reply(404, b"", X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
         content = path.read_bytes()
-        start = int(re.fullmatch(r"bytes=(\d+)-.*", self.headers.get("Range") or "bytes=0-")[1])
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "bytes=0-")
+        start, stop = int(asked[1]), int(asked[2]) + 1 if asked[2] else len(content)
         etag = '"' + hashlib.sha1(content).hexdigest() + '"'
-        part = content[start:]
+        part = content[start:stop]
         sent = part
         if self.command == "GET" and (n := self.hub.cut.pop(path.name, None)):
             sent, self.close_connection = part[:n], True
         headers = {"ETag": etag, "X_Repo_Commit": COMMIT, "Accept_Ranges": "bytes", "Content_Length": len(part)}
-        if start:
-            headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        self.reply(206 if start else 200, sent, **headers)
+        if self.headers.get("Range"):
+            headers["Content_Range"] = f"bytes {start}-{start + len(part) - 1}/{len(content)}"
+        self.reply(206 if self.headers.get("Range") else 200, sent, **headers)
 
     def do_POST(self):
         self.hub.requests.append((self.command, self.path, None))
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if match := re.fullmatch(rf"/api/{KIND}/([^/]+/[^/]+)/paths-info/([^/]+)", self.path):
+            folder, names = folder_of(match, match[3]), parse_qs(body.decode()).get("paths", [])
+            there = [name for name in names if (self.hub.root / folder / name).exists()]
+            if not self.allowed(folder) or not self.known(match[3]):
+                return None
+            return self.reply(200, [self.entry(folder, name) for name in there])
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.reply(401, {"error": "log in"})
         if self.path == "/api/validate-yaml":

@@ -23,7 +23,7 @@ from open_lm.model.describe import model_size
 from open_lm.params import RunConfig
 from open_lm.recorder import Recorder, append_json_line, close_quietly
 from open_lm.run_folder import open_folder
-from open_lm.signals import StopRequests
+from open_lm.signals import StopRequests, end_with_launcher
 from open_lm.tracking.log import text_log
 from open_lm.tracking.sink import RunFacts, Sink, open_sinks
 from open_lm.train.observing import Observer
@@ -235,6 +235,7 @@ def start_run(config: RunConfig, architecture: ModelConfig, command: str) -> Ite
     """
     flags, tracking = config.parallel, config.tracking
     with contextlib.ExitStack() as stack:
+        end_with_launcher()
         record_collectives()
         world = stack.enter_context(
             start_world(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
 import time
 import types
 from typing import Any
@@ -41,3 +44,10 @@ class StopRequests:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
+
+
+def end_with_launcher() -> None:
+    """Get SIGTERM when torchrun dies, which sends none when it is killed itself: no rank stays behind (Linux only)."""
+    set_parent_death_signal = 1
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)

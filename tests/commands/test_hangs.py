@@ -80,3 +80,21 @@ def test_anybody_can_look_into_a_run_that_goes_on(tmp_path):
         assert running.returncode == 85
     finally:
         running.kill()
+
+
+def test_a_killed_launcher_leaves_no_rank_behind_and_a_checkpoint(tmp_path):
+    arguments = flags(tmp_path, write_data(tmp_path / "data"), "--multiple-data-passes", steps=100_000)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    running = subprocess.Popen([*launcher, "open_lm.main", *arguments], stderr=subprocess.DEVNULL, env=environment)
+    metrics = folder_of(tmp_path) / "metrics.jsonl"
+    while not metrics.exists() or metrics.stat().st_size < 100:
+        assert running.poll() is None
+        time.sleep(0.2)
+    running.kill()
+    running.wait()
+    deadline = time.monotonic() + 60
+    while ranks := subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout.split():
+        assert time.monotonic() < deadline, f"ranks {ranks} are still there"
+        time.sleep(0.2)
+    assert list((folder_of(tmp_path) / "checkpoints").glob("epoch_0-step*.commit.json"))

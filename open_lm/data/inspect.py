@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from open_lm import command, storage, text
@@ -31,7 +31,9 @@ class Inspect:
         "Print the samples of this training step, counted from 0; needs --seed and --global-batch-size of the run.",
     )
     seed: int = flag(0, "Of the run whose --step is asked for.")
-    global_batch_size: int = flag(64, "Of the run whose --step is asked for.")
+    global_batch_size: int | None = flag(
+        None, "Of the run whose --step is asked for. None: what its checkpoints or flags say; with --path 64."
+    )
 
     def __post_init__(self) -> None:
         if bool(self.path) == bool(self.run):
@@ -128,44 +130,24 @@ def _first_samples(shards: Sequence[Any], flags: Inspect) -> Iterator[str]:
                 return
 
 
-def run_settings(run: str) -> tuple[DataConfig, int, int]:
-    """The data flags, seed and global batch that a run's params.txt holds.
-
-    Raises:
-        ConfigError: the folder is no run, or its batch depends on its number of processes.
-    """
-    import yaml
-
-    path = storage.join(run, "params.txt")
-    if not storage.exists(path):
-        raise ConfigError(f"--run {storage.shown(run)}: holds no params.txt. Give the folder of a run: <logs>/<name>.")
-    params = yaml.safe_load(storage.read_text(path))
-    if params.get("batch_size"):
-        raise ConfigError(
-            "--run: it was started with --batch-size per process. Give --path, --seed and --global-batch-size."
-        )
-    known: dict[str, Any] = {f.name: params[f.name] for f in fields(DataConfig) if f.name in params}
-    known = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
-    config = DataConfig(**known)
-    return config, params["seed"], params["global_batch_size"]
-
-
 def _step(flags: Inspect, step: int) -> Iterator[str]:
     """The samples of one step, in the order of the batch."""
     from open_lm.data.geometry import make_geometry, make_plan
+    from open_lm.data.run_data import run_settings
     from open_lm.data.shards import read_samples
     from open_lm.data.sources import Source, open_sources
 
     if flags.run:
-        config, seed, batch = run_settings(flags.run)
+        config, seed, batch, geometry = run_settings(flags.run, step, flags.global_batch_size)
         if config.dataset_type != "auto" and config.dataset_type != "webdataset":
             raise ConfigError(f"--run: its data is of --dataset-type {config.dataset_type}; only shards can be shown.")
         sources = open_sources(config)
     else:
-        config, seed, batch = DataConfig(), flags.seed, flags.global_batch_size
+        config, seed, batch = DataConfig(), flags.seed, flags.global_batch_size or 64
+        geometry = make_geometry(config, global_batch=batch, rank=0, world_size=1)
         sources = [Source(flags.path, tuple(_shards(flags)))]
     plan = make_plan(sources, config, seed=seed, global_batch=batch)
-    found = plan.locate(make_geometry(config, global_batch=batch, rank=0, world_size=1).positions_of(step))
+    found = plan.locate(geometry.positions_of(step))
     places = list(zip(found.source.tolist(), found.shard.tolist(), found.place.tolist(), strict=True))
     shards = {(source, number): sources[source].shards[number] for source, number, _ in places}
     samples = {name: list(read_samples(shard.url, key=flags.data_key)) for name, shard in shards.items()}

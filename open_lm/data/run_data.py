@@ -1,0 +1,68 @@
+"""Which data a training run read, and in which batches: found again from its folder."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from typing import Any
+
+from open_lm import storage
+from open_lm.data.config import DataConfig
+from open_lm.data.geometry import Geometry, make_geometry
+from open_lm.errors import ConfigError
+
+
+def run_settings(run: str, step: int, global_batch: int | None = None) -> tuple[DataConfig, int, int, Geometry]:
+    """The data flags of a run, its seed, the batch its order was planned for, and where the batch of `step` lies.
+
+    These stand in the first checkpoint after `step`; where there is none, in the flags (`global_batch` completes them).
+
+    Raises:
+        ConfigError: the folder is no run, or its batch is not known yet.
+    """
+    params = _params(run)
+    known: dict[str, Any] = {f.name: params[f.name] for f in fields(DataConfig) if f.name in params}
+    known = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
+    config = DataConfig(**known)
+    states = sorted(_states(run), key=lambda state: state["steps"])
+    later = [state for state in states if state["steps"] > step] or states[-1:]
+    if later and global_batch is None:
+        batch, planned = later[0]["global_batch"], later[0]["planned_batch"]
+        geometry = Geometry(
+            batch,
+            0,
+            1,
+            tuple((first, end) for first, end in later[0]["skips"]),
+            first_step=later[0]["steps"],
+            first_position=later[0]["samples_consumed"],
+        )
+        return config, later[0]["seed"], planned, geometry
+    batch = global_batch or (None if params.get("batch_size") else params["global_batch_size"])
+    if batch is None:
+        raise ConfigError(
+            f"--run {storage.shown(run)}: was started with --batch-size per process and has no checkpoint yet. "
+            "Give --global-batch-size: that number times its processes."
+        )
+    return config, params["seed"], batch, make_geometry(config, global_batch=batch, rank=0, world_size=1)
+
+
+def _params(run: str) -> dict[str, Any]:
+    import yaml
+
+    path = storage.join(run, "params.txt")
+    if not storage.exists(path):
+        raise ConfigError(f"--run {storage.shown(run)}: holds no params.txt. Give the folder of a run: <logs>/<name>.")
+    return yaml.safe_load(storage.read_text(path))
+
+
+def _states(run: str) -> list[dict[str, Any]]:
+    """Where the data stood at each checkpoint."""
+    import torch
+
+    paths = storage.glob(storage.join(storage.join(run, "checkpoints"), "stats_*.pt"))
+    found = []
+    for path in paths:
+        if os.path.exists(path):
+            state = torch.load(path, weights_only=True, map_location="cpu").get("data_state")
+            found += [state] if state else []
+    return found

@@ -11,7 +11,10 @@ from open_lm.tracking.sink import RunFacts
 
 
 class WandbSink:
-    """One `log` call a step. The run's id is kept in `wandb_id.txt`; WANDB_MODE=offline works without a network."""
+    """One call a step, with all that was logged of it: it is sent when the next step begins, as wandb itself would.
+
+    The run's id is kept in `wandb_id.txt`; WANDB_MODE=offline works without a network.
+    """
 
     def __init__(self, run: RunFacts):
         try:
@@ -29,12 +32,22 @@ class WandbSink:
             dir=os.path.abspath(run.folder),
         )
         id_file.write_text(self._run.id)
+        self._step, self._pending = 0, dict[str, float]()
 
     def rewind(self, step: int) -> None:
         """Nothing to do: Weights & Biases passes over steps that it has already."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=step)
+        if step != self._step:
+            self._send()
+        self._step = step
+        self._pending |= metrics
+
+    def _send(self) -> None:
+        if self._pending:
+            self._run.log(self._pending, step=self._step)
+        self._pending = {}
 
     def close(self) -> None:
+        self._send()
         self._run.finish()

@@ -75,6 +75,25 @@ def test_wandb_offline_writes_one_run_across_restarts(tmp_path, monkeypatch):
     assert all(yaml.safe_load(c.read_text())["lr"]["value"] == 0.1 for c in configs)
 
 
+def test_wandb_is_called_once_a_step_with_all_of_it(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    calls, real = [], wandb.sdk.wandb_run.Run.log
+
+    def counted(run, data, step):
+        calls.append((step, dict(data)))
+        return real(run, data, step=step)
+
+    monkeypatch.setattr(wandb.sdk.wandb_run.Run, "log", counted)
+    *_, sink = open_sinks(facts(tmp_path, "wandb"))
+    sink.log(1, {"train/loss": 2.0})
+    sink.log(1, {"valid/loss": 3.0})
+    sink.log(2, {"train/loss": 1.0})
+    sink.close()
+    assert calls == [(1, {"train/loss": 2.0, "valid/loss": 3.0}), (2, {"train/loss": 1.0})]
+
+
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
 def test_a_missing_package_is_named_with_the_line_that_installs_it(tmp_path, monkeypatch, name):
     import sys

@@ -17,6 +17,10 @@ from open_lm.errors import DeviceError, OpenLMError
 
 T = TypeVar("T")
 
+_LEFT: list[Any] = []
+"""The process groups that were left, kept until the process ends. Gloo's destructor holds Python's lock while it waits
+for a thread that may need that lock to let go of a tensor: a run that was done never ended (seen with torch 2.13)."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -150,4 +154,5 @@ def start_world(
     try:
         yield world
     finally:
+        _LEFT.extend(dist.distributed_c10d._world.pg_map)
         dist.destroy_process_group()

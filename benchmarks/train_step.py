@@ -1,120 +1,136 @@
-"""How fast is a training step, beside the peers that are installed?  Interleaved in one run; ratios with their spread.
+"""How fast is a training step, beside others?  Each contestant in its own process, taking turns; ratios with spread.
 
     python benchmarks/train_step.py [--model open_lm_11m] [--rounds 7] [--precision amp_bf16] [--json FILE]
+        [--contestants NAME…] [--peers-python /tmp/peers/bin/python] [--nanogpt DIR] [--loss-steps 50]
 
-Every contestant takes the same batch through forward, backward and an AdamW step. The peer here is transformers' Llama
-of the same width, depth, heads and vocabulary, with its own loss and torch's fused AdamW.
+Every contestant takes the same batches through forward, backward, clipping and AdamW. Ratios are to the first one.
+Peers that this Python does not have run with --peers-python; those that neither has are left out and named. Memory is
+the peak of the whole process. With --loss-steps each also trains that many steps on one batch sequence, and its loss
+then is reported (architectures and initialisations differ between projects, so compare those of one project).
 """
 
 import argparse
 import json
+import resource
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from open_lm.data.batch import Batch
-from open_lm.distributed import World
-from open_lm.model import create_model
-from open_lm.model.config import ModelFlags, resolve
-from open_lm.precision import Precision
-from open_lm.train.config import OptimizerConfig
-from open_lm.train.horizon import Horizon
-from open_lm.train.optim import build_optimizers
-from open_lm.train.parallel import blocks
-from open_lm.train.state import TrainState
-from open_lm.train.step import train_step
-from open_lm.train.tasks import NextToken
-from open_lm.train.timing import Timing
+DEFAULT = ("transformers", "transformers compiled", "open_lm", "open_lm --torchcompile", "open_lm --cpu-kernels off")
 
 
-def ours(config, precision: str, batch: Batch, compiled: bool) -> Callable[[], float]:
-    """One step of the project's own loop."""
-    model = create_model(config)
-    if compiled:
-        for block in blocks(model):
-            block.compile()
-    state = TrainState(
-        model=model,
-        optimizers=build_optimizers(model, OptimizerConfig(), 1e-4),
-        precision=Precision(precision, "cpu"),
-        lr_at=lambda step: 1e-4,
-        horizon=Horizon((10**6,), batch.inputs_BT.numel()),
-        task=NextToken(),
-        world=World(),
-    )
-    timing = Timing(torch.device("cpu"))
-    return lambda: train_step(state, batch, accum=1, clip=1.0, timing=timing).loss.item()
+def work(args):
+    """A contestant's side: build, then one step for each line read; answers are JSON lines."""
+    out = sys.stdout
+    sys.stdout = sys.stderr  # peers print
+    import torch
+    import train_step_peers as peers
+
+    torch.manual_seed(0)
+    step = peers.build(args.contestants[0], args.model, args.precision, args.nanogpt)
+    config, _ = peers.shape_of(args.model)
+    dice = torch.Generator().manual_seed(1)
+    samples = [torch.randint(0, config.vocab_size, (1, config.seq_len + 1), generator=dice) for _ in range(4)]
+    print(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__}), file=out, flush=True)
+    for n, _ in enumerate(sys.stdin):
+        began = time.perf_counter()
+        loss = step(samples[n % len(samples)])
+        seconds = time.perf_counter() - began
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({"seconds": seconds, "loss": loss, "peak_mb": peak}), file=out, flush=True)
 
 
-def llama(config, precision: str, batch: Batch) -> Callable[[], float]:
-    """One step of transformers' Llama."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+class Contestant:
+    """One contestant's process, seen from outside."""
 
-    width = 256 * -(-int(8 * config.hidden_dim / 3) // 256)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size, hidden_size=config.hidden_dim, intermediate_size=width,
-            num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
-            max_position_embeddings=config.seq_len, tie_word_embeddings=False,
+    def __init__(self, name, python, args):
+        own = ["--worker", "--contestants", name, "--model", args.model, "--precision", args.precision]
+        own += ["--nanogpt", args.nanogpt] if args.nanogpt else []
+        self.process = subprocess.Popen(
+            [python, __file__, *own], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-    )  # fmt: skip
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    context = Precision(precision, "cpu").autocast
+        self.about = json.loads(self.process.stdout.readline() or "null")
 
-    def step() -> float:
-        with context():
-            loss = model(input_ids=batch.inputs_BT, labels=batch.inputs_BT, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+    def step(self):
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(self.failure())
+        return json.loads(line)
 
-    return step
+    def failure(self):
+        """The last line of what the process said on its way out."""
+        return (self.process.communicate()[1].strip().splitlines() or ["no word"])[-1]
 
 
-def main() -> None:
-    """Warm up, then take turns; print medians and ratios."""
+def start(args):
+    """The contestants that can be started, those that cannot being named."""
+    running = {}
+    for name in args.contestants:
+        pythons = [sys.executable, *([args.peers_python] if args.peers_python else [])]
+        for python in pythons if not name.startswith("open_lm") else pythons[:1]:
+            contestant = Contestant(name, python, args)
+            if contestant.about:
+                running[name] = contestant
+                break
+        else:
+            print(f"{name}: left out ({contestant.failure()})")
+    return running
+
+
+def measure(running, rounds, loss_steps):
+    """`{name: {seconds: [one a round], loss, peak_mb}}`; the first three steps of each compile and page in."""
+    for contestant in running.values():
+        for _ in range(3):
+            last = contestant.step()
+    seconds = {name: [] for name in running}
+    for _ in range(rounds):
+        for name, contestant in running.items():
+            seconds[name].append(contestant.step()["seconds"])
+    result = {}
+    for name, contestant in running.items():
+        for _ in range(max(1, loss_steps - 3 - rounds)):
+            last = contestant.step()
+        result[name] = {"seconds": seconds[name], "loss": last["loss"], "peak_mb": last["peak_mb"]}
+    return result
+
+
+def main():
+    """Print one line a contestant."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="open_lm_11m")
-    parser.add_argument("--precision", default="amp_bf16")
+    parser.add_argument("--precision", default="amp_bf16", choices=("amp_bf16", "fp32"))
+    parser.add_argument("--contestants", nargs="+", default=DEFAULT)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--loss-steps", type=int, default=0)
+    parser.add_argument("--peers-python", help="a Python that has litgpt and torchtitan: see benchmarks/README.md")
+    parser.add_argument("--nanogpt", help="a folder with nanoGPT's model.py")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    config = resolve(ModelFlags(model=args.model))
-    torch.manual_seed(0)
-    batch = Batch.from_samples(torch.randint(0, config.vocab_size, (1, config.seq_len + 1)))
-    contestants = {
-        "transformers Llama": llama(config, args.precision, batch),
-        "open_lm": ours(config, args.precision, batch, compiled=False),
-        "open_lm --torchcompile": ours(config, args.precision, batch, compiled=True),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(args.rounds + 2):
-        for name, step in contestants.items():
-            began = time.perf_counter()
-            step()
-            if turn >= 2:  # the first two compile, allocate and page in
-                seconds[name].append(time.perf_counter() - began)
-    peer = seconds["transformers Llama"]
-    result = {}
-    for name, own in seconds.items():
-        ratios = sorted(theirs / mine for theirs, mine in zip(peer, own, strict=True))
-        result[name] = {
-            "seconds": statistics.median(own),
-            "ratio": statistics.median(ratios),
-            "spread": ratios[:: len(ratios) - 1],
-        }
-        low, high = result[name]["spread"]
-        print(f"{name:24s} {result[name]['seconds']:7.3f} s   x{result[name]['ratio']:.2f}   ({low:.2f} to {high:.2f})")
+    if args.worker:
+        return work(args)
+    running = start(args)
+    result = measure(running, args.rounds, args.loss_steps)
+    about = next(iter(running.values())).about
+    print(f"{args.model}, {args.precision}, {about['threads']} threads, torch {about['torch']}; x: times the first")
+    first = next(iter(result.values()))["seconds"]
+    for name, own in result.items():
+        ratios = sorted(theirs / mine for theirs, mine in zip(first, own["seconds"], strict=True))
+        own |= {"ratio": statistics.median(ratios), "spread": [ratios[0], ratios[-1]]}
+        low, high = own["spread"]
+        print(
+            f"{name:40s} {statistics.median(own['seconds']):7.3f} s  x{own['ratio']:.2f} ({low:.2f} to {high:.2f})  "
+            f"{own['peak_mb']:5.0f} MB  loss {own['loss']:.4f}"
+        )
     if args.json:
-        args.json.write_text(json.dumps({"model": args.model, "precision": args.precision, "result": result}, indent=1))
+        facts = {"model": args.model, "precision": args.precision, **about}
+        args.json.write_text(json.dumps({**facts, "result": result}, indent=1))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import os
-
-import torch
 
 from open_lm.checkpoint.commit import committed
 from open_lm.checkpoint.contents import stored_config
@@ -15,7 +14,6 @@ from open_lm.distributed import World
 from open_lm.errors import ConfigError
 from open_lm.lengths import build_schedule, global_batch_size, run_horizon
 from open_lm.loading import load_model
-from open_lm.model import create_model
 from open_lm.model.config import ModelConfig, resolve
 from open_lm.params import RunConfig
 from open_lm.precision import Precision
@@ -23,9 +21,9 @@ from open_lm.run_folder import run_folder
 from open_lm.train.averagers import parse_averagers
 from open_lm.train.averaging import WeightAverage
 from open_lm.train.backends import prepare_backends
+from open_lm.train.first_weights import build_wrapped
 from open_lm.train.horizon import Horizon
 from open_lm.train.optim import build_optimizers
-from open_lm.train.parallel import wrap
 from open_lm.train.spikes import SpikeGuard
 from open_lm.train.state import TrainState
 from open_lm.train.tasks import Distillation, NextToken, Task
@@ -112,11 +110,14 @@ def build_task(config: RunConfig, architecture: ModelConfig, world: World, preci
 def build_state(config: RunConfig, architecture: ModelConfig, world: World, steps: Horizon) -> TrainState:
     """The model with the weights of --seed, wrapped for the ranks, and what trains it."""
     parallel = config.parallel
+    if parallel.preset_world_size not in (None, world.size):
+        logging.warning(
+            "--preset-world-size %d: the launcher started %d ranks, which the run uses.",
+            parallel.preset_world_size, world.size,
+        )  # fmt: skip
     prepare_backends(parallel, world.device, architecture.seq_len, architecture.vocab_size)
     precision = Precision(parallel.precision, world.device.type)
-    torch.manual_seed(config.train.seed)
-    model = create_model(architecture).to(world.device, precision.weight_dtype)
-    wrapped = wrap(model, world, parallel)
+    wrapped = build_wrapped(architecture, world, parallel, config.train.seed, precision.weight_dtype)
     averages = [WeightAverage(spec, wrapped) for spec in parse_averagers(config.optimizer.averagers)]
     sigma = config.optimizer.skip_step_sigma
     return TrainState(

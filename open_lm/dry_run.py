@@ -68,7 +68,7 @@ def forecast(config: RunConfig) -> Forecast:
         ConfigError: the length is not known without the data, or the batch does not divide.
     """
     architecture = architecture_of(config)
-    world_size = ranks_from_environment()[1]
+    world_size = config.parallel.preset_world_size or ranks_from_environment()[1]
     tokens_per_step = global_batch_size(config, world_size) * architecture.seq_len
     steps = run_horizon(config, tokens_per_step, None, architecture.seq_len)
     lr_at = build_schedule(config.schedule, steps)

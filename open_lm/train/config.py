@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 
 from open_lm.errors import ConfigError
@@ -30,6 +31,7 @@ MEANINGLESS = (
     "trace",
     "use_bnb_linear",
 )
+RECOMPUTED = r"full|selective|every-[1-9][0-9]*"
 PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "fp32")
 
 
@@ -190,6 +192,12 @@ class ParallelConfig:
     grad_checkpointing: bool = flag(
         False, "Recompute each block in the backward pass instead of keeping its activations."
     )
+    grad_checkpointing_mode: str | None = flag(
+        None,
+        "What --grad-checkpointing recomputes, and switches it on: full = every block; every-K = every K-th block; "
+        "selective = in every block all but matrix products and attention, whose results are kept. None: full.",
+        metavar="full|every-K|selective",
+    )
     cpu_kernels: str = flag(
         "auto",
         "On a CPU: auto computes attention and loss of all but tiny models with C++ kernels, compiled at their first "
@@ -209,6 +217,16 @@ class ParallelConfig:
     )
     fsdp_group_size: int | None = flag(
         None, "Ranks that share one copy under --fsdp-hybrid; None: those of one node.", least=1
+    )
+    fsdp_forward_prefetch: int = flag(
+        0,
+        "With --fsdp: blocks gathered ahead of the one that computes; 0 leaves it to FSDP2, which gathers one.",
+        least=0,
+    )
+    experimental_meta_device: bool = flag(
+        False,
+        "With --fsdp: build the model without memory and fill it part by part, each rank keeping its share only; the "
+        "weights are those of --seed all the same.",
     )
     fsdp_backward_prefetch: bool = flag(False, "No meaning under FSDP2, which always prefetches; accepted.")
     fsdp_limit_all_gathers: bool = flag(False, "No meaning under FSDP2, whose memory is bounded anyway; accepted.")
@@ -231,6 +249,11 @@ class ParallelConfig:
         above=0,
     )
     no_set_device_rank: bool = flag(False, "Every rank uses GPU 0 of those it sees (the launcher hides the others).")
+    preset_world_size: int | None = flag(
+        None,
+        "Ranks that --dry-run plans for. A run itself has those its launcher starts, and warns where they differ.",
+        least=1,
+    )
     force_distributed: bool = flag(False, "Make a process group even for one rank.")
 
     def __post_init__(self) -> None:
@@ -238,7 +261,11 @@ class ParallelConfig:
             raise ConfigError(
                 "--fsdp-amp and --fsdp-pure-bf16 exclude each other: gradients are reduced in fp32 or in bf16."
             )
-        needing = ("fsdp_amp", "fsdp_pure_bf16", "fsdp_cpu_offload", "fsdp_hybrid", "fsdp_hybrid_o2")
+        if self.grad_checkpointing_mode and not re.fullmatch(RECOMPUTED, self.grad_checkpointing_mode):
+            found = self.grad_checkpointing_mode
+            raise ConfigError(f"--grad-checkpointing-mode {found}: give full, selective, or every-K as in every-2.")
+        needing = ["fsdp_amp", "fsdp_pure_bf16", "fsdp_cpu_offload", "fsdp_hybrid", "fsdp_hybrid_o2"]
+        needing += ["fsdp_forward_prefetch", "experimental_meta_device"]
         for name in needing:
             if getattr(self, name) and not self.fsdp:
                 raise ConfigError(f"--{name.replace('_', '-')} says how --fsdp works: give that too.")

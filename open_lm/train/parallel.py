@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -18,16 +17,15 @@ from torch.nn.parallel import DistributedDataParallel
 from open_lm.distributed import World
 from open_lm.errors import ConfigError
 from open_lm.train.config import ParallelConfig
+from open_lm.train.recompute import recompute
 
 
 def wrap(model: nn.Module, world: World, config: ParallelConfig) -> nn.Module:
     """`model` ready for `train_step` on every rank; the names of its parameters do not change."""
-    for block in blocks(model):
-        if config.grad_checkpointing:
-            recompute_in_backward(block)
-        if config.torchcompile:
-            block.compile()
-    if config.fsdp and (world.size > 1 or config.force_distributed):
+    recompute(list(blocks(model)), config)
+    for block in blocks(model) if config.torchcompile else ():
+        block.compile()
+    if shards(world, config):
         return shard(model, world, config)
     if world.size == 1:
         return model
@@ -37,16 +35,26 @@ def wrap(model: nn.Module, world: World, config: ParallelConfig) -> nn.Module:
     )
 
 
+def shards(world: World, config: ParallelConfig) -> bool:
+    """Whether the ranks each hold a share of the model."""
+    return config.fsdp and (world.size > 1 or config.force_distributed)
+
+
 def shard(model: nn.Module, world: World, config: ParallelConfig) -> nn.Module:
     """`model` with every parameter spread over the ranks (FSDP2), gathered block by block as it is needed."""
-    offload = CPUOffloadPolicy() if config.fsdp_cpu_offload else OffloadPolicy()
+    elsewhere = config.fsdp_cpu_offload and world.device.type != "cpu"  # on a CPU they are in host memory already
+    offload = CPUOffloadPolicy() if elsewhere else OffloadPolicy()
     settings: dict[str, Any] = {
         "mesh": rank_mesh(world, config),
         "mp_policy": mixed_precision(config),
         "offload_policy": offload,
     }
-    for block in blocks(model):
-        fully_shard(block, reshard_after_forward=not config.fsdp_hybrid_o2, **settings)
+    sharded = [
+        fully_shard(block, reshard_after_forward=not config.fsdp_hybrid_o2, **settings) for block in blocks(model)
+    ]
+    if config.fsdp_forward_prefetch:
+        for number, block in enumerate(sharded, 1):
+            block.set_modules_to_forward_prefetch(sharded[number : number + config.fsdp_forward_prefetch])
     return cast("nn.Module", fully_shard(model, **settings))
 
 
@@ -76,18 +84,6 @@ def mixed_precision(config: ParallelConfig) -> MixedPrecisionPolicy:
 def blocks(model: nn.Module) -> Iterable[nn.Module]:
     """The repeated blocks of a model, in order."""
     return cast("nn.ModuleList", model.layers)
-
-
-def recompute_in_backward(block: nn.Module) -> None:
-    """Keep only the input of `block` for the backward pass and compute the rest again there (arXiv:1604.06174)."""
-    forward = block.forward
-
-    def recomputed(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    block.forward = recomputed
 
 
 @contextlib.contextmanager

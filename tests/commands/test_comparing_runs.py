@@ -14,7 +14,7 @@ from train.conftest import make_batch, make_state
 from open_lm.agreement import compare_series, compare_tensors
 from open_lm.errors import ConfigError
 from open_lm.train.observing import traced
-from open_lm.train.parallel import recompute_in_backward
+from open_lm.train.recompute import recompute_in_backward
 
 
 def tool(name, *arguments):

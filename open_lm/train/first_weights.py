@@ -1,0 +1,87 @@
+"""The model a run starts with: built, given the weights of its seed, and wrapped for the ranks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from open_lm.distributed import World
+from open_lm.model import create_model
+from open_lm.model.hf_config import HFConfig
+from open_lm.train.config import ParallelConfig
+from open_lm.train.parallel import shards, wrap
+
+
+def build_wrapped(config: Any, world: World, parallel: ParallelConfig, seed: int, dtype: torch.dtype) -> nn.Module:
+    """The model of `config` with the weights of `seed`, in `dtype`, as `train_step` calls it.
+
+    The weights do not depend on the ranks, nor on whether --experimental-meta-device builds them part by part.
+    """
+    torch.manual_seed(seed)
+    if parallel.experimental_meta_device and isinstance(config, HFConfig):
+        logging.warning("--experimental-meta-device is ignored: published weights are loaded as a whole.")
+    elif parallel.experimental_meta_device and shards(world, parallel):
+        return _filled_in_parts(config, world, parallel, dtype)
+    return wrap(create_model(config).to(world.device, dtype), world, parallel)
+
+
+def _filled_in_parts(config: Any, world: World, parallel: ParallelConfig, dtype: torch.dtype) -> nn.Module:
+    with torch.device("meta"):
+        plain, sharded = create_model(config), create_model(config).to(dtype)
+    sharded = wrap(sharded, world, parallel)
+    sharded.to_empty(device="cpu" if parallel.fsdp_cpu_offload else world.device)
+    for source, target in zip(plain.modules(), sharded.modules(), strict=True):
+        if _initialises(source):
+            _fill(source, target)
+    return sharded
+
+
+def _initialises(module: nn.Module) -> bool:
+    """Whether `module` gives first values to itself and to the layers of torch in it, as `init_weights` asks it to."""
+    return hasattr(module, "reset_parameters") and type(module).__module__.startswith("open_lm.")
+
+
+def _fill(source: nn.Module, target: nn.Module) -> None:
+    """Give `target` this rank's share of what `source`, on the meta device, starts with; the whole exists meanwhile."""
+    places = list(_own_tensors(source, target))
+    wholes: dict[int, Tensor] = {}
+    for holder, _, name in places:
+        empty = holder._parameters.get(name, holder._buffers.get(name))
+        whole = wholes.setdefault(id(empty), _on_cpu(empty))  # tied weights are one
+        setattr(holder, name, whole)
+    reset: Any = source.reset_parameters
+    reset()
+    for holder, taker, name in places:
+        _copy(getattr(holder, name).detach(), getattr(taker, name))
+    for whole in wholes.values():
+        whole.data = torch.empty(0)
+
+
+def _on_cpu(empty: Any) -> Any:
+    whole = torch.empty(empty.shape, dtype=empty.dtype, device="cpu")
+    return nn.Parameter(whole) if isinstance(empty, nn.Parameter) else whole
+
+
+def _own_tensors(source: nn.Module, target: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, str]]:
+    """`(module, its sharded twin, name)` of what one `reset_parameters` fills: not what further ones below it do."""
+    for names in (source._parameters, source._buffers):
+        yield from ((source, target, name) for name, value in names.items() if value is not None)
+    for name, child in source.named_children():
+        if not _initialises(child):
+            yield from _own_tensors(child, target.get_submodule(name))
+
+
+def _copy(whole: Tensor, share: Tensor) -> None:
+    with torch.no_grad():
+        if not isinstance(share, DTensor):
+            share.copy_(whole)
+            return
+        whole = whole.to(share.to_local().device, share.dtype)
+        # every rank has the same whole and takes its own part: nothing is sent
+        part = distribute_tensor(whole, share.device_mesh, share.placements, src_data_rank=None)
+        share.to_local().copy_(part.to_local())

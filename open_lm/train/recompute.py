@@ -1,0 +1,57 @@
+"""Which activations are computed again in the backward pass instead of being kept (arXiv:1604.06174)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from open_lm.kernels import operators  # noqa: F401  (declares our attention)
+from open_lm.train.config import ParallelConfig
+
+_ATEN: Any = torch.ops.aten
+EXPENSIVE = {
+    _ATEN.mm.default,
+    _ATEN.addmm.default,
+    _ATEN.bmm.default,
+    _ATEN._grouped_mm.default,
+    _ATEN._scaled_dot_product_flash_attention.default,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+    _ATEN._scaled_dot_product_efficient_attention.default,
+    _ATEN._scaled_dot_product_cudnn_attention.default,
+    torch.ops.open_lm.attention_forward.default,
+}
+"""What selective recomputation keeps the results of: nearly all of the arithmetic, about half of the memory."""
+
+
+def recompute(blocks: Sequence[nn.Module], config: ParallelConfig) -> None:
+    """Let those of `blocks` that --grad-checkpointing and its mode name recompute their activations."""
+    mode = config.grad_checkpointing_mode or ("full" if config.grad_checkpointing else None)
+    if mode is None:
+        return
+    every = int(mode.removeprefix("every-")) if mode.startswith("every-") else 1
+    for block in blocks[::every]:
+        recompute_in_backward(block, selective=mode == "selective")
+
+
+def recompute_in_backward(block: nn.Module, *, selective: bool = False) -> None:
+    """Keep only the input of `block` for the backward pass, with `selective` also the results of what is expensive."""
+    forward: Callable = block.forward
+    contexts: dict[str, Any] = (
+        {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if selective else {}
+    )
+
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **contexts, **kwargs)
+
+    block.forward = recomputed
+
+
+def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE

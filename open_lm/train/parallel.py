@@ -31,7 +31,11 @@ def wrap(model: nn.Module, world: World, config: ParallelConfig) -> nn.Module:
         return model
     device_ids = [world.device.index] if world.device.type == "cuda" else None
     return DistributedDataParallel(
-        model, device_ids=device_ids, static_graph=config.ddp_static_graph, gradient_as_bucket_view=True
+        model,
+        device_ids=device_ids,
+        static_graph=config.ddp_static_graph,
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,  # they are constants (rotary frequencies), the same on every rank
     )
 
 

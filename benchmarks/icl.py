@@ -1,14 +1,17 @@
 """Is our engine the same as LLM Foundry's, and how much faster? Both score the same model on the same files, timed.
 
 `python benchmarks/icl.py --data ../shared/data/icl --tokenizer ../shared/data/gpt-neox-20b-tokenizer.json`
-Needs `make install-eval`. The first of both engines' runs warms up; model loading and imports are not counted.
+Needs `make install-eval`. The engines take turns on each file; model loading and imports are not counted. LLM Foundry
+pads every row to max_seq_len: here the longest row of the file, the least that it can be set to.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,12 +38,14 @@ class BenchmarkConfig:
     data: str = flag("../shared/data/icl", "Folder with LLM Foundry's files.")
     tokenizer: str = flag("../shared/data/gpt-neox-20b-tokenizer.json", "The tokenizer.")
     files: tuple[str, ...] = flag(tuple(FILES), "Which files.")
-    rows: int | None = flag(None, "Only the first N rows of each file. None: all.")
+    rows: int | None = flag(None, "Only N rows of each file, evenly spaced. None: all.")
+    turns: int = flag(3, "How often each engine scores each file; medians are shown.")
     num_fewshot: int = flag(0, "Examples before each question.")
-    max_seq_len: int = flag(512, "Context in tokens: LLM Foundry pads every row to it.")
+    max_seq_len: int | None = flag(None, "LLM Foundry pads every row to it. None: the longest row of each file.")
     batch_size: int = flag(32, "device_eval_batch_size of LLM Foundry.")
     hidden_dim: int = flag(64, "Width of the random model.")
     n_layers: int = flag(2, "Layers of the random model.")
+    context: int = flag(2048, "Context of the random model in tokens.")
     threads: int = flag(2, "Threads of torch on a CPU.")
     device: str = flag("auto", "auto, cpu or cuda.")
     engines: tuple[str, ...] = flag(("native", "llm-foundry"), "Which engines.")
@@ -59,30 +64,41 @@ def main() -> None:
 
     torch.set_num_threads(config.threads)
     with start_world(config.device) as world, tempfile.TemporaryDirectory() as folder:
-        subject, suite = subject_of(config, world.device), suite_of(config, folder)
-        runners = {
-            name: ENGINES.load(name)(subject, suite, world, config.max_seq_len, "fp32") for name in config.engines
-        }
-        warm_up = next(iter(runners.values())).keys[0]
-        for runner in runners.values():
-            runner.run(warm_up, lambda n: None)
-        rows = [compare(runners, key) for key in runners[config.engines[0]].keys]
-    total = {name: sum(row[f"{name} s"] for row in rows) for name in runners}
-    print("total " + "  ".join(f"{name} {seconds:.1f} s" for name, seconds in total.items()), flush=True)
+        subject = subject_of(config, world.device)
+        rows = []
+        for name in config.files:
+            suite, longest = suite_of(config, name, subject, folder)
+            runners = {
+                engine: ENGINES.load(engine)(subject, suite, world, config.max_seq_len or longest, "fp32")
+                for engine in config.engines
+            }
+            rows.append(compare(runners, name, config.turns) | {"max_seq_len": config.max_seq_len or longest})
+            print(json.dumps(rows[-1]), flush=True)
+    for engine in config.engines:
+        print(f"{engine}: {sum(row[f'{engine} s'] for row in rows):.1f} s")
     if config.output:
-        Path(config.output).write_text(json.dumps({"rows": rows, "seconds": total}, indent=1) + "\n")
+        Path(config.output).write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def compare(runners: dict, key: str) -> dict:
-    row: dict = {"key": key}
-    for name, runner in runners.items():
-        (record,) = runner.run(key, lambda n: None)
-        row |= {f"{name}": record.value, f"{name} s": record.seconds, "questions": record.questions}
+def compare(runners: dict, name: str, turns: int) -> dict:
+    """Scores, medians of wall and of CPU seconds, and how many times faster the first engine was in each turn."""
+    wall, cpu = ({engine: [] for engine in runners} for _ in range(2))
+    row: dict = {"file": name}
+    for _ in range(turns):
+        for engine, runner in runners.items():
+            began, began_cpu = time.perf_counter(), time.process_time()
+            (record,) = runner.run(runner.keys[0], lambda n: None)
+            wall[engine].append(time.perf_counter() - began)
+            cpu[engine].append(time.process_time() - began_cpu)
+            row |= {engine: record.value, "questions": record.questions}
+    row |= {f"{engine} s": round(statistics.median(seconds), 2) for engine, seconds in wall.items()}
+    row |= {f"{engine} CPU-s": round(statistics.median(seconds), 2) for engine, seconds in cpu.items()}
     if len(runners) == 2:
         first, second = runners
         row["equal"] = abs(row[first] - row[second]) < 1e-6
-        row["times faster"] = round(row[f"{second} s"] / row[f"{first} s"], 2)
-    print(json.dumps(row), flush=True)
+        for unit, seconds in (("wall", wall), ("CPU", cpu)):
+            ratios = sorted(b / a for a, b in zip(seconds[first], seconds[second], strict=True))
+            row[f"times faster, {unit}"] = [round(x, 1) for x in (statistics.median(ratios), ratios[0], ratios[-1])]
     return row
 
 
@@ -99,26 +115,32 @@ def subject_of(config: BenchmarkConfig, device):
     torch.manual_seed(0)
     architecture = ModelConfig(
         hidden_dim=config.hidden_dim, n_layers=config.n_layers, n_heads=config.hidden_dim // 32,
-        seq_len=config.max_seq_len, vocab_size=-(-tokenizer.vocab_size // 128) * 128,
+        seq_len=config.context, vocab_size=-(-tokenizer.vocab_size // 128) * 128,
     )  # fmt: skip
     model = create_model(architecture).to(device).eval()
     about = CheckpointRecords("random", "", "", tokenizer.name)
-    return Subject(model, tokenizer, config.max_seq_len, architecture.vocab_size, about)
+    return Subject(model, tokenizer, config.context, architecture.vocab_size, about)
 
 
-def suite_of(config: BenchmarkConfig, folder: str):
+def suite_of(config: BenchmarkConfig, name: str, subject, folder: str):
+    """The task of one file, and the tokens of its longest row."""
+    from open_lm.evaluate.icl.engine import IclEngine
+    from open_lm.evaluate.icl.jobs import JobBook
     from open_lm.evaluate.icl.suite import Suite
     from open_lm.evaluate.icl.task import read_task
 
-    tasks = []
-    for name in config.files:
-        kind, delimiter = FILES[name]
-        lines = (Path(config.data) / f"{name}.jsonl").read_text().split("\n")
-        path = Path(folder) / f"{name}.jsonl"
-        path.write_text("\n".join(line for line in lines[: config.rows] if line) + "\n")
-        entry = {"label": name, "dataset_uri": str(path), "icl_task_type": kind, "num_fewshot": [config.num_fewshot]}
-        tasks.append(replace(read_task(entry, "benchmark"), continuation_delimiter=delimiter))
-    return Suite(tasks=tuple(tasks), batch_size=config.batch_size)
+    kind, delimiter = FILES[name]
+    source = Path(config.data) / f"{name}.jsonl"
+    path = Path(folder) / f"{name}.jsonl"
+    lines = [line for line in source.read_text().split("\n") if line]
+    step = max(1, len(lines) // (config.rows or len(lines)))
+    path.write_text("\n".join(lines[::step][: config.rows]) + "\n")
+    entry = {"label": name, "icl_task_type": kind, "num_fewshot": [config.num_fewshot], "random_baseline": 0.0}
+    task = replace(read_task({**entry, "dataset_uri": str(source)}, "benchmark"), continuation_delimiter=delimiter)
+    book = JobBook([task])
+    prepared = IclEngine(subject.model, subject.tokenizer, max_seq_len=config.context).prepare(book.jobs[0], book)
+    longest = max(len(c.context) + len(c.continuation) for question in prepared.questions for c in question.choices)
+    return Suite(tasks=(replace(task, dataset_uri=str(path)),), batch_size=config.batch_size), longest
 
 
 if __name__ == "__main__":

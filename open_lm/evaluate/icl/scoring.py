@@ -13,12 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_lm.evaluate.icl.batching import ScoringBatch
+from open_lm.evaluate.icl.token_stats import token_stats
 from open_lm.model.cache import LayerCache, StaticCache
 from open_lm.model.transformer import Transformer
 from open_lm.precision import Precision
-
-LOGITS_AT_ONCE = 1 << 23
-"""How many fp32 logits exist at a time: 32 MiB of them."""
 
 
 class Score(NamedTuple):
@@ -67,30 +65,45 @@ class Scorer:
         n_continuations = [len(item.continuations) for item in batch.items]
         continuations = [continuation for item in batch.items for continuation in item.continuations]
         cache = ContextCache(self.n_layers) if batch.n_forwards == 2 else None
-        logits_BV = self.after(ids_BT, cache)
         row_of_R = torch.repeat_interleave(torch.tensor(n_continuations)).to(self.device)
-        first_R4 = _token_stats(logits_BV[row_of_R], self._ids([c[0] for c in continuations]))
+        firsts_R = self._ids([continuation[0] for continuation in continuations])
         if cache is None:
-            return first_R4
+            return self.model(ids_BT, head=lambda h_BTD, w_VD: token_stats(h_BTD[:, -1], w_VD, row_of_R, firsts_R))
+        last_BD = self.model(ids_BT, past_key_values=cache, head=lambda h_BTD, w_VD: h_BTD[:, -1])
+        cache.reorder(row_of_R)
         rest = [continuation[1:] for continuation in continuations]
         rows, places = _scored_places(rest, [0] * len(rest))
-        targets_N = self._ids([token for tokens in rest for token in tokens])
-        cache.reorder(row_of_R)
-        rest_N4 = self._token_scores(self._padded([c[:-1] for c in continuations]), cache, rows, places, targets_N)
-        return _interleaved(first_R4, rest_N4, [len(tokens) for tokens in rest])
+        targets_N = self._ids([token for tokens in (firsts_R.tolist(), *rest) for token in tokens])
+        inputs_RT = self._padded([c[:-1] for c in continuations])
+        stats_N4 = self._token_scores(inputs_RT, cache, rows, places, targets_N, last_BD, row_of_R)
+        return _interleaved(stats_N4[: len(rest)], stats_N4[len(rest) :], [len(tokens) for tokens in rest])
 
     def after(self, ids_BT: Tensor, cache: ContextCache | None) -> Tensor:
         """Logits after the last position, (B, V); `cache` keeps all of them."""
         return self.model(ids_BT, past_key_values=cache, head=lambda h_BTD, w_VD: F.linear(h_BTD[:, -1], w_VD).float())
 
-    def _token_scores(self, ids_BT: Tensor, cache: Any, rows: Tensor, places: Tensor, targets_N: Tensor) -> Tensor:
-        """Statistics of the tokens that follow the positions `places` of `rows`; only their logits are computed."""
+    def _token_scores(
+        self,
+        ids_BT: Tensor,
+        cache: Any,
+        rows: Tensor,
+        places: Tensor,
+        targets_N: Tensor,
+        further_MD: Tensor | None = None,
+        further_rows: Tensor | None = None,
+    ) -> Tensor:
+        """Statistics of the tokens that follow the positions `places` of `rows`; only their logits are computed.
+
+        The first of `targets_N` follow `further_rows` of `further_MD`, positions of an earlier forward pass.
+        """
 
         def head(hidden_BTD: Tensor, weight_VD: Tensor) -> Tensor:
             hidden_ND = hidden_BTD[rows.to(self.device), places.to(self.device)]
-            at_once = max(1, LOGITS_AT_ONCE // weight_VD.shape[0])
-            parts = zip(hidden_ND.split(at_once), targets_N.split(at_once), strict=True)
-            return torch.cat([_token_stats(F.linear(h, weight_VD).float(), targets) for h, targets in parts])
+            row_N = torch.arange(len(hidden_ND), device=self.device)
+            if further_MD is not None and further_rows is not None:
+                hidden_ND = torch.cat((further_MD, hidden_ND))
+                row_N = torch.cat((further_rows, row_N + len(further_MD)))
+            return token_stats(hidden_ND, weight_VD, row_N, targets_N)
 
         return self.model(ids_BT, past_key_values=cache, head=head)
 
@@ -125,19 +138,6 @@ def _scored_places(continuations: Sequence[Sequence[int]], starts: Sequence[int]
     rows = torch.repeat_interleave(lengths)
     within = torch.arange(len(rows)) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
     return rows, within + torch.tensor(starts)[rows]
-
-
-def _token_stats(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """Per token: cross-entropy, whether it is the most likely one, its probability, the largest probability."""
-    if not len(targets_N):
-        return logits_NV.new_zeros(0, 4)
-    targets_N1 = targets_N[:, None]
-    cross_entropy_N = -logits_NV.log_softmax(-1).gather(1, targets_N1)[:, 0]
-    top_N = logits_NV.amax(-1)
-    greedy_N = logits_NV.gather(1, targets_N1)[:, 0] == top_N
-    greedy_N[greedy_N.clone()] = logits_NV[greedy_N].argmax(-1) == targets_N[greedy_N]  # of equals, the first counts
-    largest_N = (top_N - logits_NV.gather(1, targets_N1)[:, 0] - cross_entropy_N).exp()
-    return torch.stack((cross_entropy_N, greedy_N.float(), (-cross_entropy_N).exp(), largest_N), dim=1)
 
 
 def _interleaved(first_R4: Tensor, rest_N4: Tensor, n_rest: Sequence[int]) -> Tensor:

@@ -12,6 +12,7 @@ from open_lm.evaluate.icl.encode import Choice, Question
 from open_lm.evaluate.icl.metrics import measure
 from open_lm.evaluate.icl.scoring import Score, Scorer
 from open_lm.evaluate.icl.task import LM_ACCURACY, LM_CALIBRATION, MC_ACCURACY, MC_CALIBRATION
+from open_lm.evaluate.icl.token_stats import token_stats
 from open_lm.precision import Precision
 
 ids = st.lists(st.integers(0, 399), min_size=1, max_size=9).map(tuple)
@@ -115,13 +116,36 @@ def test_overflowing_perplexities_are_equal_and_the_first_wins():
     assert measured(MC_ACCURACY, [0], with_loss(200, 100)).value == 1.0
 
 
-def test_equal_logits_count_only_for_the_first_token():
-    from open_lm.evaluate.icl.scoring import _token_stats
-
+def test_equal_logits_count_only_for_the_first_token(small_tiles):
     logits = torch.tensor([[0.0, 2.0, 2.0], [0.0, 2.0, 2.0], [1.0, 0.0, 0.0]])
-    stats = _token_stats(logits, torch.tensor([1, 2, 1]))
+    stats = token_stats(logits, torch.eye(3), torch.arange(3), torch.tensor([1, 2, 1]))
     assert stats[:, 1].tolist() == [1.0, 0.0, 0.0]
     assert stats[:, 3].tolist() == pytest.approx([math.e**2 / (1 + 2 * math.e**2)] * 2 + [math.e / (2 + math.e)])
+
+
+@pytest.fixture(params=[(2, 1), (2, 2), (3, 4), (512, 2048)], ids=str)
+def small_tiles(request, monkeypatch):
+    """Chunks of so many positions and tiles of so many columns, down to those where every one is a case of its own."""
+    monkeypatch.setattr("open_lm.evaluate.icl.token_stats.CHUNK_ROWS", request.param[0])
+    monkeypatch.setattr("open_lm.evaluate.icl.token_stats.TILE_COLUMNS", request.param[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_are_judged_as_by_a_softmax_over_all_logits(small_tiles, dtype):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(size, generator=generator).to(dtype) for size in [(7, 5), (11, 5)])
+    weight[3] = weight[8]  # two tokens that are always equally likely
+    rows = torch.arange(7).repeat_interleave(11)
+    stats = token_stats(hidden, weight, rows, torch.arange(11).repeat(7)).view(7, 11, 4)
+    logits = (hidden @ weight.T).double()
+    log_p = logits.log_softmax(-1)
+    torch.testing.assert_close(stats[..., 0].double(), -log_p, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stats[..., 2].double(), log_p.exp(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        stats[..., 3].double(), log_p.exp().amax(-1, keepdim=True).expand(7, 11), rtol=1e-5, atol=0
+    )
+    assert (stats[..., 1].argmax(-1) == logits.argmax(-1)).all()
+    assert (stats[..., 1].sum(-1) == 1).all()
 
 
 def test_forwards_are_counted_alike_for_ranks_that_idle(model):

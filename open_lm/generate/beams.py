@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from open_lm.generate.config import GenerateConfig
-from open_lm.generate.few_rows import quick_products
+from open_lm.generate.quick import quick
 from open_lm.generate.texts import Texts
 from open_lm.model.transformer import Transformer
 
@@ -100,7 +100,7 @@ def beam_search(
     texts = Texts(model, [prompt for prompt in prompts for _ in range(n)], config)
     unlikely = [0.0] + [-torch.inf] * (n - 1)  # beams start as copies: only the first may be continued
     searches = [Search(n, config.length_penalty, [([], start) for start in unlikely]) for _ in prompts]
-    with quick_products(model):
+    with quick(model):
         for _ in range(texts.room):
             log_p_RV = texts.repetition.applied(texts.next_logits().log_softmax(-1))
             rows, tokens = advance(searches, log_p_RV, stop_ids)

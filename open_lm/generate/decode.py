@@ -10,7 +10,7 @@ from torch import Tensor
 
 from open_lm.generate.beams import beam_search
 from open_lm.generate.config import GenerateConfig
-from open_lm.generate.few_rows import quick_products
+from open_lm.generate.quick import quick
 from open_lm.generate.sampling import next_tokens
 from open_lm.generate.texts import Texts, up_to_stop
 from open_lm.model.transformer import Transformer
@@ -43,7 +43,7 @@ def generate(
     if config.num_beams > 1:
         ranked = beam_search(model, prompts, config, stop_ids=stop_ids)
         return [up_to_stop(beams[0].tokens, stop_ids) for beams in ranked]
-    with quick_products(model):
+    with quick(model):
         rows = write(Texts(model, prompts, config), config, stop_ids, watch or (lambda row, tokens: False))
     return [up_to_stop(row, stop_ids) for row in rows]
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from open_lm.errors import ConfigError
 from open_lm.generate.config import GenerateConfig
-from open_lm.generate.few_rows import linear
 from open_lm.generate.sampling import Repetition
+from open_lm.kernels.few_rows import linear
 from open_lm.model.transformer import Transformer
 
 
@@ -59,7 +59,7 @@ class Texts:
 
 def last_position(hidden_BTD: Tensor, weight_VD: Tensor, **_: Any) -> Tensor:
     """Logits of the last position alone, (B, V): those of the others are never computed."""
-    return linear(weight_VD, hidden_BTD[:, -1]).float()
+    return linear(weight_VD, hidden_BTD[:, -1], exact=True)
 
 
 def check_prompts(model: Transformer, prompts: Sequence[Sequence[int]]) -> None:

@@ -16,6 +16,18 @@ torch.library.define(
     "open_lm::attention_backward",
     "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sum) -> (Tensor, Tensor, Tensor)",
 )
+torch.library.define("open_lm::few_rows_product", "(Tensor x, Tensor weight, bool exact) -> Tensor")
+torch.library.define("open_lm::rms_norm", "(Tensor x, Tensor weight, float eps) -> Tensor")
+torch.library.define(
+    "open_lm::decode_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, bool in_pairs, Tensor(a!) keys, Tensor(b!) values, "
+    "int length, Tensor? real) -> Tensor",
+)
+
+
+@torch.library.register_fake("open_lm::few_rows_product")
+def _(x: Tensor, weight: Tensor, exact: bool) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32 if exact else x.dtype)
 
 
 @torch.library.register_fake("open_lm::attention_forward")

@@ -33,6 +33,7 @@ class Attention(nn.Module):
         self.q_norm = build_norm(config, q_width) if config.qk_norm else nn.Identity()
         self.k_norm = build_norm(config, kv_width) if config.qk_norm else nn.Identity()
         self.attend = build_attend(config)
+        self.is_softmax = config.attn_name != "custom_attn"
 
     def reset_parameters(self) -> None:
         """in_proj: 1/sqrt(D); out_proj: 1/sqrt(D) / sqrt(2 (layer + 1)), so that the sum over layers stays small."""

@@ -40,11 +40,17 @@ class StaticLayerCache(LayerCache):
     def append(self, k_BTGK: Tensor, v_BTGK: Tensor) -> KeyValue:
         """Write the keys and values of new positions behind the others; returns views of all so far."""
         end = self.length + k_BTGK.shape[1]
-        assert end <= self._k_BSGK.shape[1], f"{end} positions in a cache for {self._k_BSGK.shape[1]}"
+        self.memory_for(k_BTGK.shape[1])
         self._k_BSGK[:, self.length : end] = k_BTGK.detach()
         self._v_BSGK[:, self.length : end] = v_BTGK.detach()
         self.length = end
         return self._k_BSGK[:, :end], self._v_BSGK[:, :end]
+
+    def memory_for(self, n_new: int) -> KeyValue:
+        """The memory itself, for who appends `n_new` positions there and adds them to `length`."""
+        end = self.length + n_new
+        assert end <= self._k_BSGK.shape[1], f"{end} positions in a cache for {self._k_BSGK.shape[1]}"
+        return self._k_BSGK, self._v_BSGK
 
     def reorder(self, rows: Tensor) -> None:
         """Let row i continue what row `rows[i]` has seen."""

@@ -1,0 +1,143 @@
+// One position after another: the attention of one new position over a cache, and the norm before it.
+//
+// At a few hundred numbers a row, what matters is how few operators there are, not how fast each is.
+#pragma once
+
+#include "tiles.h"
+
+#include <optional>
+#include <vector>
+
+namespace open_lm {
+namespace {
+
+inline __m512 widened(const float* from) {
+  return _mm512_loadu_ps(from);
+}
+
+inline __m512 widened(const BFloat16* from) {
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+
+// What turns the channels of a head: no angles, or `half` of each for every position or for each head.
+struct Turn {
+  const float *cos, *sin;
+  int64_t half, step;  // step: from head to head
+  bool in_pairs;
+};
+
+// One head turned, rounded as the cache is, into `to`.
+template <class Element>
+void turn(const Element* from, const Turn& angles, int64_t head, int64_t dim, Element* to) {
+  if (!angles.cos) return void(std::copy(from, from + dim, to));
+  const float *cos = angles.cos + head * angles.step, *sin = angles.sin + head * angles.step;
+  for (int64_t i = 0; i < angles.half; i++) {
+    const int64_t a = angles.in_pairs ? 2 * i : i, b = angles.in_pairs ? 2 * i + 1 : i + angles.half;
+    const float first = from[a], second = from[b];
+    to[a] = Element(first * cos[i] - second * sin[i]);
+    to[b] = Element(second * cos[i] + first * sin[i]);
+  }
+}
+
+// softmax(q k') v of one head over n positions; those with `real` false are not there. dim is a multiple of 16.
+template <class Element>
+void attend(
+    const Element* q, const Element* keys, const Element* values, int64_t stride, int64_t n, int64_t dim,
+    const bool* real, float scale, float* scores, Element* out) {
+  float largest = -FAR;
+  for (int64_t s = 0; s < n; s++) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t d = 0; d < dim; d += LANES) sum = _mm512_fmadd_ps(widened(keys + s * stride + d), widened(q + d), sum);
+    scores[s] = real && !real[s] ? -FAR : _mm512_reduce_add_ps(sum) * scale;
+    largest = std::max(largest, scores[s]);
+  }
+  std::fill(scores + n, scores + rounded_up(n, LANES), -FAR);
+  __m512 total = _mm512_setzero_ps();
+  for (int64_t s = 0; s < n; s += LANES) {
+    const __m512 above = _mm512_sub_ps(_mm512_loadu_ps(scores + s), _mm512_set1_ps(largest));
+    const __m512 p = exp2_ps(_mm512_mul_ps(above, _mm512_set1_ps(LOG2_E)));
+    _mm512_storeu_ps(scores + s, p);
+    total = _mm512_add_ps(total, p);
+  }
+  const __m512 share = _mm512_set1_ps(1 / _mm512_reduce_add_ps(total));
+  for (int64_t d = 0; d < dim; d += LANES) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t s = 0; s < n; s++)
+      sum = _mm512_fmadd_ps(_mm512_set1_ps(scores[s]), widened(values + s * stride + d), sum);
+    store(out + d, _mm512_mul_ps(sum, share));
+  }
+}
+
+template <class Element>
+Tensor decode_attention_of(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Turn& angles, Tensor& keys, Tensor& values, int64_t length,
+    const bool* real) {
+  const int64_t batch = q.size(0), groups = keys.size(2), dim = keys.size(3), heads = q.size(1) / dim;
+  const int64_t row = keys.stride(0), stride = keys.stride(1), n = length + 1, shared = heads / groups;
+  const float scale = 1 / std::sqrt(float(dim));
+  Tensor out = at::empty({batch, heads * dim}, q.options());
+  const Element *q_at = q.data_ptr<Element>(), *k_at = k.data_ptr<Element>(), *v_at = v.data_ptr<Element>();
+  Element *key_at = keys.data_ptr<Element>(), *value_at = values.data_ptr<Element>(), *to = out.data_ptr<Element>();
+  at::parallel_for(0, batch * groups, std::max<int64_t>(1, 4096 / n), [&](int64_t begin, int64_t end) {
+    std::vector<float> scores(rounded_up(n, LANES));
+    std::vector<Element> turned(dim);
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t b = i / groups, g = i % groups;
+      Element *own_keys = key_at + b * row + g * dim, *own_values = value_at + b * row + g * dim;
+      turn(k_at + b * k.stride(0) + g * dim, angles, g, dim, own_keys + length * stride);
+      std::copy_n(v_at + b * v.stride(0) + g * dim, dim, own_values + length * stride);
+      for (int64_t h = g * shared; h < (g + 1) * shared; h++) {
+        turn(q_at + b * q.stride(0) + h * dim, angles, h, dim, turned.data());
+        attend(turned.data(), own_keys, own_values, stride, n, dim, real ? real + b * n : nullptr, scale, scores.data(),
+               to + (b * heads + h) * dim);
+      }
+    }
+  });
+  return out;
+}
+
+template <class Element>
+void normed(const Tensor& x, const Tensor& weight, double eps, Tensor& out) {
+  const int64_t dim = weight.size(0), rows = x.numel() / dim;
+  const Element *from = x.data_ptr<Element>(), *w = weight.data_ptr<Element>();
+  Element* to = out.data_ptr<Element>();
+  for (int64_t r = 0; r < rows; r++, from += dim, to += dim) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t d = 0; d < dim; d += LANES) sum = _mm512_fmadd_ps(widened(from + d), widened(from + d), sum);
+    const __m512 factor = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(sum) / dim + float(eps)));
+    for (int64_t d = 0; d < dim; d += LANES) {
+      store(to + d, _mm512_mul_ps(widened(from + d), factor));  // rounded before the weight, as the module does
+      store(to + d, _mm512_mul_ps(widened(to + d), widened(w + d)));
+    }
+  }
+}
+
+}  // namespace
+
+// The new position's q (B, H K), k and v (B, G K): turned, k and v put at `length` into the caches (B, S, G, K), and
+// attention over all positions up to there; (B, H K). `real` (B, length + 1) is false on padding.
+inline Tensor decode_attention(
+    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& cos,
+    const std::optional<Tensor>& sin, bool in_pairs, Tensor& keys, Tensor& values, int64_t length,
+    const std::optional<Tensor>& real) {
+  Turn angles{nullptr, nullptr, keys.size(3) / 2, 0, in_pairs};
+  if (cos) {
+    angles.cos = cos->data_ptr<float>();
+    angles.sin = sin->data_ptr<float>();
+    angles.step = cos->numel() > angles.half ? angles.half : 0;
+  }
+  const bool* there = real ? real->data_ptr<bool>() : nullptr;
+  if (q.scalar_type() == at::kFloat)
+    return decode_attention_of<float>(q, k, v, angles, keys, values, length, there);
+  return decode_attention_of<BFloat16>(q, k, v, angles, keys, values, length, there);
+}
+
+// x / rms(x), rounded, times weight; the last dimension is a multiple of 16.
+inline Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  Tensor out = at::empty(x.sizes(), x.options());
+  x.scalar_type() == at::kFloat ? normed<float>(x, weight, eps, out) : normed<BFloat16>(x, weight, eps, out);
+  return out;
+}
+
+}  // namespace open_lm

@@ -3,7 +3,8 @@
     python benchmarks/generation.py --model open_lm_160m --dtype bfloat16
 
 Both programs write the same number of tokens greedily after the same prompts, one after the other in turns; the median
-of the turns counts, in wall time and in CPU time, which other programs on the machine disturb less. The model is a Llama in transformers (rms_norm, rotary, swiglu) with random weights.
+of the turns counts, in wall time and in CPU time, which other programs on the machine disturb less. The model is a
+Llama in transformers (rms_norm, rotary, swiglu) with random weights.
 """
 
 import argparse

@@ -23,15 +23,16 @@ STEP_MIN, STEP_MAX, STEP_FLOOR = 1e-3, 1e-1, 1e-4
 
 
 class MambaState:
-    """One block's memory: the last inputs of its convolution, (B, W - 1, I), and its channels' state, (B, I, N)."""
+    """One block's memory: the last inputs of its convolution, (B, W - 1, I), and its channels' state, (B, I, N),
+    None before the first."""
 
     def __init__(self, config: MambaConfig, batch: int, device: torch.device, dtype: torch.dtype):
         self.inputs = torch.zeros(batch, config.d_conv - 1, config.inner_dim, device=device, dtype=dtype)
-        self.state = torch.zeros(batch, config.inner_dim, config.d_state, device=device)
+        self.state: Tensor | None = None
 
     def reorder(self, rows: Tensor) -> None:
         """Let row i continue what row `rows[i]` has seen."""
-        self.inputs, self.state = self.inputs[rows], self.state[rows]
+        self.inputs, self.state = self.inputs[rows], None if self.state is None else self.state[rows]
 
 
 class MambaCache:
@@ -103,7 +104,7 @@ class Mixer(nn.Module):
         with torch.autocast(x_BTI.device.type, enabled=False):
             step_BTI = F.softplus(F.linear(step_BTR.float(), self.dt_proj.weight.float(), self.dt_proj.bias.float()))
             x32_BTI, a_IN = x_BTI.float(), -self.A_log.float().exp()
-            start = x32_BTI.new_zeros(len(x_BTI), *a_IN.shape) if memory is None else memory.state
+            start = None if memory is None else memory.state
             y_BTI, end = selective_scan(x32_BTI, step_BTI, a_IN, b_BTN.float(), c_BTN.float(), start)
             if memory is not None:
                 memory.state = end.detach()

@@ -1,9 +1,13 @@
 """Mamba computes what transformers' Mamba and a plain recurrence compute, whole, cached and padded, and it learns."""
 
+import sys
+import types
+
 import pytest
 import torch
 
 from open_lm.model import create_model
+from open_lm.model import selective_scan as scan
 from open_lm.model.architecture import MambaConfig
 from open_lm.model.selective_scan import CHUNK, selective_scan
 
@@ -43,6 +47,65 @@ def test_the_scan_is_the_recurrence(length):
     y.square().sum().backward()
     for ours, exact in zip(inputs, (x, step, a, b, c), strict=True):
         torch.testing.assert_close(ours.grad.double(), exact.grad, atol=1e-2, rtol=1e-3)
+
+
+calls: list[tuple[int, ...]] = []
+
+
+def selective_scan_fn(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
+):
+    """What mamba-ssm documents: u and delta (batch, channels, time), B and C (batch, state, time)."""
+    assert D is None and z is None and delta_bias is None and not delta_softplus and return_last_state
+    calls.append(tuple(u.shape))
+    state, ys = torch.zeros(len(u), *A.shape), []
+    for t in range(u.shape[2]):
+        added = torch.einsum("bd,bn,bd->bdn", delta[:, :, t], B[:, :, t], u[:, :, t])
+        state = torch.exp(torch.einsum("bd,dn->bdn", delta[:, :, t], A)) * state + added
+        ys.append(torch.einsum("bdn,bn->bd", state, C[:, :, t]))
+    return torch.stack(ys, dim=2), state
+
+
+@pytest.fixture
+def mamba_ssm(monkeypatch):
+    """A stand-in for the package, which builds with nvcc alone."""
+    interface = types.SimpleNamespace(selective_scan_fn=selective_scan_fn)
+    for name in ("mamba_ssm", "mamba_ssm.ops"):
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "mamba_ssm.ops.selective_scan_interface", interface)
+    scan.mamba_ssm_scan.cache_clear()
+    calls.clear()
+    yield
+    scan.mamba_ssm_scan.cache_clear()
+
+
+@pytest.mark.usefixtures("mamba_ssm")
+def test_where_mamba_ssm_runs_it_gets_whole_sequences_and_gives_the_same(monkeypatch):
+    model, ids = build(), torch.randint(0, 37, (2, CHUNK + 7))
+    expected = model(ids)[0]
+    expected.square().mean().backward()
+    grads = [parameter.grad.clone() for parameter in model.parameters()]
+    assert calls == []  # on a CPU torch computes
+    monkeypatch.setattr(scan, "kernel_runs_for", lambda x: True)
+    model.zero_grad()
+    found = model(ids)[0]
+    found.square().mean().backward()
+    assert calls == [(2, 48, CHUNK + 7)] * 2
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    for parameter, grad in zip(model.parameters(), grads, strict=True):
+        torch.testing.assert_close(parameter.grad, grad, atol=1e-5, rtol=1e-3)
+    with torch.no_grad():
+        cache = model.new_cache(2, 64)
+        last = [model(ids[:, start:end], cache)[0][:, -1] for start, end in ((0, 30), (30, 31), (31, CHUNK + 7))][-1]
+    assert len(calls) == 4  # only from the beginning: it takes no state
+    torch.testing.assert_close(last, expected[:, -1], atol=1e-5, rtol=1e-4)
+
+
+def test_without_mamba_ssm_there_is_no_kernel(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mamba_ssm", None)
+    scan.mamba_ssm_scan.cache_clear()
+    assert scan.mamba_ssm_scan() is None
+    scan.mamba_ssm_scan.cache_clear()
 
 
 def test_logits_are_those_of_transformers():

@@ -1,6 +1,7 @@
 """How fast text becomes shards and shards become batches, beside what others do; interleaved, so that ratios hold.
 
     python benchmarks/data.py [--input-files raw/*.jsonl.zst --tokenizer tokenizer.json] [--rounds 3] [--json data.json]
+        [--peers-python VENV/bin/python]
 
 Without --input-files it makes its own corpus from the installed Python sources. Peers that are not installed are
 left out and named. CPU seconds count all processes of a contender; wall seconds depend on who else uses the machine.
@@ -12,7 +13,6 @@ import glob
 import importlib.util
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -20,6 +20,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import data_peers
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -44,12 +46,14 @@ def corpus(folder: Path, megabytes: int) -> list[str]:
 
 
 def measured(command: list[str]) -> dict[str, float]:
-    """Wall and CPU seconds and peak memory of one command with its children."""
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"wall_s": time.perf_counter() - started, "cpu_s": cpu, "peak_mb": after.ru_maxrss / 1024}
+    """Wall and CPU seconds of one command with its children, and the peak memory of the largest of these processes."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"failed: {' '.join(command)}")
+    wall = time.perf_counter() - started
+    return {"wall_s": wall, "cpu_s": used.ru_utime + used.ru_stime, "peak_mb": used.ru_maxrss / 1024}
 
 
 BARE = """
@@ -67,7 +71,7 @@ encoder.encode([text for text in batch if isinstance(text, str)])
 """
 
 
-def preprocessing(files: list[str], tokenizer: str, folder: Path) -> dict[str, list[str]]:
+def preprocessing(files: list[str], tokenizer: str, folder: Path, peers_python: str) -> dict[str, list[str]]:
     """Name -> command; each reads the same files to tokens, only make_2048 writes shards too."""
     script = [
         sys.executable,
@@ -80,6 +84,8 @@ def preprocessing(files: list[str], tokenizer: str, folder: Path) -> dict[str, l
     out = ["--output-dir", str(folder / "out"), "--overwrite"]
     encoders = ["tokenizers", *(["fastokens"] if importlib.util.find_spec("fastokens") else [])]
     commands = {f"make_2048, {name}": [*script, *out, "--encoder", name] for name in encoders}
+    commands |= {"make_2048, 1 worker": [*script, *out, "--num-workers", "1"]}
+    commands |= data_peers.dolma(files, tokenizer, folder, peers_python, len(os.sched_getaffinity(0)))
     for name in encoders:
         code = BARE.format(root=str(ROOT), encoder=name, tokenizer=tokenizer, files=files)
         commands[f"bare {name}"] = [sys.executable, "-c", code]
@@ -96,25 +102,25 @@ if __name__ == "__main__":
     shape = dict(vocab_size=65536, seq_len=2048, global_batch=64)
     batches = build_loader(config, **shape, rank=0, world_size=1, seed=0).batches(0, {steps})
     for _ in range(5): next(batches)
-    started, n = time.perf_counter(), 0
+    started, cpu, n = time.perf_counter(), time.process_time(), 0
     for batch in batches: n += batch.inputs_BT.numel()
-    print(n / (time.perf_counter() - started))
+    print(n / (time.perf_counter() - started), n / (time.process_time() - cpu))
 """
 
 MEMMAP = """
 import time, numpy as np, torch
 torch.set_num_threads(1)
 tokens, dice = np.memmap({path!r}, "<u2", "r"), np.random.default_rng(0)
-started, n = time.perf_counter(), 0
+started, cpu, n = time.perf_counter(), time.process_time(), 0
 for _ in range({steps}):
     starts = dice.integers(0, len(tokens) - 2049, 64)
     batch = torch.from_numpy(np.stack([tokens[s:s + 2049] for s in starts]).astype(np.int64))
     n += batch[:, :-1].numel()
-print(n / (time.perf_counter() - started))
+print(n / (time.perf_counter() - started), n / (time.process_time() - cpu))
 """
 
 
-def loading(folder: Path) -> dict[str, list[str]]:
+def loading(folder: Path, peers_python: str) -> dict[str, list[str]]:
     """Name -> command that prints tokens/s; shards of 4 x 2048 random samples in every format."""
     import numpy as np
 
@@ -137,7 +143,7 @@ def loading(folder: Path) -> dict[str, list[str]]:
             code = LOAD.format(root=str(ROOT), manifest=manifest, workers=workers, steps=steps)
             commands[f"{key}, {workers} workers"] = [sys.executable, "-c", code]
     commands["numpy memmap"] = [sys.executable, "-c", MEMMAP.format(path=str(folder / "flat.npy"), steps=300)]
-    return commands
+    return commands | data_peers.loaders(folder / "flat.npy", folder, [peers_python, sys.executable])
 
 
 def main() -> None:
@@ -148,6 +154,8 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=20, help="Text of the corpus it makes itself.")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", help="File for all figures.")
+    parser.add_argument("--peers-python", default=sys.executable, help="Python of the environment with the peers.")
+    parser.add_argument("--only", choices=("preprocessing", "loading"), help="Measure one of the two.")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="open_lm-data-"))
     try:
@@ -161,28 +169,49 @@ def main() -> None:
 def run(args: argparse.Namespace, folder: Path) -> dict:
     """All figures: name -> lists of one value a round."""
     files = args.input_files or corpus(folder, args.megabytes)
-    making, reading = preprocessing(files, args.tokenizer, folder), loading(folder)
+    making = {} if args.only == "loading" else preprocessing(files, args.tokenizer, folder, args.peers_python)
+    reading = {} if args.only == "preprocessing" else loading(folder, args.peers_python)
     results: dict = {"preprocessing": {name: [] for name in making}, "loading": {name: [] for name in reading}}
     for _ in range(args.rounds):
         for name, command in making.items():
             results["preprocessing"][name].append(measured(command))
+            shutil.rmtree(folder / "dolma", ignore_errors=True)
         for name, command in reading.items():
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            results["loading"][name].append(float(done.stdout))
-    tokens = json.loads((folder / "out" / "ledger.json").read_bytes())["tokens"]["in"]
-    print(f"\n{tokens:,} tokens | wall s | CPU s | Mtokens / CPU s | peak MB of a process")
-    for name, rounds in results["preprocessing"].items():
-        wall, cpu, peak = (statistics.median(r[key] for r in rounds) for key in ("wall_s", "cpu_s", "peak_mb"))
-        print(f"{name} | {wall:.1f} | {cpu:.1f} | {tokens / cpu / 1e6:.2f} | {peak:.0f}")
-    print("\nloading | Mtokens/s | x numpy memmap")
-    base = statistics.median(results["loading"]["numpy memmap"])
-    for name, rates in results["loading"].items():
-        rate = statistics.median(rates)
-        print(f"{name} | {rate / 1e6:.1f} | {rate / base:.2f}")
-    for peer in ("streaming", "litdata", "dolma"):
-        if not importlib.util.find_spec(peer):
-            print(f"{peer}: not installed, left out")
+            done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder)
+            wall, cpu = map(float, done.stdout.split()[-2:])
+            results["loading"][name].append({"wall": wall, "cpu": cpu})
+    if making:
+        tokens = json.loads((folder / "out" / "ledger.json").read_bytes())["tokens"]["in"]
+        print_preprocessing(results["preprocessing"], tokens)
+    if reading:
+        print_loading(results["loading"])
     return results
+
+
+def ratios(ours: list[float], others: list[float]) -> str:
+    """The median of the ratios of one round each, with the lowest and highest."""
+    each = sorted(a / b for a, b in zip(ours, others, strict=True))
+    return f"{statistics.median(each):.2f} ({each[0]:.2f}-{each[-1]:.2f})"
+
+
+def print_preprocessing(results: dict, tokens: int) -> None:
+    """One row a contender; the ratio is CPU time of plain `tokenizers`, round by round, to its own."""
+    print(f"\n{tokens:,} tokens | wall s | CPU s | Mtokens / CPU s | peak MB of a process | x bare tokenizers")
+    base = [r["cpu_s"] for r in results["bare tokenizers"]]
+    for name, rounds in results.items():
+        wall, cpu, peak = (statistics.median(r[key] for r in rounds) for key in ("wall_s", "cpu_s", "peak_mb"))
+        ratio = ratios(base, [r["cpu_s"] for r in rounds])
+        print(f"{name} | {wall:.1f} | {cpu:.1f} | {tokens / cpu / 1e6:.2f} | {peak:.0f} | {ratio}")
+
+
+def print_loading(results: dict) -> None:
+    """One row a contender; ratios of rates to those of a numpy memmap, round by round."""
+    print("\nloading | Mtokens/s wall | Mtokens/s of the process's CPU | wall rate x memmap")
+    base = [r["wall"] for r in results["numpy memmap"]]
+    for name, rounds in results.items():
+        wall, cpu = (statistics.median(r[key] for r in rounds) / 1e6 for key in ("wall", "cpu"))
+        shown = f"{cpu:.1f}" if "1 workers" not in name else "-"
+        print(f"{name} | {wall:.1f} | {shown} | {ratios([r['wall'] for r in rounds], base)}")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from open_lm.data.cache import ShardCache
 from open_lm.data.config import DataConfig
 from open_lm.data.geometry import Geometry, make_geometry, make_plan
 from open_lm.data.masking import masked_batch
-from open_lm.data.pipeline import StepSource, run_pipeline
+from open_lm.data.pipeline import Filled, StepSource, run_pipeline
 from open_lm.data.plan import ORDER, Plan, key, mix
-from open_lm.data.reader import SampleReader
+from open_lm.data.reader import SampleReader, mark_of
 from open_lm.data.sources import Source, document_end, open_sources
 from open_lm.data.validation import validation_batches
 from open_lm.errors import CheckpointError, ConfigError, DataError
@@ -65,8 +65,18 @@ class Loader:
             batch=self.geometry.local_batch,
             ahead=_READ_AHEAD_STEPS if self._config.data_cache else 0,
         )
-        for step, (tokens_BS, holes) in enumerate(steps, start_step):
+        for step, (tokens_BS, holes, mark) in enumerate(steps, start_step):
+            self._check_mark(mark, step)
             yield self._masked(tokens_BS, holes, step)
+
+    def _check_mark(self, mark: int, step: int) -> None:
+        """Compare what the readers say they read with what the plan wants, whoever read it."""
+        expected = self._fill.mark(self.geometry.positions_of(step))
+        if mark != expected:
+            raise DataError(
+                f"step {step}: the data workers read other samples than planned (mark {mark:016x}, expected "
+                f"{expected:016x}). This is a bug or a broken machine: start again with --resume latest."
+            )
 
     def require(self, n_steps: int) -> None:
         """Check that there is data for `n_steps` steps.
@@ -246,9 +256,15 @@ class PlannedSamples:
     plan: Plan
     reader: SampleReader
 
-    def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, list[tuple[int, str]]]:
+    def __call__(self, positions: np.ndarray) -> Filled:
         found = self.plan.locate(positions)
         return self.reader.read(found.source, found.shard, found.place, positions)
+
+    def mark(self, positions: np.ndarray) -> int:
+        """What the reader's mark of these positions must be."""
+        source, shard, place = self.plan.locate(positions)
+        shards = self.reader.shards
+        return mark_of([shards[s][k].url for s, k in zip(source.tolist(), shard.tolist(), strict=True)], place)
 
     def fetch_ahead(self, positions: np.ndarray) -> None:
         """Have the shards of these positions fetched in the background."""
@@ -264,10 +280,14 @@ class SyntheticSamples:
     seq_len: int
     seed: int
 
-    def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, list[tuple[int, str]]]:
+    def mark(self, positions: np.ndarray) -> int:
+        """The mark of random ids is that of one shard, which nobody reads."""
+        return mark_of([""] * len(positions), positions)
+
+    def __call__(self, positions: np.ndarray) -> Filled:
         places = positions[:, None] * (self.seq_len + 1) + np.arange(self.seq_len + 1)
         hashes = mix(places.astype(np.uint64) ^ key("synthetic", self.seed))
-        return (hashes % np.uint64(self.vocab_size)).astype(np.int32), []
+        return Filled((hashes % np.uint64(self.vocab_size)).astype(np.int32), [], self.mark(positions))
 
     def lane_of(self, positions: np.ndarray) -> np.ndarray:
         return positions

@@ -36,8 +36,16 @@ class Request(NamedTuple):
     positions: np.ndarray
 
 
-Fill = Callable[[np.ndarray], tuple[np.ndarray, list[tuple[int, str]]]]
-"""From positions to their samples (n, seq_len + 1) and the holes among them."""
+class Filled(NamedTuple):
+    """Samples (n, seq_len + 1), (row, reason) of the holes among them, and the mark of which they are."""
+
+    tokens: np.ndarray
+    holes: list[tuple[int, str]]
+    mark: int = 0
+
+
+Fill = Callable[[np.ndarray], Filled]
+"""From positions to their samples."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +77,13 @@ class ReadStage:
         for request in self._announced(requests) if self.ahead else requests:
             part: dict[str, Any] = {"step": request.step, "worker": request.worker}
             try:
-                tokens, holes = self.fill(request.positions)
+                tokens, holes, mark = self.fill(request.positions)
             except OpenLMError as error:
                 yield part | {"error": error}
                 return
             holes = [(int(request.slots[row]), reason) for row, reason in holes]
-            yield part | {"slots": torch.from_numpy(request.slots), "tokens": torch.from_numpy(tokens), "holes": holes}
+            found = {"tokens": torch.from_numpy(tokens), "holes": holes, "mark": mark}
+            yield part | {"slots": torch.from_numpy(request.slots)} | found
 
     def _announced(self, requests: Iterable[Request]) -> Iterator[Request]:
         """The same requests, each made known to `fill` some steps before its turn."""
@@ -88,10 +97,11 @@ class ReadStage:
 
 
 class StepParts(NamedTuple):
-    """One rank's samples of one step (B, seq_len + 1) as int64, and (row, reason) of its holes."""
+    """One rank's samples of one step (B, seq_len + 1) as int64, (row, reason) of its holes, and the sum of marks."""
 
     tokens: torch.Tensor
     holes: list[tuple[int, str]]
+    mark: int
 
 
 def run_pipeline(source: StepSource, fill: Fill, *, n_workers: int, batch: int, ahead: int = 0) -> Iterator[StepParts]:
@@ -146,12 +156,13 @@ def _together(parts: list[dict[str, Any]], step: int, batch: int) -> StepParts:
         if "error" in part:
             raise part["error"]
     holes = sorted(hole for part in parts for hole in part["holes"])
+    mark = sum(part["mark"] for part in parts) % 2**64
     if len(parts) == 1:
-        return StepParts(parts[0]["tokens"].long(), holes)
+        return StepParts(parts[0]["tokens"].long(), holes, mark)
     tokens = torch.empty((batch, parts[0]["tokens"].shape[1]), dtype=torch.int64)
     for part in parts:
         tokens[part["slots"]] = part["tokens"].long()
-    return StepParts(tokens, holes)
+    return StepParts(tokens, holes, mark)
 
 
 def _one_thread(_: int) -> None:

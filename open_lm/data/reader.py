@@ -6,6 +6,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import numpy as np
 
@@ -13,7 +14,8 @@ from open_lm import storage
 from open_lm.data.cache import ShardCache
 from open_lm.data.flat import FLAT_KEYS
 from open_lm.data.manifest import Shard
-from open_lm.data.plan import key, mix
+from open_lm.data.pipeline import Filled
+from open_lm.data.plan import identity, key, mix
 from open_lm.data.shards import BLOCK, ShardIndex, check_header, check_ids, decode_member
 from open_lm.data.sources import index_shard
 from open_lm.errors import DataError, StorageError
@@ -22,6 +24,18 @@ _KEPT_INDEXES = 4096
 _KEPT_FILES = 128
 _REMOTE_BLOCK = 1 << 20
 _REMOTE_BYTES = 1 << 30
+
+
+def mark_of(urls: Sequence[str], index: np.ndarray) -> int:
+    """A sum of 64 bits that tells which samples were read, in whatever order: number `index` of the shard at each url.
+
+    The loader computes it again from the plan: proof that a step used the samples it was to use, each of them once.
+    """
+    shards = np.array([_identity(url) for url in urls], np.uint64)
+    return int(mix(shards ^ mix(index.astype(np.uint64))).sum(dtype=np.uint64))
+
+
+_identity = lru_cache(maxsize=1 << 18)(identity)
 
 
 class SampleReader:
@@ -47,12 +61,10 @@ class SampleReader:
         self._announced: OrderedDict[str, None] = OrderedDict()
         self._files, self._cache = _Files(), cache
 
-    def read(
-        self, source: np.ndarray, shard: np.ndarray, index: np.ndarray, position: np.ndarray
-    ) -> tuple[np.ndarray, list[tuple[int, str]]]:
+    def read(self, source: np.ndarray, shard: np.ndarray, index: np.ndarray, position: np.ndarray) -> Filled:
         """The samples (n, seq_len + 1) as int32, and (row, reason) of those that cannot be read: their rows are -1."""
         tokens = np.empty((len(index), self.seq_len + 1), np.int32)
-        holes = []
+        holes: list[tuple[int, str]] = []
         asked = [self.shards[s][k] for s, k in zip(source.tolist(), shard.tolist(), strict=True)]
         self._fetch(asked, index.tolist())
         for row, (one, at) in enumerate(zip(asked, index.tolist(), strict=True)):
@@ -61,7 +73,7 @@ class SampleReader:
             except ValueError as error:
                 tokens[row] = -1
                 holes.append((row, f"shard {storage.shown(one.url)}, sample {at}: {error}."))
-        return tokens, holes
+        return Filled(tokens, holes, mark_of([shard.url for shard in asked], index))
 
     def _fetch(self, shards: list[Shard], indexes: list[int]) -> None:
         """Get what is remote side by side before it is used one by one."""

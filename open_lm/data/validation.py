@@ -47,7 +47,7 @@ def validation_batches(
         places = np.arange(start, min(start + batch, n_sequences))
         shard = np.searchsorted(ends, places, side="right")
         index = places - np.concatenate([[0], ends])[shard]
-        tokens, holes = reader.read(np.zeros_like(places), shard, index, places)
+        tokens, holes, _ = reader.read(np.zeros_like(places), shard, index, places)
         if holes:
             raise DataError(f"--val-data: {holes[0][1]} Repair the shard, or leave it out.")
         filled = _filled(torch.from_numpy(tokens).long(), batch, seq_len)

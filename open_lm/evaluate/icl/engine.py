@@ -20,11 +20,11 @@ from open_lm.evaluate.icl.generation import (
     is_right,
     longest_answer,
     plan_generation,
-    require_greedy,
 )
 from open_lm.evaluate.icl.jobs import Job, JobBook
 from open_lm.evaluate.icl.metrics import Metric, mean_of, measure
 from open_lm.evaluate.icl.prompts import Prompt, prompts
+from open_lm.evaluate.icl.sampling import Sampling, sampling_of
 from open_lm.evaluate.icl.scoring import Score, Scorer
 from open_lm.evaluate.icl.task import EXACT_MATCH, Task
 from open_lm.precision import Precision
@@ -67,6 +67,7 @@ class ToWrite:
     asked: list[Asked]
     aliases: list[Sequence[str]]
     n_new: int
+    sampling: Sampling
 
     @property
     def n_truncated(self) -> int:
@@ -115,10 +116,10 @@ class IclEngine:
         max_seq_len = job.task.max_seq_len or self.max_seq_len
         if job.task.icl_task_type != "generation_task_with_answers":
             return ToScore(job, encode_questions(chosen, self.encoder, max_seq_len, names[: len(chosen)]))
-        require_greedy(job.task)
-        n_new = longest_answer(job.task, rows, self.encoder)
-        asked = encode_prompts(chosen, self.encoder, max_seq_len, n_new, names)
-        return ToWrite(job, asked, [row["aliases"] for row in rows], n_new)
+        sampling = sampling_of(job.task)
+        longest = longest_answer(job.task, rows, self.encoder)
+        asked = encode_prompts(chosen, self.encoder, max_seq_len, longest, names)
+        return ToWrite(job, asked, [row["aliases"] for row in rows], sampling.max_new_tokens or longest, sampling)
 
     def ask(self, prepared: ToScore | ToWrite, progress: Progress = lambda n_questions: None) -> JobResult:
         """Score what `prepare` gave, with the weights of now; the model is in eval mode meanwhile."""
@@ -141,7 +142,7 @@ class IclEngine:
     def _written(self, prepared: ToWrite, progress: Progress) -> dict[str, Metric]:
         task = prepared.job.task
         batches = plan_generation(prepared.asked, prepared.n_new, self.batch_tokens)
-        writer = Writer(self.scorer, self.encoder, self.world)
+        writer = Writer(self.scorer, self.encoder, self.world, prepared.sampling)
         texts = writer.write(batches, prepared.n_new, task.early_stopping_criteria, progress)
         right = [is_right(texts[prompt.number], prepared.aliases[prompt.number], task) for prompt in prepared.asked]
         return {EXACT_MATCH: mean_of(right)}

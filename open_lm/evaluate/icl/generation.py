@@ -1,4 +1,4 @@
-"""What a model answers when it writes itself: greedy texts, judged by exact match with any alias, as LLM Foundry does.
+"""What a model answers when it writes itself: texts judged by exact match with any alias, as LLM Foundry does.
 
 Shapes: B prompts, T positions, V vocabulary.
 """
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from open_lm.distributed import World
-from open_lm.errors import ConfigError, DataError
+from open_lm.errors import DataError
 from open_lm.evaluate.icl.encode import PromptEncoder
 from open_lm.evaluate.icl.prompts import Prompt
+from open_lm.evaluate.icl.sampling import Sampling
 from open_lm.evaluate.icl.scoring import ContextCache, Scorer
 from open_lm.evaluate.icl.task import Task
 
@@ -82,10 +83,11 @@ def plan_generation(prompts: Sequence[Asked], n_new: int, budget_tokens: int) ->
 
 
 class Writer:
-    """Writes greedily with one model; ranks keep step, so it may be sharded over them."""
+    """Writes with one model, greedily unless `sampling` says otherwise; ranks keep step, so it may be sharded."""
 
-    def __init__(self, scorer: Scorer, encoder: PromptEncoder, world: World):
+    def __init__(self, scorer: Scorer, encoder: PromptEncoder, world: World, sampling: Sampling | None = None):
         self.scorer, self.encoder, self.world = scorer, encoder, world
+        self.sampling = sampling or Sampling()
 
     def write(
         self, batches: Sequence[list[Asked]], n_new: int, stops: Sequence[str], progress: Callable[[int], None]
@@ -108,7 +110,8 @@ class Writer:
         tokens: list[list[int]] = [[] for _ in batch]
         ended = [False] * len(batch)
         whole_BT = ids_BT
-        for _ in range(n_new):
+        numbers = [asked.number for asked in batch]
+        for step in range(n_new):
             active = bool(batch) and not all(ended)
             if not self.world.any(active):
                 break
@@ -116,7 +119,8 @@ class Writer:
                 self.scorer.idle(1)
                 continue
             with self.scorer.precision.autocast():
-                next_B = self.scorer.after(ids_BT if cache else whole_BT, cache).argmax(-1)
+                logits_BV = self.scorer.after(ids_BT if cache else whole_BT, cache)
+            next_B = self.sampling.choose(logits_BV, numbers, step)
             ids_BT = next_B[:, None]
             whole_BT = torch.cat((whole_BT, ids_BT), 1)
             self._take(next_B, tokens, ended, stops)
@@ -138,20 +142,6 @@ class Writer:
     def _text(self, tokens: list[int]) -> str:
         text = self.encoder.text(tokens)
         return text if self.encoder.prefix_space else " " + text
-
-
-def require_greedy(task: Task) -> None:
-    """Refuse settings of generation that the native engine does not have.
-
-    Raises:
-        ConfigError: the task sets some.
-    """
-    if task.generation_kwargs:
-        keys = ", ".join(task.generation_kwargs)
-        raise ConfigError(
-            f"task {task.label}: generation_kwargs ({keys}): the native engine only writes greedily. "
-            "Use --engine llm-foundry for this task."
-        )
 
 
 def is_right(text: str, aliases: Sequence[str], task: Task) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from open_lm.checkpoint.openlm_names import has_megablocks, moments_from_openlm, only_name
 from open_lm.checkpoint.sources import read_checkpoint
 from open_lm.checkpoint.weights import plain_name
 from open_lm.errors import CheckpointError
@@ -51,6 +52,17 @@ def require_same_architecture(stored: Mapping[str, Any], here: Mapping[str, Any]
             f"{path} is of another model: {', '.join(differences)}. "
             "Leave out --model and its flags to take the checkpoint's."
         )
+
+
+def require_same_experts(names: Mapping[str, Any], here: Mapping[str, Any], path: str) -> None:
+    """Refuse experts as MegaBlocks has them for a model with others: without gates they differ in nothing but a curve.
+
+    Raises:
+        CheckpointError: naming the flag.
+    """
+    gated = any(name.endswith(".experts.mlp.v1") for name in names)
+    if has_megablocks(names) and not gated and here.get("moe_expert_type") != "megablocks":
+        raise CheckpointError(f"{path} holds experts as MegaBlocks has them: give --moe-expert-type megablocks.")
 
 
 def gather(model: nn.Module, optimizers: list[Optimizer]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -127,22 +139,40 @@ def spread_tensors(saved: Mapping[str, Any] | None, like: Mapping[str, Any]) -> 
     return spread
 
 
-def by_name(saved: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Optimizer state keyed by parameter name, from a file that may number the parameters, as OpenLM's do.
+def by_name(saved: dict[str, Any], model: nn.Module, stored_names: Iterable[str] = ()) -> dict[str, Any]:
+    """Optimizer state keyed by our names of the parameters, from a file that may number them, as OpenLM's do.
 
-    torch numbers parameters through the groups in order; OpenLM has them in the order of `model.named_parameters()`.
+    torch numbers parameters through the groups in order; OpenLM has them in the order of its `named_parameters()`,
+    which is that of `stored_names`, the names in the file of weights.
 
     Raises:
-        CheckpointError: the file holds another number of parameters than the model.
+        CheckpointError: the file holds another number of parameters than the weights, or of other shapes.
     """
     state = {plain_name(name) if isinstance(name, str) else name: moments for name, moments in saved["state"].items()}
     if not any(isinstance(name, int) for name in state):
         return {"state": state}
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    parameters = {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+    names = in_openlms_order(stored_names, parameters)
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     if len(names) != len(numbers):
         raise CheckpointError(
             f"the optimizer file holds {len(numbers)} parameters, the model has {len(names)}: another model."
         )
     name_of = dict(zip(numbers, names, strict=True))
-    return {"state": {name_of[number]: moments for number, moments in state.items()}}
+    out = moments_from_openlm({name_of[number]: moments for number, moments in state.items()})
+    for name, moments in out.items():
+        shapes = {tuple(m.shape) for m in moments.values() if isinstance(m, Tensor) and m.ndim}
+        if name not in parameters or shapes - {tuple(parameters[name].shape)}:
+            raise CheckpointError(
+                f"the optimizer file holds {shapes} for {name}, which the model has not. Another model?"
+            )
+    return {"state": out}
+
+
+def in_openlms_order(stored_names: Iterable[str], parameters: Mapping[str, Any]) -> list[str]:
+    """The names of parameters, each once, as OpenLM's optimizer numbers them."""
+    first: dict[int, str] = {}
+    names = dict.fromkeys(only_name(name) for name in stored_names if not name.endswith(".inv_freq"))
+    for name in names or parameters:  # tied ones have one number
+        first.setdefault(id(parameters[name]) if name in parameters else id(name), name)
+    return list(first.values())

@@ -6,6 +6,7 @@ Pure: dicts in, dicts out. Shapes: E experts, D model width, F hidden width of a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,34 @@ def from_openlm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name in [name for name in kept if name.endswith(ROUTER)]:
         kept |= _experts_from_megablocks(kept, name.removesuffix(ROUTER))
     return kept
+
+
+def only_name(name: str) -> str:
+    """One name of the two that a matrix may have."""
+    for second, first in SECOND_NAMES.items():
+        name = name.replace(second, first)
+    return name.replace("._ff_w", ".feed_forward.experts.mlp.w")
+
+
+def moments_from_openlm(state: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What an optimizer has gathered for each weight, by our names and in our layout.
+
+    Raises:
+        CheckpointError: experts have something that ours have not; named.
+    """
+    out: dict[str, dict[str, Any]] = {}
+    for kind in sorted({kind for moments in state.values() for kind in moments}):
+        gathered = {name: moments[kind] for name, moments in state.items() if kind in moments}
+        shaped = {name: value for name, value in gathered.items() if isinstance(value, Tensor) and value.ndim}
+        plain = {our_name(name): value for name, value in gathered.items() if name not in shaped}
+        for name, value in (plain | from_openlm(shaped)).items():
+            out.setdefault(name, {})[kind] = value
+    return {name: moments for name, moments in out.items() if not name.endswith(".experts.bias")}
+
+
+def our_name(name: str) -> str:
+    """What lies under `name` in the layout of MegaBlocks, by our name."""
+    return name.replace(".router.layer.", ".router.").replace(".mlp.w1", ".w12").replace(".mlp.w2", ".w3")
 
 
 def to_openlm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,13 +13,14 @@ from open_lm.checkpoint.contents import (
     load_optimizers,
     load_weights,
     require_same_architecture,
+    require_same_experts,
     spread_tensors,
 )
 from open_lm.checkpoint.find import latest
 from open_lm.checkpoint.manager import Checkpoints, DataOrder
 from open_lm.checkpoint.snapshot import Saved
 from open_lm.checkpoint.sources import read_checkpoint
-from open_lm.checkpoint.weights import clean_state_dict, load_file
+from open_lm.checkpoint.weights import clean_state_dict, load_file, named_weights
 from open_lm.errors import CheckpointError
 
 
@@ -92,13 +93,15 @@ def _read(stored: Stored, checkpoints: Checkpoints, state: Saved, *, with_optimi
     file = read_checkpoint(stored.path)
     require_same_architecture(file.get("config", {}).get("model", {}), checkpoints.config["model"], stored.path)
     stored.weights = clean_state_dict(file)
+    names = named_weights(file)
+    require_same_experts(names, checkpoints.config["model"], stored.path)
     facts = {"path": stored.path, "step": int(file.get("step", 0)), "tokens": int(file.get("tokens", 0))}
     if not with_optimizer:
         return facts
     _require_same_rule(file.get("config", {}).get("flags", {}), checkpoints.config["flags"], stored.path)
     _require_same_batch(facts, state.tokens_per_step)
     optimizer, stats = (_companion(stored.path, kind) for kind in ("optimizer", "stats"))
-    stored.optimizer = by_name(optimizer["optimizer"], state.model)
+    stored.optimizer = by_name(optimizer["optimizer"], state.model, names)
     present = [name for name in state.companions if storage.exists(_companion_path(stored.path, name))]
     stored.companions = {name: _companion(stored.path, name) for name in present}
     facts |= {"step": int(stats["step"]), "scaler": optimizer.get("scaler", {}), "data_state": stats.get("data_state")}

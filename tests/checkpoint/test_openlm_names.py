@@ -139,3 +139,42 @@ def test_the_command_names_what_openlm_does_not_have(tmp_path, changes):
     with pytest.raises(ConfigError, match="OpenLM has no "):
         main(["--checkpoint", str(tmp_path / "a.pt"), "--out", str(tmp_path / "b.pt")])
     assert not (tmp_path / "b.pt").exists()
+
+
+@pytest.mark.parametrize("changes", [{"ffn_type": "gelu", "weight_tying": True, "post_embed_norm": True},
+                                     {**EXPERTS, "moe_expert_type": "megablocks"}])  # fmt: skip
+def test_moments_numbered_as_openlm_numbers_them_find_their_weights(changes):
+    """OpenLM's optimizer numbers what its `named_parameters()` lists: here as the file lists them, the norm first."""
+    from open_lm.checkpoint.contents import by_name
+
+    torch.manual_seed(0)
+    model = create_model(ModelConfig(**BASE, **changes))
+    for parameter in model.parameters():  # moments that tell whose they are
+        parameter.data.normal_()
+    there = to_openlm(model.state_dict())
+    stored = dict(sorted(there.items(), key=lambda item: "post_embed" not in item[0]))
+    twice = ("feed_forward.0.weight", "feed_forward.2.weight", ".inv_freq", "_ff_w1", "_ff_w2")
+    gelu = [name for name in stored if not name.endswith(twice[:3])] if "ffn_type" in changes else None
+    listed = gelu or [name for name in stored if not name.endswith(twice)]
+    listed = [name for name in listed if not (changes.get("weight_tying") and name == "output.weight")]
+    order = sorted(listed, key=lambda name: list(stored).index(name))
+    state = {k: {"step": torch.tensor(3.0), "exp_avg": stored[name] * 2} for k, name in enumerate(order)}
+    saved = {"state": state, "param_groups": [{"params": []}, {"params": list(range(len(order)))}]}
+    found = by_name(saved, model, stored)["state"]
+    expected = dict(model.named_parameters())
+    assert set(found) == set(expected)
+    for name, parameter in expected.items():
+        assert torch.equal(found[name]["exp_avg"], parameter.data * 2) and found[name]["step"] == 3
+
+
+def test_moments_of_another_model_are_named():
+    from open_lm.checkpoint.contents import by_name
+
+    model = create_model(ModelConfig(**BASE))
+    names = [name for name, _ in model.named_parameters()]
+    state = {k: {"exp_avg": torch.zeros(3, 5)} for k in range(len(names))}
+    saved = {"state": state, "param_groups": [{"params": list(range(len(names)))}]}
+    with pytest.raises(CheckpointError, match=r"\(3, 5\).* for tok_embeddings.weight"):
+        by_name(saved, model, names)
+    with pytest.raises(CheckpointError, match=r"holds 1 parameters, the model has"):
+        by_name({"state": {0: {}}, "param_groups": [{"params": [0]}]}, model, names)

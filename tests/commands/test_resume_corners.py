@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from runs import ROOT, SEQ_LEN, flags, folder_of, metrics, run, run_command, weights, write_data
@@ -129,7 +130,7 @@ def test_an_old_openlm_optimizer_file_with_numbered_parameters_continues(tmp_pat
     epoch = torch.load(folder / "epoch_1.pt", weights_only=True)
     names = [name for name in epoch["state_dict"] if "inv_freq" not in name]
     optimizer = torch.load(folder / "optimizer_1.pt", weights_only=True)["optimizer"]
-    group = {**optimizer["param_groups"][0], "params": list(range(len(names)))}
+    group = {**optimizer["param_groups"][0], "params": list(range(len(names))), "lr": np.float64(0.25)}
     numbered = {"state": {k: optimizer["state"][name] for k, name in enumerate(names)}, "param_groups": [group]}
     bare = {"module." + name: tensor for name, tensor in epoch["state_dict"].items()}
     torch.save({"epoch": 1, "name": "old", "state_dict": bare, "step": 6, "evaluation_metrics": []}, old / "epoch_1.pt")

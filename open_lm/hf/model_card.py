@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from open_lm import text
@@ -42,6 +43,22 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```
 
 Loaded as `{class_name}`; its logits differ from OpenLM's own by at most {difference:.2g} (fp32).
+{command(facts)}"""
+
+
+def command(facts: dict[str, Any]) -> str:
+    """How the run is repeated: its flags as a file for --config; nothing where they are not known."""
+    flags = (facts.get("config") or {}).get("flags") or {}
+    given = {name: value for name, value in flags.items() if value not in (None, False, [], (), "")}
+    if not given:
+        return ""
+    lines = "\n".join(f"{name}: {json.dumps(value)}" for name, value in sorted(given.items()))
+    return f"""
+Trained by `python -m open_lm.main --config run.yaml` (or `torchrun … -m open_lm.main`), `run.yaml` being
+
+```yaml
+{lines}
+```
 """
 
 

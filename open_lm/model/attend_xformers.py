@@ -5,6 +5,9 @@ Shapes: B batch, T queries, S keys, H heads, G heads of keys and values, K head 
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+
 from torch import Tensor
 
 from open_lm.errors import ConfigError
@@ -30,9 +33,18 @@ def xformers_attention(config: ModelConfig) -> Attend:
         if not runs_for(q_BTHK, k_BSGK, mask):
             return scaled_dot_product(q_BTHK, k_BSGK, v_BSGK, mask)
         bias = ops.LowerTriangularMask() if q_BTHK.shape[1] > 1 else None
-        return ops.memory_efficient_attention(q_BTHK, k_BSGK, v_BSGK, attn_bias=bias)
+        try:
+            return ops.memory_efficient_attention(q_BTHK, k_BSGK, v_BSGK, attn_bias=bias)
+        except NotImplementedError as error:  # built for another torch, or for other devices, types or widths
+            _say_once(config.attn_name, str(error).strip().splitlines()[0])
+            return scaled_dot_product(q_BTHK, k_BSGK, v_BSGK, mask)
 
     return attend
+
+
+@cache
+def _say_once(name: str, reason: str) -> None:
+    logging.warning("--attn-name %s: xformers has no kernel here (%s); torch computes the same.", name, reason)
 
 
 def runs_for(q_BTHK: Tensor, k_BSGK: Tensor, mask: Tensor | None) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tiny_models import BASE, CONFIGS, make_model, save_checkpoint
 
 import open_lm
@@ -113,9 +114,11 @@ def test_the_command_writes_weights_tokenizer_and_card_and_prints_the_difference
     out = tmp_path / "out"
     main(["--checkpoint", path, "--out", str(out), "--tokenizer", str(tokenizer_file), "--dtype", "bfloat16"])
     assert "logits after reloading differ by at most" in capsys.readouterr().out
+    card = (out / "README.md").read_text()
+    flags = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert flags == {"lr": 0.003, "train_data": ["shards/a.tar"]} and "open_lm.main --config run.yaml" in card
     config, generation = (json.loads((out / f).read_text()) for f in ("config.json", "generation_config.json"))
     assert (config["dtype"], config["eos_token_id"], generation["eos_token_id"]) == ("bfloat16", 0, 0)
-    card = (out / "README.md").read_text()
     for fact in (
         "| steps | 7 |",
         "| tokens seen | 12k |",

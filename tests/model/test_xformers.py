@@ -67,6 +67,37 @@ def test_on_the_cpu_torch_computes_it(xformers):
     assert calls == []
 
 
+def test_where_xformers_has_no_kernel_torch_computes_it_and_it_is_said_once(xformers, monkeypatch, caplog):
+    """As the real package does beside a torch it was not built for."""
+
+    def no_kernel(query, key, value, attn_bias=None):
+        raise NotImplementedError("No operator found for `memory_efficient_attention_forward` with inputs:\n ...")
+
+    monkeypatch.setattr(sys.modules["xformers"].ops, "memory_efficient_attention", no_kernel)
+    monkeypatch.setattr("open_lm.model.attend_xformers.runs_for", lambda q, k, mask: True)
+    model, expected = pair("xformers_attn")
+    assert torch.equal(model(IDS)[0], expected(IDS)[0])
+    assert caplog.text.count("xformers has no kernel here (No operator found") == 1
+
+
+def test_the_real_package_is_called_as_it_wants_to_be(monkeypatch):
+    ops = pytest.importorskip("xformers.ops", reason="xformers is not installed")
+    seen = []
+
+    def materialized(query, key, value, attn_bias=None):
+        bias = 0 if attn_bias is None else attn_bias.materialize((query.shape[1], key.shape[1]))
+        seen.append(type(attn_bias).__name__)
+        scores = torch.einsum("bthk,bshk->bhts", query, key) / query.shape[-1] ** 0.5 + bias
+        return torch.einsum("bhts,bshk->bthk", scores.softmax(-1), value)
+
+    monkeypatch.setattr("open_lm.model.attend_xformers.runs_for", lambda q, k, mask: True)
+    model, expected = pair("xformers_attn")
+    assert torch.equal(model(IDS)[0], expected(IDS)[0])  # no kernel for a CPU: torch's
+    monkeypatch.setattr(ops, "memory_efficient_attention", materialized)
+    torch.testing.assert_close(model(IDS)[0], expected(IDS)[0], atol=1e-5, rtol=1e-5)
+    assert seen == ["LowerTriangularMask"] * 2
+
+
 def test_without_xformers_the_error_names_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "xformers", None)
     with pytest.raises(ConfigError, match=r"--attn-name xformers_attn needs xformers.*pip install xformers"):

@@ -40,18 +40,9 @@ void turn(const Element* from, const Turn& angles, int64_t head, int64_t dim, El
   }
 }
 
-// softmax(q k') v of one head over n positions; those with `real` false are not there. dim is a multiple of 16.
-template <class Element>
-void attend(
-    const Element* q, const Element* keys, const Element* values, int64_t stride, int64_t n, int64_t dim,
-    const bool* real, float scale, float* scores, Element* out) {
-  float largest = -FAR;
-  for (int64_t s = 0; s < n; s++) {
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t d = 0; d < dim; d += LANES) sum = _mm512_fmadd_ps(widened(keys + s * stride + d), widened(q + d), sum);
-    scores[s] = real && !real[s] ? -FAR : _mm512_reduce_add_ps(sum) * scale;
-    largest = std::max(largest, scores[s]);
-  }
+// softmax of n scores, whose memory goes on to a multiple of LANES.
+inline void softmax(float* scores, int64_t n) {
+  const float largest = *std::max_element(scores, scores + n);
   std::fill(scores + n, scores + rounded_up(n, LANES), -FAR);
   __m512 total = _mm512_setzero_ps();
   for (int64_t s = 0; s < n; s += LANES) {
@@ -60,13 +51,36 @@ void attend(
     _mm512_storeu_ps(scores + s, p);
     total = _mm512_add_ps(total, p);
   }
-  const __m512 share = _mm512_set1_ps(1 / _mm512_reduce_add_ps(total));
-  for (int64_t d = 0; d < dim; d += LANES) {
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t s = 0; s < n; s++)
-      sum = _mm512_fmadd_ps(_mm512_set1_ps(scores[s]), widened(values + s * stride + d), sum);
-    store(out + d, _mm512_mul_ps(sum, share));
-  }
+  const float share = 1 / _mm512_reduce_add_ps(total);
+  for (int64_t s = 0; s < n; s++) scores[s] *= share;
+}
+
+// softmax(q k') v of some heads, `shared` of them on each group of keys and values, over n positions; those with `real`
+// false are not there. Position after position, as the caches lie. dim is a multiple of 16.
+template <class Element>
+void attend(
+    const Element* q, const Element* keys, const Element* values, int64_t stride, int64_t n, int64_t heads,
+    int64_t shared, int64_t dim, const bool* real, float* mixed, Element* out) {
+  const int64_t padded = rounded_up(n, LANES);
+  const float scale = 1 / std::sqrt(float(dim));
+  std::vector<float> scores(heads * padded);
+  for (int64_t s = 0; s < n; s++)
+    for (int64_t h = 0; h < heads; h++) {
+      const Element *key = keys + s * stride + h / shared * dim, *own = q + h * dim;
+      __m512 sum = _mm512_setzero_ps();
+      for (int64_t d = 0; d < dim; d += LANES) sum = _mm512_fmadd_ps(widened(key + d), widened(own + d), sum);
+      scores[h * padded + s] = real && !real[s] ? -FAR : _mm512_reduce_add_ps(sum) * scale;
+    }
+  for (int64_t h = 0; h < heads; h++) softmax(scores.data() + h * padded, n);
+  std::fill(mixed, mixed + heads * dim, 0.f);
+  for (int64_t s = 0; s < n; s++)
+    for (int64_t h = 0; h < heads; h++) {
+      const Element* value = values + s * stride + h / shared * dim;
+      const __m512 share = _mm512_set1_ps(scores[h * padded + s]);
+      for (int64_t d = h * dim; d < (h + 1) * dim; d += LANES)
+        _mm512_storeu_ps(mixed + d, _mm512_fmadd_ps(share, widened(value + d - h * dim), _mm512_loadu_ps(mixed + d)));
+    }
+  for (int64_t d = 0; d < heads * dim; d += LANES) store(out + d, _mm512_loadu_ps(mixed + d));
 }
 
 template <class Element>
@@ -75,23 +89,25 @@ Tensor decode_attention_of(
     const bool* real) {
   const int64_t batch = q.size(0), groups = keys.size(2), dim = keys.size(3), heads = q.size(1) / dim;
   const int64_t row = keys.stride(0), stride = keys.stride(1), n = length + 1, shared = heads / groups;
-  const float scale = 1 / std::sqrt(float(dim));
   Tensor out = at::empty({batch, heads * dim}, q.options());
   const Element *q_at = q.data_ptr<Element>(), *k_at = k.data_ptr<Element>(), *v_at = v.data_ptr<Element>();
   Element *key_at = keys.data_ptr<Element>(), *value_at = values.data_ptr<Element>(), *to = out.data_ptr<Element>();
-  at::parallel_for(0, batch * groups, std::max<int64_t>(1, 4096 / n), [&](int64_t begin, int64_t end) {
-    std::vector<float> scores(rounded_up(n, LANES));
-    std::vector<Element> turned(dim);
+  const int64_t parts = batch == 1 ? std::min<int64_t>(groups, at::get_num_threads()) : 1;
+  at::parallel_for(0, batch * parts, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> mixed(heads * dim);
+    std::vector<Element> turned(heads * dim);
     for (int64_t i = begin; i < end; i++) {
-      const int64_t b = i / groups, g = i % groups;
-      Element *own_keys = key_at + b * row + g * dim, *own_values = value_at + b * row + g * dim;
-      turn(k_at + b * k.stride(0) + g * dim, angles, g, dim, own_keys + length * stride);
-      std::copy_n(v_at + b * v.stride(0) + g * dim, dim, own_values + length * stride);
-      for (int64_t h = g * shared; h < (g + 1) * shared; h++) {
-        turn(q_at + b * q.stride(0) + h * dim, angles, h, dim, turned.data());
-        attend(turned.data(), own_keys, own_values, stride, n, dim, real ? real + b * n : nullptr, scale, scores.data(),
-               to + (b * heads + h) * dim);
+      const int64_t b = i / parts, first = i % parts * groups / parts, last = (i % parts + 1) * groups / parts;
+      Element *own_keys = key_at + b * row, *own_values = value_at + b * row;
+      for (int64_t g = first; g < last; g++) {
+        turn(k_at + b * k.stride(0) + g * dim, angles, g, dim, own_keys + length * stride + g * dim);
+        std::copy_n(v_at + b * v.stride(0) + g * dim, dim, own_values + length * stride + g * dim);
       }
+      const int64_t own_heads = (last - first) * shared, head = first * shared;
+      for (int64_t h = 0; h < own_heads; h++)
+        turn(q_at + b * q.stride(0) + (head + h) * dim, angles, head + h, dim, turned.data() + h * dim);
+      attend(turned.data(), own_keys + first * dim, own_values + first * dim, stride, n, own_heads, shared, dim,
+             real ? real + b * n : nullptr, mixed.data(), to + (b * heads + head) * dim);
     }
   });
   return out;

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from icl_setup import ROOT, SAMPLES, tiny_model, write_checkpoint, write_tokenizer
@@ -14,7 +15,13 @@ pytestmark = [
 ]
 
 
-def test_its_command_line_knows_openlm(tmp_path):
+HOOK = ROOT / "eval" / "lm_eval" / "openlm.yaml"
+OURS = [sys.executable, "-m", "open_lm.evaluate.lm_harness"]
+THEIRS = [str(Path(sys.executable).parent / "lm_eval")]
+
+
+@pytest.mark.parametrize(("command", "further"), [(OURS, ""), (THEIRS, f",{HOOK}")], ids=["ours", "theirs"])
+def test_its_command_line_knows_openlm(tmp_path, command, further):
     task = {
         "task": "choices_here",
         "dataset_path": "json",
@@ -28,8 +35,11 @@ def test_its_command_line_knows_openlm(tmp_path):
     (tmp_path / "t.yaml").write_text(json.dumps(task))
     tokenizer = write_tokenizer(tmp_path / "tokenizer.json")
     checkpoint = write_checkpoint(tmp_path / "epoch_1.pt", tiny_model(), tokenizer)
-    flags = ["--model_args", f"checkpoint={checkpoint}", "--tasks", "choices_here", "--include_path", str(tmp_path)]
-    command = [sys.executable, "-m", "open_lm.evaluate.lm_harness", "run", "--model", "openlm", *flags, "--limit", "4"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    flags = ["--model_args", f"checkpoint={checkpoint}", "--tasks", f"choices_here{further}", "--limit", "4"]
+    flags += ["--include_path", str(tmp_path)]
+    where = ROOT if command is OURS else tmp_path
+    done = subprocess.run(
+        [*command, "run", "--model", "openlm", *flags], cwd=where, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "|choices_here|" in done.stdout

@@ -112,5 +112,5 @@ def test_the_yamls_of_the_project_name_their_files(yaml, n_files):
     assert len(set(names)) == n_files
 
 
-def test_the_yaml_under_openlms_old_name_reads():
-    assert len(download._needed(str(ROOT / "eval" / "in_memory_hf_eval.yaml"))) == 11
+def test_the_yaml_under_openlms_old_name_needs_no_download():
+    assert download._needed(str(ROOT / "eval" / "in_memory_hf_eval.yaml")) == []

@@ -72,6 +72,14 @@ def test_one_command_from_any_folder_writes_three_files_and_a_table(files, tmp_p
     assert (tmp_path / "out" / "results.md").read_text().startswith("| task | epoch_1 |")
 
 
+def test_the_yaml_under_openlms_old_name_runs_as_shipped_from_any_folder(files, tmp_path):
+    code, out, err = evaluate("--eval-yaml", "eval/in_memory_hf_eval.yaml", "--checkpoint", files["checkpoint"],
+                              "--output-dir", tmp_path / "out", "--eval-precision", "bf16", cwd=tmp_path)  # fmt: skip
+    assert code == 0, err
+    keys = ["python_words/3-shot", "english_choices/0-shot", "python_imports/0-shot", "short_answers/2-shot"]
+    assert all(key in out for key in keys)
+
+
 def test_several_checkpoints_stand_side_by_side(files, tmp_path):
     other = write_checkpoint(tmp_path / "epoch_2.pt", tiny_model(seed=1), files["tokenizer"])
     results = in_process("--eval-yaml", files["yaml"], "--checkpoint", files["checkpoint"], other,
@@ -139,6 +147,13 @@ def test_gauntlet_averages_are_centred_on_chance(files, tmp_path):
     (run,) = results.runs
     words, choices = (record.value for record in run.records)
     assert run.averages == pytest.approx(dict.fromkeys(("python", "all"), (words + (choices - 0.5) / 0.5) / 2))
+
+
+def test_keys_that_ask_for_what_is_done_otherwise_are_named(files, tmp_path, caplog):
+    path = yaml_of(tmp_path / "y.yaml", ["python_words"], fsdp_config={"sharding_strategy": "FULL_SHARD"}, loggers={})
+    in_process("--eval-yaml", path, "--checkpoint", files["checkpoint"], "--output-dir", tmp_path / "out")
+    assert "fsdp_config has no effect here: every rank holds the whole model" in caplog.text
+    assert "loggers" not in caplog.text
 
 
 @pytest.mark.parametrize(

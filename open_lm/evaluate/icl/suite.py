@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,16 @@ from open_lm.evaluate.icl.task import Task, read_task
 REPOSITORY = Path(__file__).resolve().parents[3]
 PRECISIONS = {"fp32": "fp32", "amp_bf16": "amp_bf16", "amp_bfloat16": "amp_bf16", "amp_fp16": "fp16", "bf16": "bf16"}
 READ = ("icl_tasks", "eval_gauntlet", "max_seq_len", "device_eval_batch_size", "precision", "seed")
-READ_AS_WELL = ("loggers", "fsdp_config", "icl_subset_num_batches")
+READ_AS_WELL = ("icl_subset_num_batches",)
+INSTEAD = {
+    "fsdp_config": "every rank holds the whole model and shares the questions with the others",
+    "parallelism_config": "every rank holds the whole model and shares the questions with the others",
+    "loggers": "results are written to results.json, results.csv and results.md",
+}
+"""Keys that ask for what is done otherwise here."""
 NOT_NEEDED_HERE = (
     "models", "model", "tokenizer", "run_name", "load_path", "dist_timeout", "variables", "python_log_level",
-    "log_config", "model_name_or_path", "model_config", "parallelism_config", "max_duration", "callbacks",
+    "log_config", "model_name_or_path", "model_config", "max_duration", "callbacks",
     "console_log_interval", "progress_bar", "metadata", "global_train_batch_size", "eval_subset_num_batches",
 )  # fmt: skip
 
@@ -36,7 +42,6 @@ class Suite:
     precision: str = "fp32"
     seed: int = 17
     subset_batches: int | None = None
-    fsdp_config: Mapping[str, Any] = field(default_factory=dict)
     path: str = ""
     origin: str = ""
 
@@ -49,8 +54,10 @@ def read_suite(path: str, *, only: Iterable[str] = (), flag: str = "--eval-yaml"
     """
     origin = f"{flag} {path}"
     values = _read_yaml(path, flag)
-    for key in sorted(set(values) - {*READ, *READ_AS_WELL, *NOT_NEEDED_HERE}):
+    for key in sorted(set(values) - {*READ, *READ_AS_WELL, *NOT_NEEDED_HERE, *INSTEAD}):
         logging.warning("%s: key %r is not known and has no effect.", origin, key)
+    for key in (key for key in INSTEAD if values.get(key)):
+        logging.warning("%s: %s has no effect here: %s.", origin, key, INSTEAD[key])
     entries = values.get("icl_tasks")
     if isinstance(entries, str):
         included = _beside(entries, path)
@@ -70,7 +77,6 @@ def read_suite(path: str, *, only: Iterable[str] = (), flag: str = "--eval-yaml"
         precision=_precision(values.get("precision", "fp32"), origin),
         seed=values.get("seed", 17),
         subset_batches=_number(values, "icl_subset_num_batches", origin),
-        fsdp_config=values.get("fsdp_config") or {},
         path=path,
         origin=origin,
     )

@@ -102,3 +102,31 @@ def test_three_engines_give_the_same_numbers(files, tokenizer, kind):
     assert native == pytest.approx(foundry, abs=1e-6)
     assert native == pytest.approx(harness, abs=1e-6)
     assert 0.2 < native["choices"] < 0.8 if kind == "random" else 0 < native["words"] <= native["choices"]
+
+
+def test_a_model_of_transformers_scores_alike_in_ours_and_llm_foundry(files, tmp_path, tokenizer):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from open_lm.evaluate.foundry.runner import FoundryRunner
+    from open_lm.evaluate.icl.runner import NativeRunner
+    from open_lm.evaluate.icl.subject import load_hf_subject
+    from open_lm.model.config import ModelFlags
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=400, max_position_embeddings=64, **shape))
+    model.lm_head.weight.data.mul_(20)
+    model.save_pretrained(tmp_path / "llama")
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json())
+    flags = ModelFlags(hf_model=str(tmp_path / "llama"), hf_seq_len=64)
+    subject = load_hf_subject(flags, str(tmp_path / "tokenizer.json"), torch.device("cpu"), torch.float32)
+    answers = [{"context": f"{word} is", "answer": word} for word in WORDS]
+    path = write_rows(tmp_path / "answers.jsonl", answers)
+    tasks = (
+        task_of(files[0] / "choices.jsonl", "multiple_choice", label="choices"),
+        task_of(path, "generation_task_with_answers", label="answers", num_fewshot=[1]),
+    )
+    runners = [engine(subject, Suite(tasks=tasks), World(), 64, "fp32") for engine in (NativeRunner, FoundryRunner)]
+    native, foundry = ([runner.run(key, lambda n: None)[0].value for key in runner.keys] for runner in runners)
+    assert native == pytest.approx(foundry, abs=1e-6)
+    assert 0 < native[0] < 1

@@ -28,6 +28,8 @@ from open_lm.errors import ConfigError, DataError
 
 LEDGER = "ledger.json"
 _UNFINISHED = ".unfinished"
+_FEW_BYTES = 128 << 20
+"""Shards of so little are written here: starting processes would take longer."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ def build_data_set(
         blocks = _tokenize_all(job, work, encoder, n_workers, run or run_tasks)
         join_tails(job, work.folder, blocks)
         runs = _runs(job, work, [*blocks, *job.tail_blocks])
-        rows = _write_all(job, work, to, runs, n_writers or n_workers, run or run_tasks)
+        quick = run is None and runs.size_bytes < _FEW_BYTES and not storage.is_remote(to.shards)
+        rows = _write_all(job, work, to, runs, n_writers or (1 if quick else n_workers), run or run_tasks)
         ledger = make_ledger(job, work, blocks, rows)
         _publish(to, rows, ledger, overwrite)
     _remove(to.workplace)
@@ -210,8 +213,7 @@ def _write_all(
     if not storage.is_remote(to.shards):
         os.makedirs(to.shards, exist_ok=True)
     calls = [partial(make_shard, job, work.folder, to.shards, runs, number) for number in range(n_shards)]
-    sample_bytes = job.sample_tokens * job.dtype.itemsize
-    run(calls, n_workers, label="write shards", total_bytes=sum(runs.counts) * sample_bytes)
+    run(calls, n_workers, label="write shards", total_bytes=runs.size_bytes)
     return work.records([f"shard-{shard_name(number)}" for number in range(n_shards)])
 
 

@@ -6,7 +6,8 @@ import array
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from functools import lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -53,13 +54,19 @@ class FastEncoder:
     name = "fastokens"
 
     def __init__(self, tokenizer: Tokenizer):
-        import fastokens
-
-        self._backend = fastokens.Tokenizer.from_json_str(tokenizer.to_json())
+        self._backend = _fast_backend(tokenizer.to_json())
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         ids, offsets = self._backend.encode_batch_flat(list(texts), add_special_tokens=False)
         return np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.uint64).astype(np.int64)
+
+
+@lru_cache(maxsize=2)
+def _fast_backend(tokenizer_json: str) -> Any:
+    """Loading takes about half a second; a process that tries the encoder and then works with it does it once."""
+    import fastokens
+
+    return fastokens.Tokenizer.from_json_str(tokenizer_json)
 
 
 def choose_encoder(tokenizer: Tokenizer, wanted: str, sample: Iterable[str]) -> tuple[str, str]:

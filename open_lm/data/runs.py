@@ -36,6 +36,11 @@ class SortedRuns:
     sample_tokens: int
     dtype: str
 
+    @property
+    def size_bytes(self) -> int:
+        """What the samples take."""
+        return sum(self.counts) * self.sample_tokens * np.dtype(self.dtype).itemsize
+
     def count_bins(self) -> np.ndarray:
         """How many samples have a key below each of 65536 equal steps: where to look for the n-th sample."""
         bins = np.zeros(N_BINS, np.int64)

@@ -43,6 +43,10 @@ class Tokenizer:
 
     def to_json(self) -> str:
         """The whole tokenizer as the text of a tokenizer.json."""
+        return self._json
+
+    @cached_property
+    def _json(self) -> str:
         return self._backend.to_str()
 
     @cached_property

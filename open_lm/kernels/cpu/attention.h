@@ -55,14 +55,14 @@ void forward_head(
     float scale) {
   const int64_t padded = rounded_up(n, STRIP);
   const int64_t rows = std::clamp(TILE_SCORES / padded / LANES * LANES, LANES, STRIP);
-  Scratch<Element> keys(dim * padded), values(padded * dim), weights(rows * padded);
+  Scratch<Element> keys(dim * row_stride(padded)), values(padded * dim), weights(rows * padded);
   Scratch<float> scores(rows * padded), mixed(rows * dim);
   pack_transposed(k.data, k.stride, n, dim, keys.data(), padded);
   pack(v.data, v.stride, n, dim, values.data(), padded);
   float inverse[STRIP];
   for (int64_t start = 0; start < n; start += rows) {
     const int64_t count = std::min(rows, n - start), width = rounded_up(start + count, STRIP);
-    product(count, width, dim, q.at(start), q.stride, keys.data(), padded, scores.data(), width, false);
+    product(count, width, dim, q.at(start), q.stride, keys.data(), row_stride(padded), scores.data(), width, false);
     for (int64_t i = 0; i < count; i++)
       std::tie(log_sum[start + i], inverse[i]) =
           softmax_row(scores.data() + i * width, width, start + i + 1, scale, weights.data() + i * width);
@@ -73,7 +73,7 @@ void forward_head(
 }
 
 // From scores and gradients of weights, both (keys x queries), to weights and gradients of scores: both as left sides,
-// the latter also paired.  p = exp(scale score - log sum), with `log_sum` in base 2; its gradient is scale p (dp - delta).
+// the latter also paired. p = exp(scale score - log sum), `log_sum` being in base 2; its gradient is scale p (dp - delta).
 template <class Element>
 void backward_tile(
     const float* scores, const float* grad_weights, int64_t keys, int64_t width, const float* log_sum,
@@ -98,22 +98,23 @@ void backward_tile(
 // Working memory of one thread's backward pass over one head after the other.
 template <class Element>
 struct Backward {
-  int64_t n, dim, padded;
+  int64_t n, dim, padded, apart;  // `apart`: row stride of what is (dim x padded)
   float scale;
   Scratch<Element> q_right, q_left, out_right, out_left, keys_left, weights, left, right;
   Scratch<float> scores, grad_weights, log_sum, delta, grad_q, grad_k, grad_v;
 
   Backward(int64_t n, int64_t dim, float scale)
-      : n(n), dim(dim), padded(rounded_up(n, STRIP)), scale(scale), q_right(dim * padded), q_left(padded * dim),
-        out_right(dim * padded), out_left(padded * dim), keys_left(dim * padded), weights(KEYS * QUERIES),
+      : n(n), dim(dim), padded(rounded_up(n, STRIP)), apart(row_stride(padded)), scale(scale), q_right(dim * apart),
+        q_left(padded * dim), out_right(dim * apart), out_left(padded * dim), keys_left(dim * apart),
+        weights(KEYS * QUERIES),
         left(KEYS * QUERIES), right(KEYS * QUERIES), scores(KEYS * QUERIES), grad_weights(KEYS * QUERIES),
-        log_sum(padded), delta(padded), grad_q(dim * padded), grad_k(padded * dim), grad_v(padded * dim) {}
+        log_sum(padded), delta(padded), grad_q(dim * apart), grad_k(padded * dim), grad_v(padded * dim) {}
 
   void start_group(Head<Element> k) {
     std::fill_n(grad_k.data(), padded * dim, 0.f);
     std::fill_n(grad_v.data(), padded * dim, 0.f);
-    std::fill_n(keys_left.data(), dim * padded, Element(0.f));
-    transpose(k.data, k.stride, keys_left.data(), padded, n, dim);
+    std::fill_n(keys_left.data(), dim * apart, Element(0.f));
+    transpose(k.data, k.stride, keys_left.data(), apart, n, dim);
   }
 
   void add_head(
@@ -122,7 +123,7 @@ struct Backward {
     pack(q.data, q.stride, n, dim, q_left.data(), padded);
     pack_transposed(grad_out.data, grad_out.stride, n, dim, out_right.data(), padded);
     pack(grad_out.data, grad_out.stride, n, dim, out_left.data(), padded);
-    std::fill_n(grad_q.data(), dim * padded, 0.f);
+    std::fill_n(grad_q.data(), dim * apart, 0.f);
     for (int64_t i = 0; i < padded; i++) {
       float total = 0;
       for (int64_t d = 0; i < n && d < dim; d++) total += float(out.at(i)[d]) * float(grad_out.at(i)[d]);
@@ -137,24 +138,25 @@ struct Backward {
   void tile(Head<Element> k, Head<Element> v, int64_t j, int64_t c) {
     constexpr int64_t pair = PAIR<Element>;
     const int64_t keys = std::min(KEYS, n - j), width = std::min(QUERIES, padded - c);
-    product(keys, width, dim, k.at(j), k.stride, q_right.data() + c * pair, padded, scores.data(), width, false);
+    product(keys, width, dim, k.at(j), k.stride, q_right.data() + c * pair, apart, scores.data(), width, false);
     product(
-        keys, width, dim, v.at(j), v.stride, out_right.data() + c * pair, padded, grad_weights.data(), width, false);
+        keys, width, dim, v.at(j), v.stride, out_right.data() + c * pair, apart, grad_weights.data(), width, false);
     for (int64_t i = 1; c == j && i < keys; i++)  // queries before the key
       std::fill_n(scores.data() + i * width, std::min(i, width), -FAR);
     Element* as_right = pair == 2 ? right.data() : left.data();
     backward_tile(
         scores.data(), grad_weights.data(), keys, width, log_sum.data() + c, delta.data() + c, scale, weights.data(),
         left.data(), as_right);
-    product(keys, dim, width, weights.data(), width, out_left.data() + c * dim, dim, grad_v.data() + j * dim, dim, true);
-    product(keys, dim, width, left.data(), width, q_left.data() + c * dim, dim, grad_k.data() + j * dim, dim, true);
+    float *to_v = grad_v.data() + j * dim, *to_k = grad_k.data() + j * dim;
+    product(keys, dim, width, weights.data(), width, out_left.data() + c * dim, dim, to_v, dim, true);
+    product(keys, dim, width, left.data(), width, q_left.data() + c * dim, dim, to_k, dim, true);
     const int64_t depth = pair == 2 ? rounded_up(keys, 2) : keys;
-    product(dim, width, depth, keys_left.data() + j, padded, as_right, width, grad_q.data() + c, padded, true);
+    product(dim, width, depth, keys_left.data() + j, apart, as_right, width, grad_q.data() + c, apart, true);
   }
 
   void write_q(Head<Element> to) {
     for (int64_t i = 0; i < n; i++)
-      for (int64_t d = 0; d < dim; d++) to.at(i)[d] = grad_q.data()[d * padded + i];
+      for (int64_t d = 0; d < dim; d++) to.at(i)[d] = grad_q.data()[d * apart + i];
   }
 
   void write_kv(Head<Element> to_k, Head<Element> to_v) {

@@ -101,7 +101,7 @@ struct Chunk {
   int64_t n_threads = at::get_num_threads();
 
   Chunk(Problem p, const Element* h, const Element* w)
-      : problem(p), hidden(h), weight(w), hidden_transposed(p.dim * p.padded) {
+      : problem(p), hidden(h), weight(w), hidden_transposed(p.dim * row_stride(p.padded)) {
     pack_transposed(hidden, p.dim, p.positions, p.dim, hidden_transposed.data(), p.padded);
   }
 
@@ -116,7 +116,7 @@ struct Chunk {
         const int64_t width = std::min(POSITIONS, problem.padded - r);
         product(
             words, width, problem.dim, weight + v * problem.dim, problem.dim,
-            hidden_transposed.data() + r * PAIR<Element>, problem.padded, tile, width, false);
+            hidden_transposed.data() + r * PAIR<Element>, row_stride(problem.padded), tile, width, false);
         use(v, words, r, width);
       }
     }
@@ -147,15 +147,15 @@ struct Chunk {
 
   // Gradients of the sum: `grad_hidden` of the chunk is set, `grad_weight` set or added to.
   void gradients(const float* log_z, const float* weights, Element* grad_hidden, float* grad_weight, bool add) {
-    const int64_t dim = problem.dim, padded = problem.padded;
+    const int64_t dim = problem.dim, padded = problem.padded, apart = row_stride(padded);
     Scratch<Element> hidden_paired(padded * dim);
     pack(hidden, dim, problem.positions, dim, hidden_paired.data(), padded);
-    Scratch<float> partial(n_threads * dim * padded);  // (dim x padded) of each thread
+    Scratch<float> partial(n_threads * dim * apart);  // (dim x padded) of each thread, its rows `apart`
     on_each_thread(n_threads, [&](int64_t thread) {
       Scratch<float> tile(WORDS * POSITIONS);
       Scratch<Element> left(WORDS * POSITIONS), right(WORDS * POSITIONS), words_transposed(dim * WORDS);
-      float* own = partial.data() + thread * dim * padded;
-      std::fill_n(own, dim * padded, 0.f);
+      float* own = partial.data() + thread * dim * apart;
+      std::fill_n(own, dim * apart, 0.f);
       const auto transpose_words = [&](int64_t v, int64_t words) {
         const int64_t height = rounded_up(words, 2);
         transpose(weight + v * dim, dim, words_transposed.data(), height, words, dim);
@@ -172,14 +172,14 @@ struct Chunk {
             words, dim, width, left.data(), width, hidden_paired.data() + r * dim, dim, grad_weight + v * dim, dim,
             add || r > 0);
         product(
-            dim, width, height, words_transposed.data(), rounded_up(words, 2), as_right, width, own + r, padded, true);
+            dim, width, height, words_transposed.data(), rounded_up(words, 2), as_right, width, own + r, apart, true);
       });
     });
     at::parallel_for(0, problem.positions, STRIP, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++)
         for (int64_t k = 0; k < dim; k++) {
           float total = 0;
-          for (int64_t t = 0; t < n_threads; t++) total += partial.data()[(t * dim + k) * padded + i];
+          for (int64_t t = 0; t < n_threads; t++) total += partial.data()[(t * dim + k) * apart + i];
           grad_hidden[i * dim + k] = total;
         }
     });

@@ -1,7 +1,7 @@
 // What the CPU kernels share: vectors of 16 floats, packing for matrix products, scratch memory.
 //
-// Element is the type that products are taken in: float, or BFloat16 with sums in float. A product's right side must hold
-// rows 2i and 2i + 1 interleaved in BFloat16 ("paired" below), which is what AMX and AVX512-BF16 read.
+// Element is the type that products are taken in: float, or BFloat16 with sums in float. The right side of a product in
+// BFloat16 holds rows 2i and 2i + 1 interleaved ("paired" below), which is what AMX and AVX512-BF16 read.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -32,6 +32,11 @@ inline int64_t rounded_up(int64_t n, int64_t step) {
 }
 
 constexpr float LOG2_E = 1.44269504f;
+
+// Where the next row of a matrix of this width begins: no power of two further, or rows would evict each other from L1.
+inline int64_t row_stride(int64_t width) {
+  return width + LANES;
+}
 
 // 2^x, to about 2e-7; 0 for x far below 0.
 inline __m512 exp2_ps(__m512 x) {
@@ -82,14 +87,16 @@ void transpose(const Word* from, int64_t from_stride, Word* to, int64_t to_strid
 }
 
 // The right side (columns x width) that is the transpose of `from` (rows x columns), paired; zeros beyond `rows`.
+// Its rows are row_stride(width) apart.
 template <class Element>
 void pack_transposed(
     const Element* from, int64_t stride, int64_t rows, int64_t columns, Element* to, int64_t width) {
+  const int64_t to_stride = row_stride(width);
   constexpr int64_t pair = PAIR<Element>;  // a pair lies in one 32-bit word of `from`
   auto* words = reinterpret_cast<uint32_t*>(to);
-  transpose(reinterpret_cast<const uint32_t*>(from), stride / pair, words, width, rows, columns / pair);
-  if (rows < width)
-    for (int64_t c = 0; c < columns / pair; c++) std::fill(words + c * width + rows, words + (c + 1) * width, 0u);
+  transpose(reinterpret_cast<const uint32_t*>(from), stride / pair, words, to_stride, rows, columns / pair);
+  for (int64_t c = 0; c < columns / pair; c++)
+    std::fill(words + c * to_stride + rows, words + c * to_stride + width, 0u);
 }
 
 // The right side (height x columns) that is `from` (rows x columns), paired; zeros beyond `rows`. `height` is even.

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from open_lm import storage, text
 from open_lm.command import run
 from open_lm.errors import ConfigError, DataError
-from open_lm.evaluate.icl.records import CheckpointRecords, Record, read_results, short
+from open_lm.evaluate.icl.records import CheckpointRecords, Record, markdown, read_results, short
 from open_lm.flags import Parser, add_group, flag, read_group
 
 Lines = dict[str, list[tuple[float, Record]]]
@@ -26,6 +26,7 @@ class PlotConfig:
     """Scores against tokens"""
 
     output: str = flag("scores.png", "The picture to write: .png, .svg or .pdf.")
+    table: str | None = flag(None, "Also write all scores to this markdown file: a line a task, a column a checkpoint.")
     tasks: tuple[str, ...] = flag((), "Only these labels. None: all.")
     columns: int = flag(4, "Panels side by side.")
 
@@ -43,7 +44,11 @@ def main(argv: Sequence[str] | None = None) -> str:
     add_group(parser, PlotConfig)
     args = parser.parse_args(argv)
     config = read_group(args, PlotConfig)
-    panels = gather([_file(path) for path in args.results], config.tasks)
+    paths = [_file(path) for path in args.results]
+    if config.table:
+        runs = [checkpoint for path in paths for checkpoint in read_results(path).runs]
+        storage.write_text(config.table, markdown(runs))
+    panels = gather(paths, config.tasks)
     draw(panels, config)
     print(f"written: {config.output} ({len(panels)} tasks)")
     return config.output

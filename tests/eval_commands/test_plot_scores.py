@@ -30,6 +30,30 @@ def test_a_picture_of_several_runs_is_written(tmp_path):
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_table_compares_the_checkpoints_of_several_evaluations(tmp_path):
+    """Worked by hand: categories count as their mean, the average is over tasks, a gap leaves it open."""
+    metric = "InContextLearningMultipleChoiceAccuracy"
+
+    def record(key, category, value):
+        label = key.split("/")[0]
+        return Record(key, label, 0, category, metric, value, 0.01, 0.25, 10, 0, 1.0, "", "")
+
+    own = [record("copa/0-shot", None, 0.6), record("mmlu/0-shot/a", "a", 0.2), record("mmlu/0-shot/b", "b", 0.4)]
+    for name, records in (("a", own), ("b", own[:1])):
+        Results("native", {}, [CheckpointRecords(name, "", "", "", tokens=1, records=records)]).write(
+            str(tmp_path / name)
+        )
+    plot_scores.main([str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "s.png"), "--table",
+                      str(tmp_path / "t.md")])  # fmt: skip
+    assert (tmp_path / "t.md").read_text().splitlines() == [
+        "| task | a | b |",
+        "|---|---|---|",
+        "| copa/0-shot (accuracy) | 0.6000 ± 0.0100 | 0.6000 ± 0.0100 |",
+        "| mmlu/0-shot (accuracy) | 0.3000 |  |",
+        "| **average** | 0.4500 |  |",
+    ]
+
+
 def test_what_cannot_be_drawn_is_said(tmp_path):
     path = results(tmp_path / "a", "a", 10, 0.5)
     with pytest.raises(DataError, match="no scores of other"):

@@ -112,15 +112,47 @@ def terminal_table(records: Sequence[Record]) -> str:
 
 
 def markdown(runs: Sequence[CheckpointRecords]) -> str:
-    """A table with one line a task and one column a checkpoint, as in OpenLM's README."""
-    keys = list(dict.fromkeys((r.key, r.metric) for run in runs for r in run.records))
+    """A table with one line a task and one column a checkpoint, as in OpenLM's README.
+
+    A task with categories is one line, their mean. The last line is the mean accuracy of the columns that have all.
+    """
+    rows = list(dict.fromkeys((_task_of(r), r.metric) for run in runs for r in run.records))
     lines = ["| task | " + " | ".join(run.name for run in runs) + " |", "|---|" + "---|" * len(runs)]
-    for key, metric in keys:
+    for key, metric in rows:
         lines.append(f"| {key} ({short(metric)}) | " + " | ".join(_cell(run, key, metric) for run in runs) + " |")
+    accuracies = [row for row in rows if "accuracy" in row[1].lower() or row[1] == "acc"]
+    if len(accuracies) > 1:
+        lines.append("| **average** | " + " | ".join(_average(run, accuracies) for run in runs) + " |")
     for name in dict.fromkeys(name for run in runs for name in run.averages):
         cells = (f"{run.averages[name]:.4f}" if name in run.averages else "" for run in runs)
         lines.append(f"| **{name}** | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _task_of(record: Record) -> str:
+    """A record's key without its category."""
+    return record.key.removesuffix(f"/{record.category}") if record.category else record.key
+
+
+def _values(run: CheckpointRecords, key: str, metric: str) -> list[Record]:
+    return [record for record in run.records if (_task_of(record), record.metric) == (key, metric)]
+
+
+def _mean(records: Sequence[Record]) -> float:
+    return sum(record.value for record in records) / len(records)
+
+
+def _average(run: CheckpointRecords, rows: Sequence[tuple[str, str]]) -> str:
+    found = [_values(run, key, metric) for key, metric in rows]
+    return f"{sum(map(_mean, found)) / len(found):.4f}" if all(found) else ""
+
+
+def _cell(run: CheckpointRecords, key: str, metric: str) -> str:
+    found = _values(run, key, metric)
+    if not found:
+        return ""
+    error = found[0].stderr if len(found) == 1 else None
+    return f"{_mean(found):.4f}" + (f" ± {error:.4f}" if error is not None else "")
 
 
 def short(metric: str) -> str:
@@ -130,13 +162,6 @@ def short(metric: str) -> str:
     if metric.endswith("CalibrationError"):
         return "calibration error"
     return "accuracy" if metric.endswith("Accuracy") else metric
-
-
-def _cell(run: CheckpointRecords, key: str, metric: str) -> str:
-    found = next((r for r in run.records if (r.key, r.metric) == (key, metric)), None)
-    if found is None:
-        return ""
-    return f"{found.value:.4f}" + (f" ± {found.stderr:.4f}" if found.stderr is not None else "")
 
 
 def _csv(runs: Iterable[CheckpointRecords]) -> str:

@@ -155,6 +155,7 @@ class Loader:
             "fingerprint": source.fingerprint,
             "sequences": source.n_sequences,
             "columns": int(self.plan.columns[number]),
+            "share": self.plan.shares[number],
             "lanes": getattr(stream, "lanes", 1),
             "window": getattr(stream, "window", 1),
         }

@@ -110,6 +110,7 @@ def test_weights_mix_sources_inside_every_batch_and_each_source_loses_nothing(da
     found = steps(config, 0, 20, n_steps=20)
     assert all(sum(number >= 100 for number in batch) == 1 for batch in found)
     assert sorted(flat(found)) == [*range(60), *range(100, 120)]
+    assert [source["share"] for source in loader(config).state(0)["sources"]] == [0.75, 0.25]
     with pytest.raises(DataError, match="21 steps of 4 need 84 sequences"):
         loader(config, n_steps=21)
 

@@ -103,7 +103,7 @@ class Writer:
             progress(len(batch))
         return {number: text for share in self.world.gather(written) for number, text in share.items()}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _write_batch(self, batch: list[Asked], n_new: int, stops: Sequence[str]) -> list[str]:
         cache = ContextCache(self.scorer.n_layers) if self.scorer.shares_contexts else None
         ids_BT = torch.tensor([asked.ids for asked in batch], dtype=torch.long, device=self.scorer.device)

@@ -29,7 +29,11 @@ class Score(NamedTuple):
 
 
 class Scorer:
-    """Scores batches with a Transformer (or a wrapped one) on the device that holds it."""
+    """Scores batches with a Transformer (or a wrapped one) on the device that holds it.
+
+    Without gradients, but not in inference mode: FSDP keeps tensors of its first forward pass for all later ones, and a
+    model may be trained after it was scored.
+    """
 
     def __init__(self, model: nn.Module, device: torch.device, precision: Precision):
         self.model, self.device, self.precision = model, device, precision
@@ -37,14 +41,14 @@ class Scorer:
         self.shares_contexts = isinstance(plain, Transformer)  # others keep their past in their own way
         self.n_layers = plain.config.n_layers if self.shares_contexts else 0
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def score(self, batch: ScoringBatch) -> dict[tuple[int, int], Score]:
         """The score of every continuation of `batch`, by (question, choice)."""
         with self.precision.autocast():
             tokens_N4 = self._shared(batch) if batch.shares_context else self._single(batch)
         return _per_continuation(tokens_N4.cpu(), batch)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def idle(self, n_forwards: int) -> None:
         """Run the model without need, so that ranks with fewer batches keep step with the others."""
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)

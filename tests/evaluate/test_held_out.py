@@ -87,7 +87,7 @@ def test_resamples_of_any_size_have_the_spread_that_theory_gives(size, monkeypat
         "open_lm.evaluate.bootstrap.DRAWS_AT_ONCE", 700
     )  # several resamples a block, several a resample
     values = torch.randn(4000, generator=torch.Generator().manual_seed(0)).double()
-    means = resampled_means(values, 400, size, seed=1)
+    means = resampled_means(values.numpy(), 400, size, seed=1)
     n_drawn = min(size, len(values))
     assert float(means.std()) == pytest.approx(float(values.std()) / n_drawn**0.5, rel=0.2)
     assert float(means.mean()) == pytest.approx(

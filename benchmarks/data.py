@@ -205,13 +205,15 @@ def print_preprocessing(results: dict, tokens: int) -> None:
 
 
 def print_loading(results: dict) -> None:
-    """One row a contender; ratios of rates to those of a numpy memmap, round by round."""
-    print("\nloading | Mtokens/s wall | Mtokens/s of the process's CPU | wall rate x memmap")
-    base = [r["wall"] for r in results["numpy memmap"]]
+    """One row a contender; ratios of rates to those of a numpy memmap, round by round; CPU where one process works."""
+    print("\nloading | Mtokens/s wall | x memmap | Mtokens per CPU second | x memmap")
+    base = results["numpy memmap"]
     for name, rounds in results.items():
-        wall, cpu = (statistics.median(r[key] for r in rounds) / 1e6 for key in ("wall", "cpu"))
-        shown = f"{cpu:.1f}" if "1 workers" not in name else "-"
-        print(f"{name} | {wall:.1f} | {shown} | {ratios([r['wall'] for r in rounds], base)}")
+        shown = []
+        for clock in ("wall", "cpu") if "1 workers" not in name else ("wall",):
+            rates, bases = ([r[clock] for r in found] for found in (rounds, base))
+            shown += [f"{statistics.median(rates) / 1e6:.1f}", ratios(rates, bases)]
+        print(" | ".join([name, *shown]))
 
 
 if __name__ == "__main__":

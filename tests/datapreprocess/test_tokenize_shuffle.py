@@ -300,3 +300,43 @@ def test_copies_are_spread_evenly_and_chances_are_kept():
         gaps = np.diff(np.append(mine, mine[:1]))  # around the circle of 64 bits
         assert int(gaps.min()) >= 2**64 // int(times[k]) // 2 - 2
     assert np.array_equal(copies(50, 1.0, seed=1, block="b")[0], np.arange(50))
+
+
+def test_unfinished_work_in_s3_is_gone_on_with_and_other_work_is_refused(s3, raw, tmp_path, tokenizer_json, texts):
+    import dataclasses
+
+    from open_lm import storage
+    from open_lm.data.build import Destination, build_data_set
+    from open_lm.data.job import make_job
+    from open_lm.data.tokenizers import load_tokenizer
+    from open_lm.data.workers import run_tasks
+
+    settings = {"seq_len": 15, "shard_size": 512, "data_key": "npy", "content_key": "text", "seed": 1}
+    settings |= {"on_bad_line": "stop", "max_document_bytes": 1 << 20, "block_bytes": 60_000}
+    job = make_job([raw("a.jsonl", texts)], load_tokenizer(str(tokenizer_json)), **settings)
+    done = []
+
+    def stopped(tasks, n_workers, /, *, label, total_bytes):
+        for number, task in enumerate(tasks):
+            if label == "write shards" and number == 2:
+                raise KeyboardInterrupt
+            done.append(sum(task()))
+
+    def build(folder, **more):
+        where = Destination(folder, f"{folder}.unfinished")
+        return build_data_set(job, where, tokenizer_json.read_text(), n_workers=1, **more)
+
+    with pytest.raises(KeyboardInterrupt):
+        build(f"{s3}/halted", run=stopped)
+    assert len(done) == 3 and not storage.exists(f"{s3}/halted/manifest.jsonl")
+    with pytest.raises(ConfigError, match="--resume"):
+        build(f"{s3}/halted", run=run_tasks)
+    other = dataclasses.replace(job, seed=2)
+    with pytest.raises(ConfigError, match="other settings"):
+        build_data_set(other, Destination(f"{s3}/halted", f"{s3}/halted.unfinished"), "", n_workers=1, resume=True)
+    written = storage.size_bytes(f"{s3}/halted/00000000.tar")
+    assert build(f"{s3}/halted", resume=True) == build(str(tmp_path / "straight"))
+    assert written == (tmp_path / "straight" / "00000000.tar").stat().st_size
+    for path in (tmp_path / "straight").iterdir():
+        assert storage.read_bytes(f"{s3}/halted/{path.name}") == path.read_bytes()
+    assert storage.glob(f"{s3}/halted.unfinished/**") == []

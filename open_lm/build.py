@@ -36,7 +36,8 @@ def architecture_of(config: RunConfig) -> ModelConfig:
         ConfigError: no such model.
         CheckpointError: the checkpoint is missing or holds no architecture.
     """
-    path = config.checkpoint.pretrained or config.checkpoint.resume
+    flags = config.checkpoint
+    path = flags.start[0] if flags.start else flags.resume
     if config.model.model is not None or path is None:
         return architecture_named(config.model)
     if path != "latest":

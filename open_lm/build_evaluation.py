@@ -103,7 +103,8 @@ def build_tasks(
 def run_tokenizer(config: RunConfig, loader: Loader | None) -> str | None:
     """The tokenizer of the run; where it only evaluates, that of the checkpoint, if it names one."""
     named = tokenizer_name(config, loader)
-    path = config.checkpoint.pretrained or config.checkpoint.resume
+    flags = config.checkpoint
+    path = flags.start[0] if flags.start else flags.resume
     if named or loader is not None or path in (None, "latest"):
         return named
     return (read_checkpoint(str(path)).get("config") or {}).get("tokenizer")

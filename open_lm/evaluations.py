@@ -70,7 +70,7 @@ class Evaluations:
 
     def rows(self, state: TrainState) -> list[dict[str, Any]]:
         """The last held-out losses as results.jsonl and checkpoints keep them."""
-        path = self._config.checkpoint.resume or self._config.checkpoint.pretrained
+        path = " ".join(self._config.checkpoint.start) or self._config.checkpoint.resume
         name = self._config.model.model or ""
         return result_rows(self.held_out, step=state.step, tokens=state.tokens, model=name, checkpoint=path)
 

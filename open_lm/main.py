@@ -60,8 +60,9 @@ def each_checkpoint(config: RunConfig) -> list[RunConfig]:
 
 def carry_out(run: Run) -> RunResult:
     """Build what the run works on, train if it is to, and evaluate."""
-    from open_lm.build import build_loader_and_horizon, build_state
+    from open_lm.build import build_loader_and_horizon, build_state, tokenizer_name
     from open_lm.build_evaluation import build_tasks, build_validation_sets
+    from open_lm.checkpoint.provenance import provenance
     from open_lm.checkpoint.restore import restore
     from open_lm.train.loop import train
 
@@ -70,6 +71,7 @@ def carry_out(run: Run) -> RunResult:
     val_sets = build_validation_sets(config, architecture, run.world, loader)
     state = build_state(config, architecture, run.world, steps)
     tasks = build_tasks(config, architecture, state, loader)
+    run.checkpoints.config |= provenance(tokenizer_name(config, loader), loader.state(0) if loader else None)
     restore(run.checkpoints, state, loader)
     run.begin(state, loader, val_sets, tasks)
     if loader is not None:

@@ -119,12 +119,12 @@ def check_evaluation(config: RunConfig) -> None:
         raise ConfigError(
             "nothing to do: give --train-data or --dataset-manifest to train, or --val-data or --icl-tasks to evaluate."
         )
-    if flags.val_checkpoints and (config.trains or given.resume or given.pretrained):
+    if flags.val_checkpoints and (config.trains or given.resume or given.start):
         raise ConfigError("--val-checkpoints only evaluates: leave out training data, --resume and --pretrained.")
-    if not config.trains and not (given.resume or given.pretrained or flags.val_checkpoints):
+    if not config.trains and not (given.resume or given.start or flags.val_checkpoints):
         raise ConfigError(
-            "--val-data alone evaluates a checkpoint: name it with --resume or --pretrained, several with "
-            "--val-checkpoints."
+            "--val-data alone evaluates a checkpoint: name it with --resume, --pretrained or --average, "
+            "several with --val-checkpoints."
         )
     names, sets = flags.val_names, config.data.val_data
     if names and len(names) != len(sets):

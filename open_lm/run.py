@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -76,7 +75,6 @@ class Run:
             config={"model": architecture.to_dict(), "flags": config.as_flags()},
         )
         self.stop_requests = StopRequests(config.train.time_limit_minutes)
-        self._save_seconds = 0.0
         self._observer = Observer(
             folder,
             world.rank,
@@ -86,6 +84,7 @@ class Run:
         self._watchdog = watchdog
         self._sinks = sinks
         self._closing = contextlib.ExitStack()
+        self._closing.callback(self.checkpoints.close)
         for sink in sinks:
             self._closing.callback(close_quietly, sink)
         self._loader: DataOrder | None = None
@@ -173,10 +172,11 @@ class Run:
     def _save_steps(self, state: TrainState) -> SaveSteps:
         return SaveSteps(self.config.checkpoint, state.horizon.interval_ends, state.horizon.last_step)
 
-    def _save(self, state: TrainState, kind: Kind) -> bool:
-        loader, is_final = self._loader, state.step == state.horizon.total_steps
+    def _save(self, state: TrainState, kind: Kind, *, wait: bool = False) -> bool:
+        loader, is_last = self._loader, state.step == state.horizon.last_step
         assert loader is not None
         stats = {
+            "is_final_checkpoint": state.step == state.horizon.total_steps,
             "evaluation_metrics": self.evaluations.rows(state),
             "samples_seen": state.tokens // self.architecture.seq_len,
             "percentage_of_data_seen": state.step / state.horizon.total_steps,
@@ -184,12 +184,13 @@ class Run:
             "train_data_string": " ".join((*self.config.data.train_data, *self.config.data.dataset_manifest)),
             "next_shard_per_source": None,
         }
-        began = time.monotonic()
         label = self._save_steps(state).label(state.step)
+        wait = wait or is_last
         saved = self.recorder.aside(
-            lambda: self.checkpoints.save(state, loader, label=label, stats=stats, kind=kind, is_final=is_final)
+            lambda: self.checkpoints.save(state, loader, label=label, stats=stats, kind=kind, wait=wait)
         )
-        self._save_seconds = max(self._save_seconds, time.monotonic() - began)
+        if is_last and not saved:
+            raise StorageError(f"checkpoint {label} was not written: {self.checkpoints.problem} Then --resume latest.")
         self._save_clock.restart()
         self._saved_at = state.step if saved else self._saved_at
         return saved
@@ -202,12 +203,14 @@ class Run:
             StorageError: it stopped and could not be saved.
             TrainingDiverged: it stopped, and what it would have saved is not finite.
         """
-        asked = self.stop_requests.asked(2 * self._save_seconds + 1)
+        self.checkpoints.settle_if_done()
+        asked = self.stop_requests.asked(2 * self.checkpoints.seconds + 1)
         if not self.world.any(asked is not None) or state.step == state.horizon.last_step:
             return
         self.recorder.write(state, state.lr_at(state.step - 1))
         reason = next(why for why in self.world.gather(asked) if why)
-        if self._saved_at != state.step and not self._save(state, "ephemeral"):
+        is_saved = self._saved_at == state.step and self.checkpoints.settle()
+        if not is_saved and not self._save(state, "ephemeral", wait=True):
             raise StorageError(
                 f"stopped by {reason} after step {state.step}; not saved, see the log. Earlier ones are good."
             )

@@ -15,12 +15,13 @@ def run_ranks(work, size, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (work, size, port, arguments), nprocs=size)
+    # forked, since importing torch takes longer than any test; ranks must leave autograd's threads alone
+    torch.multiprocessing.start_processes(_rank, (work, size, port, arguments), nprocs=size, start_method="fork")
 
 
 def _rank(rank, work, size, port, arguments):
     torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(50, exit=True)  # a rank that hangs says where, and ends
+    faulthandler.dump_traceback_later(100, exit=True)  # a rank that hangs says where, and ends
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with start_world("cpu", timeout_seconds=60) as world:

@@ -1,6 +1,7 @@
 """When a checkpoint exists: its commit file, written last, names every file with size and hash.
 
-A checkpoint labelled K is `epoch_K.pt`, `optimizer_K.pt`, `stats_K.pt` (OpenLM's names) and `epoch_K.commit.json`.
+A checkpoint labelled K is `epoch_K.pt`, `optimizer_K.pt`, `stats_K.pt` (OpenLM's names), or a folder of shards,
+`epoch_K.sharded-XXXXXXXX`, and `epoch_K.commit.json`.
 Without a commit file whose files all have the listed sizes there is no checkpoint, whatever lies in the folder: a kill
 at any moment leaves the previous one or the new one, never a mix.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -40,7 +42,9 @@ class Commit:
 
     @property
     def weights_name(self) -> str:
-        return f"epoch_{self.label}.pt"
+        """What to name to load it: its file of weights, or its folder of shards where it has no such file."""
+        whole = f"epoch_{self.label}.pt"
+        return self.facts["shards"] if whole not in self.files and "shards" in self.facts else whole
 
     @property
     def size_bytes(self) -> int:
@@ -116,15 +120,21 @@ def _has_sizes(folder: str, commit: Commit) -> bool:
     return True
 
 
+def hashed(path: str) -> FileRecord:
+    """Size and hash of the file at `path` as it is."""
+    digest, size = hashlib.sha256(), 0
+    with storage.open_read(path) as file:
+        while block := file.read(8 << 20):
+            digest.update(block)
+            size += len(block)
+    return FileRecord(size, digest.hexdigest())
+
+
 def hashes_match(folder: str, commit: Commit) -> bool:
     """Whether every file of the checkpoint still has the hash it was written with; a warning names one that has not."""
     for name, record in commit.files.items():
         path = storage.join(folder, name)
-        with storage.open_read(path) as file:
-            digest = hashlib.sha256()
-            while block := file.read(8 << 20):
-                digest.update(block)
-        if digest.hexdigest() != record.sha256:
+        if not storage.exists(path) or hashed(path) != record:
             logging.warning("%s does not have the hash it was written with: its checkpoint is passed over.", path)
             return False
     return True
@@ -142,9 +152,13 @@ def discard(folder: str, commit: Commit) -> None:
     storage.remove(storage.join(folder, commit.commit_name))
     for name in commit.files:
         storage.remove(storage.join(folder, name))
+    if "shards" in commit.facts and not storage.is_remote(folder):
+        shutil.rmtree(storage.local_path(storage.join(folder, commit.facts["shards"])), ignore_errors=True)
 
 
 def commit_beside(weights_path: str) -> Commit | None:
-    """The commit file that belongs to `.../epoch_K.pt`, if there is one."""
-    path = storage.join(storage.parent(weights_path), f"{Path(weights_path).stem}.commit.json")
+    """The commit file that belongs to `.../epoch_K.pt` or to a folder of shards, if there is one."""
+    name = weights_path.rstrip("/").rpartition("/")[2]
+    stem = name.partition(".sharded-")[0] if ".sharded-" in name else Path(name).stem
+    path = storage.join(storage.parent(weights_path), f"{stem}.commit.json")
     return read_commit(path) if storage.exists(path) else None

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from open_lm.errors import ConfigError
 from open_lm.flags import flag
 
+FORMATS = ("auto", "consolidated", "sharded")
+CONSOLIDATED_UP_TO = 3_000_000_000
+"""Parameters up to which --checkpoint-format auto gathers a checkpoint on rank 0."""
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
@@ -17,7 +21,15 @@ class CheckpointConfig:
     )
     pretrained: str | None = flag(
         None,
-        "Checkpoint, run folder, exported folder or hf://owner/name to take the weights from; all else starts anew.",
+        "Checkpoint, run folder, exported folder or hf://owner/name to take the weights from; all else starts anew. "
+        "With --resume latest: unless this run has a checkpoint to continue from.",
+    )
+    load_pretrained_state: bool = flag(
+        False, "With --pretrained: go on from its optimizer and step too, in a run and on data of its own."
+    )
+    average: tuple[str, ...] = flag((), "Checkpoints whose mean the weights start from, as --pretrained does from one.")
+    average_coefficients: tuple[float, ...] = flag(
+        (), "The share of each --average in the mean; they add up to 1. None given: equal shares."
     )
     save_frequency: int = flag(1, "Checkpoint intervals between two checkpoints that are kept; 0 writes only the last.")
     save_most_recent: bool = flag(
@@ -44,15 +56,50 @@ class CheckpointConfig:
         least=1,
     )
 
+    checkpoint_format: str = flag(
+        "auto",
+        "consolidated: epoch_K.pt and its companions, gathered on rank 0; sharded: every rank writes its own part, to "
+        "a folder that all nodes share (`python -m open_lm.checkpoint.consolidate` makes epoch_K.pt of it); auto: "
+        "consolidated up to 3 billion parameters.",
+        choices=FORMATS,
+    )
+    async_save: bool = flag(
+        True, "Write checkpoints while training goes on; steps wait only until tensors are copied to host memory."
+    )
+
     def __post_init__(self) -> None:
-        if self.resume and self.pretrained:
+        if self.pretrained and self.average:
+            raise ConfigError("--pretrained and --average exclude each other: both say where the weights start.")
+        if self.start and self.resume not in (None, "latest"):
             raise ConfigError(
-                "--resume and --pretrained exclude each other: continue a run, or start one from weights."
+                "--resume and --pretrained (or --average) exclude each other, but for --resume latest: continue a run, "
+                "or start one from weights."
             )
+        if self.load_pretrained_state and not self.pretrained:
+            raise ConfigError("--load-pretrained-state takes optimizer and step of --pretrained: name that too.")
+        self._check_coefficients()
         if self.save_frequency < 0:
             raise ConfigError(f"--save-frequency {self.save_frequency} must not be negative.")
         if not all(word.strip().isdigit() and int(word) for word in self._at_steps_words()):
             raise ConfigError(f"--save-at-steps {' '.join(self.save_at_steps)}: give steps, counted from 1: 100,1000.")
+
+    def _check_coefficients(self) -> None:
+        given, total = self.average_coefficients, sum(self.average_coefficients)
+        if given and len(given) != len(self.average):
+            raise ConfigError(f"--average-coefficients gives {len(given)} shares for {len(self.average)} --average.")
+        if given and abs(total - 1) > 1e-6:
+            scaled = " ".join(f"{share / total:.6g}" for share in given) if total else "shares"
+            raise ConfigError(f"--average-coefficients add up to {total:g}, not to 1. Give {scaled}.")
+
+    @property
+    def start(self) -> tuple[str, ...]:
+        """The checkpoints that the weights start from: that of --pretrained, or those of --average."""
+        return (self.pretrained,) if self.pretrained else self.average
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """What each of `start` counts."""
+        return self.average_coefficients or (1 / len(self.start),) * len(self.start)
 
     @property
     def n_kept(self) -> int | None:

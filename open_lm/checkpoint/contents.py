@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
@@ -23,6 +22,8 @@ from open_lm.checkpoint.sources import read_checkpoint
 from open_lm.checkpoint.weights import plain_name
 from open_lm.errors import CheckpointError
 
+CONSTANTS = ".inv_freq"
+"""How names of constants end, which files of weights may hold or not."""
 FREE_KEYS = {"seq_len", "attn_name", "moe_backend"}
 """Keys of an architecture that do not change what its weights mean."""
 
@@ -65,12 +66,6 @@ def require_same_experts(names: Mapping[str, Any], here: Mapping[str, Any], path
         raise CheckpointError(f"{path} holds experts as MegaBlocks has them: give --moe-expert-type megablocks.")
 
 
-def gather(model: nn.Module, optimizers: list[Optimizer]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Weights and optimizer state on the CPU by parameter name, complete on rank 0; every rank must call this."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(model, options=options), get_optimizer_state_dict(model, optimizers, options=options)
-
-
 def load_weights(model: nn.Module, weights: dict[str, Any], origin: str, *, broadcast: bool) -> None:
     """Put `weights` (needed on rank 0 only, with `broadcast`) into `model` on every rank.
 
@@ -78,6 +73,9 @@ def load_weights(model: nn.Module, weights: dict[str, Any], origin: str, *, broa
         CheckpointError: a weight is missing, left over, or has another shape.
     """
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast, strict=True)
+    if weights:
+        constants = {plain_name(name): buffer for name, buffer in model.named_buffers() if name.endswith(CONSTANTS)}
+        weights = constants | weights
     try:
         set_model_state_dict(model, weights, options=options)
     except (RuntimeError, KeyError) as error:
@@ -98,18 +96,6 @@ def load_optimizers(model: nn.Module, optimizers: list[Optimizer], saved: dict[s
     set_optimizer_state_dict(model, optimizers, state, options=options)
     for group, kept in zip((g for o in optimizers for g in o.param_groups), settings, strict=True):
         group.update(kept)
-
-
-def gather_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
-    """`state` with its sharded tensors made whole and all tensors on the CPU; every rank must call this."""
-
-    def gathered(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {name: gathered(part) for name, part in value.items()}
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        return whole.cpu() if isinstance(whole, Tensor) else whole
-
-    return gathered(state)
 
 
 def spread_tensors(saved: Mapping[str, Any] | None, like: Mapping[str, Any]) -> dict[str, Any]:

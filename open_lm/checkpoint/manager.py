@@ -1,23 +1,33 @@
-"""How a run's checkpoints are written and thinned out; every rank calls the same methods."""
+"""How a run's checkpoints are written and thinned out; every rank calls the same methods at the same steps."""
 
 from __future__ import annotations
 
+import datetime
 import logging
+import secrets
+import time
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Protocol
+
+import torch.distributed as dist
 
 from open_lm import storage, text
 from open_lm.checkpoint import commit as commits
-from open_lm.checkpoint.commit import Commit
-from open_lm.checkpoint.config import CheckpointConfig
+from open_lm.checkpoint import sharded
+from open_lm.checkpoint.background import Background
+from open_lm.checkpoint.config import CONSOLIDATED_UP_TO, CheckpointConfig
 from open_lm.checkpoint.retention import may_go
-from open_lm.checkpoint.snapshot import Saved, Snapshot, take
+from open_lm.checkpoint.snapshot import Saved, Snapshot, live, n_bytes, take
+from open_lm.checkpoint.tree import Staging
 from open_lm.checkpoint.when import Kind
+from open_lm.checkpoint.writing import WRITE_ERRORS, Target, remove_unfinished, write_consolidated, write_sharded
+from open_lm.distributed import World
 from open_lm.errors import StorageError
 
 MAX_FAILED_SAVES = 3
 """Saves in a row that may fail (a full disk, say) before the run ends; training goes on meanwhile."""
+GROUP_TIMEOUT = datetime.timedelta(hours=1)
+"""What ranks wait for each other while shards are written; the slowest disk decides."""
 
 
 class DataOrder(Protocol):
@@ -35,8 +45,17 @@ class Checkpoints:
         self.folder = folder
         self.config = dict(config)
         self.flags = flags
+        self.problem: str | None = None
+        """Why the last save did not succeed, once that is known."""
+        self.seconds = 0.0
+        """How long the longest save has taken from its begin to its commit."""
         self._name = name
+        self._label = ""
         self._failed_saves = 0
+        self._background = Background()
+        self._staging = Staging() if flags.async_save else None
+        self._group: dist.ProcessGroup | None = None
+        self._world = World()
 
     def save(
         self,
@@ -46,55 +65,113 @@ class Checkpoints:
         label: str,
         stats: Mapping[str, Any],
         kind: Kind = "interval",
-        is_final: bool = False,
+        wait: bool = False,
     ) -> bool:
         """Write one checkpoint, then drop those that retention allows to go; False when it could not be written.
 
-        Raises:
-            StorageError: the last checkpoint of the run, or the third in a row, could not be written.
-        """
-        about = {"is_final_checkpoint": is_final, "data_state": loader.state(state.step)}
-        snapshot = take(state, label=label, kind=kind, stats={**stats, **about})
-        problem: str | None = None
-        if state.world.is_master:
-            try:
-                self._write(snapshot)
-            except (StorageError, OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-                problem = str(error)
-        problem = state.world.broadcast(problem)
-        self._failed_saves = self._failed_saves + 1 if problem else 0
-        if problem and (is_final or self._failed_saves >= MAX_FAILED_SAVES):
-            raise StorageError(
-                f"checkpoint {label} could not be written to {self.folder}: {problem} Then use --resume latest."
-            )
-        if problem:
-            logging.error(
-                "checkpoint %s was not written: %s Training goes on; the next is tried again.", label, problem
-            )
-        return problem is None
+        With --async-save the files are written while training goes on (True: it has begun) unless `wait` is set; the
+        one before is waited for, so that there is never more than one on its way.
 
-    def _write(self, snapshot: Snapshot) -> None:
+        Raises:
+            StorageError: the third save in a row could not be written.
+        """
+        self.settle()
+        self._world = state.world
+        began = time.monotonic()
+        label = state.world.from_master(lambda: self._free_label(label, state.step))
+        if not label:  # it is there already
+            return True
+        self._label = label
+        tree = live(state)
+        in_shards = self._in_shards(tree)
+        if in_shards and self._group is None and state.world.size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+        shards = state.world.from_master(lambda: f"epoch_{label}{sharded.MARK}{secrets.token_hex(4)}")
+        full = self._problem_with_space(n_bytes(tree))
+        snapshot = None if full else Snapshot(
+            label=label,
+            kind=kind,
+            step=state.step,
+            tokens=state.tokens,
+            tree=take(tree, sharded=in_shards, is_master=state.world.is_master, staging=self._staging),
+            scaler=state.precision.state_dict(),
+            stats={**stats, "data_state": loader.state(state.step)},
+        )  # fmt: skip
+
+        def work() -> None:
+            if full or snapshot is None:
+                raise StorageError(full)
+            if in_shards:
+                written = write_sharded(self._target, snapshot, shards, self._world, self._group)
+            else:
+                written = write_consolidated(self._target, snapshot) if self._world.is_master else None
+            self.seconds = max(self.seconds, time.monotonic() - began)
+            if written:
+                self._thin_out(written)
+
+        self._background.begin(work, beside=self._staging is not None and not wait)
+        if wait or self._staging is None:
+            return self.settle()
+        return True
+
+    def settle(self) -> bool:
+        """Wait for the save on its way, if there is one: whether it succeeded. Every rank must call this.
+
+        Raises:
+            StorageError: it was the third in a row that failed.
+        """
+        if not self._background.is_open:
+            return self.problem is None
+        error = self._background.finish()
+        if error is not None and not isinstance(error, WRITE_ERRORS):
+            raise error
+        mine = None if error is None else str(error) or type(error).__name__
+        self.problem = next((problem for problem in self._world.gather(mine) if problem), None)
+        self._failed_saves = self._failed_saves + 1 if self.problem else 0
+        if self._failed_saves >= MAX_FAILED_SAVES:
+            raise StorageError(
+                f"checkpoint {self._label} could not be written to {self.folder}, nor those before: "
+                f"{self.problem} Make room, then use --resume latest."
+            )
+        if self.problem:
+            message = "checkpoint %s was not written: %s Training goes on; the next is tried again."
+            logging.error(message, self._label, self.problem)
+        return self.problem is None
+
+    def settle_if_done(self) -> None:
+        """At a step's end: take notice of a save that has ended, where no other rank has to be asked."""
+        if self._world.size == 1 and self._background.has_result:
+            self.settle()
+
+    def close(self) -> None:
+        """Wait for the save on its way, however the run ended; without asking other ranks."""
+        self._background.wait()
+
+    @property
+    def _target(self) -> Target:
+        return Target(self.folder, self._name, self.config)
+
+    def _in_shards(self, tree: Mapping[str, Any]) -> bool:
+        if self.flags.checkpoint_format != "auto":
+            return self.flags.checkpoint_format == "sharded"
+        return sum(tensor.numel() for tensor in tree["weights"].values()) > CONSOLIDATED_UP_TO
+
+    def _free_label(self, label: str, step: int) -> str:
+        """`label`, or another if a checkpoint of another step has it: none is ever written over. "": it is there."""
+        remove_unfinished(self.folder)
         present = {commit.label: commit for commit in commits.committed(self.folder)}
-        label = snapshot.label
-        if label in present:  # a checkpoint that exists is never written over
-            if present[label].step == snapshot.step:
-                return
-            snapshot = replace(snapshot, label=f"{snapshot.epoch}-step{snapshot.step}")
-        payloads = snapshot.payloads(self._name, {"config": self.config})
-        self._require_space(snapshot.size_bytes)
-        try:
-            files = {name: commits.save_file(self.folder, name, payload) for name, payload in payloads.items()}
-        except BaseException:
-            for name in payloads:
-                storage.remove(storage.join(self.folder, name))
-            raise
-        written = Commit(snapshot.label, snapshot.step, files, {"kind": snapshot.kind, "config": self.config})
-        commits.publish(self.folder, written)
+        if label not in present:
+            return label
+        return "" if present[label].step == step else f"{label.partition('-')[0]}-step{step}"
+
+    def _problem_with_space(self, needed: int) -> str:
+        """What is said when there is not enough space on rank 0; the same on every rank."""
+        free = self._world.from_master(lambda: storage.free_bytes(self.folder))
+        if free is None or free >= 1.02 * needed:
+            return ""
+        return f"no space left: {text.size(needed)} are needed, {text.size(free)} free."
+
+    def _thin_out(self, written: commits.Commit) -> None:
         logging.info("saved checkpoint %s at step %d (%s)", written.label, written.step, text.size(written.size_bytes))
         for commit in may_go(commits.committed(self.folder), written, self.flags.n_kept):
             commits.discard(self.folder, commit)
-
-    def _require_space(self, needed: int) -> None:
-        free = storage.free_bytes(self.folder)
-        if free is not None and free < 1.02 * needed:
-            raise StorageError(f"no space left: {text.size(needed)} are needed, {text.size(free)} free.")

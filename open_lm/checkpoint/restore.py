@@ -1,10 +1,13 @@
-"""From where a run goes on: the checkpoint that --resume or --pretrained names, the same on every rank."""
+"""From where a run goes on: the checkpoint that --resume, --pretrained or --average names, the same on every rank."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
 from open_lm import storage
 from open_lm.checkpoint import commit as commits
@@ -17,99 +20,200 @@ from open_lm.checkpoint.contents import (
     spread_tensors,
 )
 from open_lm.checkpoint.find import latest
+from open_lm.checkpoint.hub import is_hub
 from open_lm.checkpoint.manager import Checkpoints, DataOrder
-from open_lm.checkpoint.snapshot import Saved
-from open_lm.checkpoint.sources import read_checkpoint
+from open_lm.checkpoint.mean import read_mean
+from open_lm.checkpoint.sharded import STATS, is_sharded, load_into, read_index
+from open_lm.checkpoint.snapshot import Saved, live
+from open_lm.checkpoint.sources import local_shards, read_checkpoint, weights_file
+from open_lm.checkpoint.tree import SEPARATOR, flat, nested
 from open_lm.checkpoint.weights import clean_state_dict, load_file, named_weights
 from open_lm.errors import CheckpointError
+
+Use = Literal["evaluate", "weights", "state", "resume"]
+"""What is taken of a checkpoint: the weights to evaluate them; the weights to start from; optimizer, step and the rest
+too; all that and the data where they stood."""
 
 
 @dataclass
 class Stored:
-    """What a checkpoint holds; the tensors are there on rank 0 only."""
+    """What a checkpoint of consolidated files holds; the tensors are there on rank 0 only."""
 
-    path: str
     weights: dict[str, Any] = field(default_factory=dict)
+    names: Mapping[str, Any] = field(default_factory=dict)
+    """The weights as the file names them, which may not be as we do."""
     optimizer: dict[str, Any] = field(default_factory=dict)
     companions: dict[str, dict[str, Any]] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def restore(checkpoints: Checkpoints, state: Saved, loader: DataOrder | None) -> None:
-    """Continue from the checkpoint of --resume, or start from the weights of --pretrained; evaluate without `loader`.
+    """Continue from the checkpoint of --resume, or start from --pretrained or --average; evaluate without `loader`.
 
     Raises:
         CheckpointError: it is missing or damaged, or of another model, optimizer, batch or data; on all ranks alike.
     """
     flags = checkpoints.flags
-    path = flags.pretrained or flags.resume
-    if path is None:
+    if not (flags.resume or flags.start):
         return
-    continues = flags.pretrained is None and loader is not None
-    stored = Stored(path)
-    facts = state.world.from_master(lambda: _read(stored, checkpoints, state, with_optimizer=continues))
+    stored = Stored()
+    facts = state.world.from_master(lambda: _read(stored, checkpoints, state, trains=loader is not None))
     if facts is None:
         if loader is None:
             raise CheckpointError(f"--resume latest: no checkpoint in {checkpoints.folder} to evaluate.")
         logging.info("no checkpoint in %s yet: starting at step 0", checkpoints.folder)
         return
-    broadcast = state.world.size > 1
-    load_weights(state.model, stored.weights, facts["path"], broadcast=broadcast)
-    if loader is not None and not continues:
+    use: Use = facts["use"]
+    if facts["sharded"]:
+        _load_sharded(facts, state, whole_state=use in ("state", "resume"))
+    else:
+        _load_consolidated(stored, facts, state, whole_state=use in ("state", "resume"))
+    if use == "weights":
         for part in state.companions.values():
             part.reset()
         logging.info("starting from the weights of %s", facts["path"])
         return
     state.step, state.tokens = facts["step"], facts["tokens"]
-    if loader is not None:
-        load_optimizers(state.model, state.optimizers, stored.optimizer, broadcast=broadcast)
+    if use != "evaluate":
         state.precision.load_state_dict(facts["scaler"])
-        _restore_companions(state, stored.companions, facts)
+    if use == "resume" and loader is not None:
         if facts["data_state"] is not None:
             loader.check_state(facts["data_state"])
         state.world.from_master(lambda: _set_aside_later(checkpoints.folder, state.step))
     logging.info("resumed from %s at step %d", facts["path"], state.step)
 
 
-def _restore_companions(state: Saved, saved: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Set every companion of the state: to what was saved of it, or anew where the checkpoint has nothing of it."""
+def _load_consolidated(stored: Stored, facts: Mapping[str, Any], state: Saved, *, whole_state: bool) -> None:
+    broadcast = state.world.size > 1
+    load_weights(state.model, stored.weights, facts["path"], broadcast=broadcast)
+    if whole_state:
+        load_optimizers(state.model, state.optimizers, stored.optimizer, broadcast=broadcast)
+        for name, part in _saved_companions(state, facts):
+            part.load_state_dict(spread_tensors(stored.companions.get(name), part.state_dict()))
+
+
+def _load_sharded(facts: Mapping[str, Any], state: Saved, *, whole_state: bool) -> None:
+    """Every rank reads its own part, in place."""
+    tree = live(state)
+    parts: dict[str, Any] = {"weights": tree["weights"]}
+    if whole_state:
+        parts |= {"optimizer": {"state": tree["optimizer"]["state"]}, "companions": {}}
+        for name, _ in _saved_companions(state, facts):
+            parts["companions"][name] = tree["companions"][name]
+    tensors, _ = flat(parts)
+    with local_shards(facts["path"]) as folder:
+        held = {name for name in read_index(folder).state_dict_metadata if name.startswith(f"weights{SEPARATOR}")}
+        if held != {name for name in tensors if name.startswith(f"weights{SEPARATOR}")}:
+            raise CheckpointError(f"{facts['path']} is of another model. Give the --model it was trained with.")
+        load_into(folder, tensors, alone=state.world.size == 1)
+    if not whole_state:
+        return
+    values = nested(facts["values"])
+    if plain := values.get("optimizer", {}).get("state"):
+        for name, moments in plain.items():
+            tree["optimizer"]["state"][name] |= moments
+        set_optimizer_state_dict(state.model, state.optimizers, tree["optimizer"])
     for name, part in state.companions.items():
-        if name in facts["companions"]:
-            part.load_state_dict(spread_tensors(saved.get(name), part.state_dict()))
-        else:
+        if name in parts["companions"]:
+            part.load_state_dict(parts["companions"][name] | values.get("companions", {}).get(name, {}))
+
+
+def _saved_companions(state: Saved, facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The companions that the checkpoint holds something of; the others begin anew."""
+    for name, part in state.companions.items():
+        if name not in facts["companions"]:
             logging.warning("%s holds no %s: it begins anew here.", facts["path"], name)
             part.reset()
+    return [(name, part) for name, part in state.companions.items() if name in facts["companions"]]
 
 
-def _read(stored: Stored, checkpoints: Checkpoints, state: Saved, *, with_optimizer: bool) -> dict[str, Any] | None:
-    """Fill `stored` from its files; what the other ranks need to know of it, or None when there is no checkpoint."""
-    if stored.path == "latest":
+def _choose(checkpoints: Checkpoints, *, trains: bool) -> tuple[Use, tuple[str, ...]] | None:
+    """What to take from which checkpoints; None when --resume latest finds none."""
+    flags = checkpoints.flags
+    resumed: Use = "resume" if trains else "evaluate"
+    if flags.resume == "latest":
         found = latest(checkpoints.folder)
-        if found is None:
+        if found is not None:
+            return resumed, (found,)
+        if not flags.start:
             return None
-        stored.path = found
+    elif flags.resume:
+        path = weights_file(flags.resume)
+        _require_undamaged(path)
+        return resumed, (path,)
+    started: Use = "state" if flags.load_pretrained_state else "weights"
+    for path in flags.start:
+        _require_undamaged(path)
+    if flags.load_pretrained_state:
+        return (started if trains else "evaluate"), (weights_file(flags.start[0]),)
+    return started if trains else "evaluate", flags.start
+
+
+def _read(stored: Stored, checkpoints: Checkpoints, state: Saved, *, trains: bool) -> dict[str, Any] | None:
+    """Fill `stored` from its files; what the other ranks need to know of it, or None when there is no checkpoint."""
+    choice = _choose(checkpoints, trains=trains)
+    if choice is None:
+        return None
+    use, paths = choice
+    path = paths[0] if len(paths) == 1 else f"the mean of {', '.join(paths)}"
+    in_shards = len(paths) == 1 and is_sharded(weights_file_or(paths[0]))
+    if in_shards:
+        path = weights_file_or(paths[0])
+        file = _stats_of_shards(path)
     else:
-        _require_undamaged(stored.path)
-    file = read_checkpoint(stored.path)
-    require_same_architecture(file.get("config", {}).get("model", {}), checkpoints.config["model"], stored.path)
-    stored.weights = clean_state_dict(file)
-    names = named_weights(file)
-    require_same_experts(names, checkpoints.config["model"], stored.path)
-    facts = {"path": stored.path, "step": int(file.get("step", 0)), "tokens": int(file.get("tokens", 0))}
-    if not with_optimizer:
+        file = read_checkpoint(path) if len(paths) == 1 else read_mean(paths, checkpoints.flags.shares)
+        stored.weights, stored.names = clean_state_dict(file), named_weights(file)
+        require_same_experts(stored.names, checkpoints.config["model"], path)
+    stored_config = file.get("config") or {}
+    require_same_architecture(stored_config.get("model", {}), checkpoints.config["model"], path)
+    facts = {
+        "use": use,
+        "path": path,
+        "sharded": in_shards,
+        "step": int(file.get("step", 0)),
+        "tokens": int(file.get("tokens", 0)),
+    }
+    if use in ("evaluate", "weights"):
         return facts
-    _require_same_rule(file.get("config", {}).get("flags", {}), checkpoints.config["flags"], stored.path)
+    _require_same_rule(stored_config.get("flags", {}), checkpoints.config["flags"], path)
     _require_same_batch(facts, state.tokens_per_step)
-    optimizer, stats = (_companion(stored.path, kind) for kind in ("optimizer", "stats"))
-    stored.optimizer = by_name(optimizer["optimizer"], state.model, names)
-    present = [name for name in state.companions if storage.exists(_companion_path(stored.path, name))]
-    stored.companions = {name: _companion(stored.path, name) for name in present}
-    facts |= {"step": int(stats["step"]), "scaler": optimizer.get("scaler", {}), "data_state": stats.get("data_state")}
-    return facts | {"companions": present}
+    return facts | (_state_of_shards(file) if in_shards else _state_of_files(stored, path, state))
+
+
+def weights_file_or(path: str) -> str:
+    """The file or folder of weights that `path` means; `path` itself where it means something else."""
+    try:
+        return weights_file(path)
+    except CheckpointError:
+        return path
+
+
+def _stats_of_shards(path: str) -> dict[str, Any]:
+    with local_shards(path) as folder:
+        return load_file(str(folder / STATS))
+
+
+def _state_of_shards(stats: Mapping[str, Any]) -> dict[str, Any]:
+    values = stats["values"]
+    companions = {path.split(SEPARATOR)[1] for path in values if path.startswith(f"companions{SEPARATOR}")}
+    kept = {name: stats[name] for name in ("scaler", "data_state", "values")}
+    return kept | {"companions": sorted(companions)}
+
+
+def _state_of_files(stored: Stored, path: str, state: Saved) -> dict[str, Any]:
+    optimizer, stats = (_companion(path, kind) for kind in ("optimizer", "stats"))
+    stored.optimizer = by_name(optimizer["optimizer"], state.model, stored.names)
+    present = [name for name in state.companions if storage.exists(_companion_path(path, name))]
+    stored.companions = {name: _companion(path, name) for name in present}
+    return {
+        "step": int(stats["step"]),
+        "scaler": optimizer.get("scaler", {}),
+        "data_state": stats.get("data_state"),
+        "companions": present,
+    }
 
 
 def _require_undamaged(path: str) -> None:
-    commit = commits.commit_beside(path)
+    commit = None if is_hub(path) else commits.commit_beside(path)
     if commit and not commits.hashes_match(storage.parent(path), commit):
         raise CheckpointError(
             f"{path}: its files are not those that were written. Use --resume latest, or another one."

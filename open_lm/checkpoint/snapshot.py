@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from open_lm.checkpoint.contents import gather, gather_tensors
+from open_lm.checkpoint.tree import Staging, map_tensors, tensors_of
 from open_lm.checkpoint.when import Kind
 from open_lm.distributed import World
 from open_lm.precision import Precision
@@ -53,16 +55,17 @@ class Saved(Protocol):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state of a run after `step` steps. The tensors are on the CPU of rank 0; other ranks hold none."""
+    """The state of a run after `step` steps.
+
+    `tree` holds `weights`, `optimizer` and `companions`: whole on rank 0 and empty elsewhere, or each rank's shards.
+    """
 
     label: str
     kind: Kind
     step: int
     tokens: int
-    weights: dict[str, Any]
-    optimizer: dict[str, Any]
+    tree: dict[str, Any]
     scaler: dict[str, Any]
-    companions: dict[str, dict[str, Any]]
     stats: Mapping[str, Any]
 
     @property
@@ -72,42 +75,51 @@ class Snapshot:
 
     def payloads(self, name: str, about: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """The content of each file, under OpenLM's names; `about` (config and such) goes into each file of weights."""
-        head = {"epoch": self.epoch, "name": name, "step": self.step, "tokens": self.tokens}
-        weights = {**head, "evaluation_metrics": self.stats["evaluation_metrics"], "state_dict": self.weights, **about}
+        head, tree = self.head(name), self.tree
+        weights = {**head, "evaluation_metrics": self.stats["evaluation_metrics"], "state_dict": tree["weights"]}
         scaler = {"scaler": self.scaler} if self.scaler else {}
         return {
-            f"epoch_{self.label}.pt": weights,
-            f"optimizer_{self.label}.pt": {**head, "optimizer": self.optimizer, **scaler},
-            **{f"{kind}_{self.label}.pt": {**head, **state, **about} for kind, state in self.companions.items()},
+            f"epoch_{self.label}.pt": {**weights, **about},
+            f"optimizer_{self.label}.pt": {**head, "optimizer": tree["optimizer"], **scaler},
+            **{f"{part}_{self.label}.pt": {**head, **state, **about} for part, state in tree["companions"].items()},
             f"stats_{self.label}.pt": {**head, **self.stats},
         }
 
-    @property
-    def size_bytes(self) -> int:
-        """The bytes of all tensors."""
-        parts = (self.weights, self.optimizer, self.companions)
-        return sum(t.numel() * t.element_size() for part in parts for t in _tensors(part))
+    def head(self, name: str) -> dict[str, Any]:
+        """What every file says first."""
+        return {"epoch": self.epoch, "name": name, "step": self.step, "tokens": self.tokens}
 
 
-def take(state: Saved, *, label: str, kind: Kind, stats: Mapping[str, Any]) -> Snapshot:
-    """The state of the run as it is now; every rank must call this."""
-    weights, optimizer = gather(state.model, state.optimizers)
-    return Snapshot(
-        label=label,
-        kind=kind,
-        step=state.step,
-        tokens=state.tokens,
-        weights=weights,
-        optimizer=optimizer,
-        scaler=state.precision.state_dict(),
-        companions={name: gather_tensors(part.state_dict()) for name, part in state.companions.items()},
-        stats=stats,
-    )
+def live(state: Saved) -> dict[str, Any]:
+    """The state itself, by name: tensors are not copied, and sharded ones stay so. Every rank must call this."""
+    return {
+        "weights": get_model_state_dict(state.model),
+        "optimizer": get_optimizer_state_dict(state.model, state.optimizers),
+        "companions": {name: part.state_dict() for name, part in state.companions.items()},
+    }
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for part in tree.values():
-            yield from _tensors(part)
+def n_bytes(tree: Mapping[str, Any]) -> int:
+    """The bytes of all tensors of `tree` over all ranks."""
+    return sum(t.numel() * t.element_size() for t in tensors_of(tree))
+
+
+def take(tree: dict[str, Any], *, sharded: bool, is_master: bool, staging: Staging | None) -> dict[str, Any]:
+    """What of the live `tree` this rank writes, on the host; every rank must call this.
+
+    With `staging` nothing in it changes when training goes on; without, it holds the live tensors where those are on
+    the host already.
+    """
+    if not sharded:
+        tree = map_tensors(tree, lambda name, tensor: _whole(tensor, is_master))
+        if not is_master:
+            return {}
+    if staging is not None:
+        return staging.copied(tree)
+    return tree if sharded else map_tensors(tree, lambda name, tensor: tensor.detach().cpu())
+
+
+def _whole(tensor: Tensor, is_master: bool) -> Tensor | None:
+    """The whole of a tensor, gathered from all ranks if it is sharded; None where it is not needed."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.cpu() if is_master else None

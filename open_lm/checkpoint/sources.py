@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from open_lm import storage
+from open_lm.checkpoint.commit import commit_beside, hashed
+from open_lm.checkpoint.copying import copy
 from open_lm.checkpoint.find import latest
 from open_lm.checkpoint.hub import download, is_hub
+from open_lm.checkpoint.sharded import INDEX, STATS, is_sharded, read_tensors
 from open_lm.checkpoint.transformers_folder import from_transformers
+from open_lm.checkpoint.tree import SEPARATOR
 from open_lm.checkpoint.weights import load_file
 from open_lm.errors import CheckpointError
 
@@ -25,10 +32,49 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         StorageError: it cannot be downloaded.
     """
     source = local_source(path)
+    if not is_transformers_folder(source) and is_sharded(file := weights_file(source)):
+        return read_sharded(file)
     if not is_transformers_folder(source):
         return load_file(weights_file(source))
     config, weights = from_transformers(storage.local_path(source))
     return {"state_dict": weights, **({"config": {"model": config.to_dict()}} if config else {})}
+
+
+def read_sharded(path: str) -> dict[str, Any]:
+    """The whole weights and the facts of the sharded checkpoint at `path`, as if it were an epoch_K.pt.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    with local_shards(path) as folder:
+        stats = load_file(str(folder / STATS))
+        weights = read_tensors(folder, f"weights{SEPARATOR}")
+    facts = {name: stats[name] for name in ("epoch", "name", "step", "tokens", "evaluation_metrics", "config")}
+    return {**facts, "state_dict": weights}
+
+
+@contextlib.contextmanager
+def local_shards(path: str) -> Iterator[Path]:
+    """The folder of a sharded checkpoint on this machine: itself, or while the block runs a copy of a remote one.
+
+    Raises:
+        CheckpointError: there is none, or its index and facts are not what was written, before any of it is read.
+    """
+    commit = commit_beside(path)
+    if commit is None or not storage.exists(path):
+        raise CheckpointError(f"{path}: no complete checkpoint: the folder or its commit file is missing.")
+    name = path.rstrip("/").rpartition("/")[2]
+    mine = {file: record for file, record in commit.files.items() if file.startswith(f"{name}/")}
+    with contextlib.ExitStack() as stack:
+        folder = storage.local_path(path)
+        if storage.is_remote(path):
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / name
+            for file in mine:
+                copy(storage.join(storage.parent(path), file), str(folder.parent / file))
+        for file in (f"{name}/{STATS}", f"{name}/{INDEX}"):
+            if not (folder.parent / file).is_file() or hashed(str(folder.parent / file)) != mine.get(file):
+                raise CheckpointError(f"{path}: {file} is not what was written. Use another checkpoint.")
+        yield folder
 
 
 def local_source(path: str) -> str:
@@ -49,6 +95,13 @@ def weights_file(path: str) -> str:
         StorageError: it cannot be downloaded.
     """
     path = local_source(path)
+    if is_sharded(path):
+        return path
+    if path.endswith(".commit.json") or (path.endswith(".pt") and not storage.exists(path)):
+        commit = commit_beside(path.replace(".commit.json", ".pt"))
+        path = storage.join(storage.parent(path), commit.weights_name) if commit else path
+        if is_sharded(path):
+            return path
     if not storage.exists(path):
         raise CheckpointError(f"{path}: no such checkpoint. Give an epoch_K.pt or the folder of a run.")
     if (storage.is_remote(path) and path.endswith(SUFFIXES)) or storage.local_path(path).is_file():

@@ -83,15 +83,11 @@ def whole(tensor):
 
 def content(state):
     """Everything of a state as whole tensors, for comparing bit by bit."""
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+    from open_lm.checkpoint.snapshot import live
+    from open_lm.checkpoint.tree import map_tensors
 
-    from open_lm.checkpoint.contents import gather_tensors
-
-    weights = get_model_state_dict(state.model)
-    moments = get_optimizer_state_dict(state.model, state.optimizers)["state"]
-    companions = {name: part.state_dict() for name, part in state.companions.items()}
-    gathered = gather_tensors({"weights": weights, "moments": moments, "companions": companions})
-    return {**gathered, "step": state.step, "tokens": state.tokens}
+    tree = map_tensors(live(state), lambda name, tensor: whole(tensor.detach()).clone())
+    return {**tree, "step": state.step, "tokens": state.tokens}
 
 
 def assert_same(left, right, *, where=""):

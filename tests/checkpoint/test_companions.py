@@ -20,7 +20,7 @@ from open_lm.checkpoint.restore import restore
 
 
 def save(folder, state):
-    assert make_checkpoints(folder).save(state, NoData(), label="1", stats=STATS)
+    assert make_checkpoints(folder).save(state, NoData(), label="1", stats=STATS, wait=True)
 
 
 def restored(folder, **kwargs):

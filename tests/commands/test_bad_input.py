@@ -47,7 +47,11 @@ def manifest(tmp_path):
         (["--name", "a/b"], "--name"),
         (["--report-to", "tensorbaord"], "tensorbaord"),
         (["--resume", "/nowhere/epoch_1.pt"], "/nowhere/epoch_1.pt"),
-        (["--resume", "latest", "--pretrained", "x.pt"], "exclude each other"),
+        (["--resume", "y.pt", "--pretrained", "x.pt"], "exclude each other"),
+        (["--pretrained", "x.pt", "--average", "y.pt"], "exclude each other"),
+        (["--average", "x.pt", "y.pt", "--average-coefficients", "1"], "1 shares for 2"),
+        (["--average", "x.pt", "y.pt", "--average-coefficients", "1", "3"], "Give 0.25 0.75"),
+        (["--load-pretrained-state"], "--pretrained"),
         (["--val-data", "/nowhere/{0..1}.tar"], "/nowhere"),
         (["--train-tokens", "10"], "without a step"),
     ],
@@ -80,7 +84,7 @@ def test_missing_shards_and_empty_globs_are_named(tmp_path):
 def test_nothing_to_do_and_nothing_to_evaluate(tmp_path):
     with pytest.raises(ConfigError, match="nothing to do"):
         main([])
-    with pytest.raises(ConfigError, match="--resume or --pretrained"):
+    with pytest.raises(ConfigError, match="--resume, --pretrained or --average"):
         main(["--val-data", str(tmp_path)])
 
 

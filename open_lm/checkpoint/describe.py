@@ -1,0 +1,43 @@
+"""`python -m open_lm.checkpoint.describe PATH`: what a checkpoint says of itself."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from open_lm import storage, text
+from open_lm.checkpoint.commit import commit_beside
+from open_lm.checkpoint.sources import read_checkpoint, weights_file
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the facts of a checkpoint as JSON."""
+    parser = argparse.ArgumentParser(prog="open_lm.checkpoint.describe", description="What a checkpoint says of itself")
+    parser.add_argument("path", help="An epoch_K.pt, or the folder of a run (its newest complete checkpoint).")
+    print(json.dumps(describe(parser.parse_args(argv).path), indent=1, default=str))
+
+
+def describe(path: str) -> dict[str, Any]:
+    """Where the checkpoint is, its step, tokens, config and metrics, its files if it is complete, and its parameters.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    found = weights_file(path)
+    content = read_checkpoint(found)
+    commit = None if storage.is_remote(found) else commit_beside(found)
+    weights = content.get("state_dict", content)
+    return {
+        "path": storage.shown(found),
+        **{name: value for name, value in content.items() if name != "state_dict" and not hasattr(value, "shape")},
+        "files": {name: text.size(record.size_bytes) for name, record in commit.files.items()} if commit else None,
+        "parameters": sum(tensor.numel() for tensor in weights.values() if hasattr(tensor, "numel")),
+    }
+
+
+if __name__ == "__main__":
+    from open_lm.command import run
+
+    run(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -64,8 +65,22 @@ def own_values(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def name_rotary_as_before(path: Path) -> None:
+    """Also write the rotary's numbers under the names they had before transformers 5, which other programs read."""
+    values = json.loads(path.read_text())
+    rope = values.get("rope_parameters") or {}
+    theta, share = rope.get("rope_theta"), rope.get("partial_rotary_factor")
+    of_neox = values["model_type"] == "gpt_neox"
+    old = {"rotary_emb_base": theta, "rotary_pct": share} if of_neox else {}
+    old |= {"rope_theta": theta, "partial_rotary_factor": share}
+    added = {name: value for name, value in old.items() if value is not None and name not in values}
+    if added:
+        path.write_text(json.dumps(values | added, indent=2, sort_keys=True) + "\n")
+
+
 def save(model: Any, folder: Path) -> None:
     """Write config and sharded safetensors, and the travelling file where it is needed."""
     model.save_pretrained(folder, max_shard_size="5GB")
+    name_rotary_as_before(folder / "config.json")
     if type(model).__module__.endswith("modeling_openlm"):
         shutil.copyfile(MODELING, folder / MODELING.name)

@@ -108,6 +108,16 @@ def test_load_model_reads_its_own_export_back(exported, name):
     assert off < 1e-5
 
 
+@pytest.mark.parametrize("name", ["llama_tied_wide", "stablelm", "gpt_neox"])
+def test_the_rotary_is_named_for_older_readers_too(exported, name):
+    config = json.loads((Path(exported[name]) / "config.json").read_text())
+    assert config["rope_theta"] == (500.0 if name == "llama_tied_wide" else 10_000.0)
+    if name != "llama_tied_wide":
+        assert config["partial_rotary_factor"] == 1.0
+    if name == "gpt_neox":
+        assert (config["rotary_pct"], config["rotary_emb_base"]) == (1.0, 10_000.0)
+
+
 def test_the_command_writes_weights_tokenizer_and_card_and_prints_the_difference(tmp_path, tokenizer_file, capsys):
     metrics = [{"loss": 3.25, "val_data": ["held_out"]}]
     path = save_checkpoint(make_model("llama"), tmp_path / "e.pt", evaluation_metrics=metrics)

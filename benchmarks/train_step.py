@@ -3,10 +3,10 @@
     python benchmarks/train_step.py [--model open_lm_11m] [--rounds 7] [--precision amp_bf16] [--json FILE]
         [--contestants NAME…] [--peers-python /tmp/peers/bin/python] [--nanogpt DIR] [--loss-steps 50]
 
-Every contestant takes the same batches through forward, backward, clipping and AdamW. Ratios are to the first one.
-Peers that this Python does not have run with --peers-python; those that neither has are left out and named. Memory is
-the peak of the whole process. With --loss-steps each also trains that many steps on one batch sequence, and its loss
-then is reported (architectures and initialisations differ between projects, so compare those of one project).
+Every contestant takes the same batches through forward, backward, clipping and AdamW, on a GPU where torch sees one.
+Ratios are to the first one. Peers that this Python does not have run with --peers-python; those that neither has are
+left out and named. Memory is the peak of the whole process, or torch's own on a GPU. With --loss-steps each trains that
+long on four sequences, and its last loss is shown: compare those of one project, others begin with other weights.
 """
 
 import argparse
@@ -35,12 +35,17 @@ def work(args):
     config, _ = peers.shape_of(args.model)
     dice = torch.Generator().manual_seed(1)
     samples = [torch.randint(0, config.vocab_size, (1, config.seq_len + 1), generator=dice) for _ in range(4)]
-    print(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__}), file=out, flush=True)
+    print(
+        json.dumps({"device": str(peers.DEVICE), "threads": torch.get_num_threads(), "torch": torch.__version__}),
+        file=out,
+        flush=True,
+    )
     for n, _ in enumerate(sys.stdin):
         began = time.perf_counter()
         loss = step(samples[n % len(samples)])
         seconds = time.perf_counter() - began
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        on_host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        peak = torch.cuda.max_memory_allocated() / 2**20 if peers.DEVICE.type == "cuda" else on_host
         print(json.dumps({"seconds": seconds, "loss": loss, "peak_mb": peak}), file=out, flush=True)
 
 
@@ -118,7 +123,8 @@ def main():
     running = start(args)
     result = measure(running, args.rounds, args.loss_steps)
     about = next(iter(running.values())).about
-    print(f"{args.model}, {args.precision}, {about['threads']} threads, torch {about['torch']}; x: times the first")
+    where = f"{about['device']}, {about['threads']} threads, torch {about['torch']}"
+    print(f"{args.model}, {args.precision}, {where}; x: times the first")
     first = next(iter(result.values()))["seconds"]
     for name, own in result.items():
         ratios = sorted(theirs / mine for theirs, mine in zip(first, own["seconds"], strict=True))

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 LR, CLIP = 1e-3, 1.0
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def shape_of(model):
@@ -41,14 +42,14 @@ def ours(model, precision, compiled, kernels):
     from open_lm.train.tasks import NextToken
     from open_lm.train.timing import Timing
 
-    config, world = shape_of(model)[0], World()
+    config, world = shape_of(model)[0], World(device=DEVICE)
     flags = ParallelConfig(torchcompile=compiled, cpu_kernels=kernels, precision=precision)
     prepare_backends(flags, world.device, config.seq_len, config.vocab_size)
-    wrapped = wrap(create_model(config), world, flags)
+    wrapped = wrap(create_model(config).to(DEVICE), world, flags)
     state = TrainState(
         model=wrapped,
         optimizers=build_optimizers(wrapped, OptimizerConfig(wd=0.1), LR),
-        precision=Precision(precision, "cpu"),
+        precision=Precision(precision, DEVICE.type),
         lr_at=lambda step: LR,
         horizon=Horizon((10**6,), config.seq_len),
         task=NextToken(),
@@ -57,18 +58,21 @@ def ours(model, precision, compiled, kernels):
     timing = Timing(world.device)
 
     def step(samples):
-        return train_step(state, Batch.from_samples(samples), accum=1, clip=CLIP, timing=timing).loss.item()
+        batch = Batch.from_samples(samples).to(DEVICE)
+        return train_step(state, batch, accum=1, clip=CLIP, timing=timing).loss.item()
 
     return step
 
 
 def plain(model, loss_of, precision):
     """A step as it is usually written around a model."""
+    model.to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     amp = precision in ("amp", "amp_bf16")
 
     def step(samples):
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        samples = samples.to(DEVICE)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=amp):
             loss = loss_of(samples[:, :-1], samples[:, 1:])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)

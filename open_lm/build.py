@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 
-from open_lm.checkpoint.commit import committed
 from open_lm.checkpoint.contents import stored_config
 from open_lm.checkpoint.named import architecture_named
 from open_lm.data.loader import Loader, build_loader
@@ -17,7 +15,7 @@ from open_lm.loading import load_model
 from open_lm.model.config import ModelConfig, resolve
 from open_lm.params import RunConfig
 from open_lm.precision import Precision
-from open_lm.run_folder import run_folder
+from open_lm.run_folder import newest_commit
 from open_lm.train.averagers import parse_averagers
 from open_lm.train.averaging import WeightAverage
 from open_lm.train.backends import prepare_backends
@@ -42,8 +40,8 @@ def architecture_of(config: RunConfig) -> ModelConfig:
         return architecture_named(config.model)
     if path != "latest":
         return ModelConfig.from_dict(stored_config(path)["model"])
-    commits = committed(os.path.join(run_folder(config), "checkpoints"))
-    return ModelConfig.from_dict(commits[0].facts["config"]["model"]) if commits else resolve(config.model)
+    newest = newest_commit(config)
+    return ModelConfig.from_dict(newest.facts["config"]["model"]) if newest else resolve(config.model)
 
 
 def build_loader_and_horizon(

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from open_lm.checkpoint.manager import Checkpoints, DataOrder
+from open_lm.checkpoint.mirror import Mirror
 from open_lm.checkpoint.when import Kind, SaveClock, SaveSteps
 from open_lm.data.batch import Batch
 from open_lm.distributed import World, start_world
@@ -21,7 +22,7 @@ from open_lm.model.config import ModelConfig
 from open_lm.model.describe import model_size
 from open_lm.params import RunConfig
 from open_lm.recorder import Recorder, append_json_line, close_quietly
-from open_lm.run_folder import open_folder
+from open_lm.run_folder import open_folder, remote_folder
 from open_lm.signals import StopRequests, end_with_launcher
 from open_lm.tracking.log import text_log
 from open_lm.tracking.sink import RunFacts, Sink, open_sinks
@@ -253,6 +254,9 @@ def start_run(config: RunConfig, architecture: ModelConfig, command: str) -> Ite
         folder = open_folder(config, world)
         stack.enter_context(text_log(folder, world.rank, every_rank=tracking.log_local, debug=tracking.debug))
         logging.info("%s", command)
+        copy = remote_folder(config) if config.trains and world.is_master else None
+        if copy is not None:
+            stack.enter_context(Mirror(folder, copy, config.checkpoint.remote_sync_frequency))
         facts = RunFacts(os.path.basename(folder), folder, config.as_flags(), tracking)
         sinks = open_sinks(facts) if world.is_master else []
         watchdog = stack.enter_context(Watchdog(folder, world.rank, flags.hang_timeout or 0.8 * flags.dist_timeout))

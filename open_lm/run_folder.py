@@ -11,6 +11,8 @@ from pathlib import Path
 import yaml
 
 from open_lm import storage
+from open_lm.checkpoint.commit import Commit, committed
+from open_lm.checkpoint.mirror import bring_back
 from open_lm.distributed import World
 from open_lm.errors import ConfigError
 from open_lm.params import RunConfig
@@ -30,6 +32,8 @@ def _open(config: RunConfig) -> str:
     if storage.is_remote(config.tracking.logs):
         raise ConfigError(f"--logs {config.tracking.logs}: a run's folder is local. Give a local folder.")
     folder, resume = run_folder(config), config.checkpoint.resume
+    if resume == "latest" and (copy := remote_folder(config)):
+        bring_back(copy, folder)
     continues = resume == "latest" or (resume and os.path.abspath(resume).startswith(os.path.abspath(folder) + os.sep))
     if holds_a_run(folder) and config.trains and not continues:
         raise ConfigError(
@@ -66,6 +70,19 @@ def run_folder(config: RunConfig) -> str:
     """The folder of the run, whether it exists or not."""
     name = config.tracking.name or default_name(config)
     return os.path.join(str(storage.local_path(config.tracking.logs)), name)
+
+
+def remote_folder(config: RunConfig) -> str | None:
+    """Where --remote-sync copies the run's folder to."""
+    url = config.checkpoint.remote_sync
+    return storage.join(url, os.path.basename(run_folder(config))) if url else None
+
+
+def newest_commit(config: RunConfig) -> Commit | None:
+    """The newest complete checkpoint of the run, here or where --remote-sync copies it."""
+    folders = [folder for folder in (run_folder(config), remote_folder(config)) if folder]
+    found = [commit for folder in folders for commit in committed(storage.join(folder, "checkpoints"))]
+    return max(found, key=lambda commit: commit.step, default=None)
 
 
 def holds_a_run(folder: str) -> bool:

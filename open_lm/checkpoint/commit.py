@@ -55,7 +55,7 @@ class Commit:
         return f"epoch_{self.label}.commit.json"
 
 
-class _HashingFile:
+class HashingFile:
     """Passes writes on to a file and hashes them on the way."""
 
     def __init__(self, file: IO[bytes]):
@@ -82,7 +82,7 @@ def save_file(folder: str, name: str, payload: Any) -> FileRecord:
         StorageError: no space is left or the folder cannot be written.
     """
     with storage.open_atomic(storage.join(folder, name)) as file:
-        hashing = _HashingFile(file)
+        hashing = HashingFile(file)
         torch.save(payload, cast("IO[bytes]", hashing))
         return hashing.record()
 

@@ -67,7 +67,20 @@ class CheckpointConfig:
         True, "Write checkpoints while training goes on; steps wait only until tensors are copied to host memory."
     )
 
+    remote_sync: str | None = flag(
+        None,
+        "Copy complete checkpoints and logs to URL/NAME (s3://…, any fsspec url, or a folder) beside the training; "
+        "--resume latest finds them there on a machine that has none.",
+        metavar="URL",
+    )
+    remote_sync_frequency: float = flag(300.0, "Seconds between two passes of --remote-sync.", above=0)
+    remote_sync_protocol: str = flag(
+        "fsspec", "Accepted for old scripts: both go through fsspec.", choices=("s3", "fsspec")
+    )
+
     def __post_init__(self) -> None:
+        if self.remote_sync and self.remote_sync_protocol == "s3" and "://" not in self.remote_sync:
+            raise ConfigError(f"--remote-sync-protocol s3 with --remote-sync {self.remote_sync}: give an s3:// url.")
         if self.pretrained and self.average:
             raise ConfigError("--pretrained and --average exclude each other: both say where the weights start.")
         if self.start and self.resume not in (None, "latest"):

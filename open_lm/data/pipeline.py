@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import signal
 import sys
@@ -119,7 +120,8 @@ def run_pipeline(source: StepSource, fill: Fill, *, n_workers: int, batch: int, 
         for step in range(source.start, source.stop):
             yield _together([_next(parts, step) for _ in range(n_workers)], step, batch)
     finally:
-        parts._shutdown_workers()  # else a traceback that somebody keeps would keep the workers
+        with contextlib.suppress(RuntimeError):  # torch says once more that a worker was killed
+            parts._shutdown_workers()  # else a traceback that somebody keeps would keep the workers
 
 
 def _web_loader(pipeline: wds.DataPipeline, n_workers: int) -> wds.WebLoader:

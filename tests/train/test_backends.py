@@ -16,7 +16,8 @@ FAULTS = """
 import resource, sys, torch
 from open_lm.train.backends import keep_freed_memory
 kept = sys.argv[1] == "keep" and keep_freed_memory()
-torch.empty(1 << 24).fill_(1)
+for _ in range(10):  # until the heap has grown to its size
+    torch.empty(1 << 24).fill_(1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
     torch.empty(1 << 24).fill_(1)

@@ -108,3 +108,13 @@ def test_a_copy_that_was_tampered_with_is_not_taken(tmp_path, manifest, remote):
     storage.write_text(f"{remote}/run/mirror.json", json.dumps(["../outside"]))
     with pytest.raises(StorageError, match="leads out of the run folder"):
         bring_back(f"{remote}/run", str(tmp_path / "second"))
+
+
+def test_a_run_starts_from_a_checkpoint_on_s3(tmp_path, manifest, remote):
+    run(tmp_path / "first", manifest, *synced(remote))
+    path = f"{remote}/run/checkpoints/epoch_2.pt"
+    run(tmp_path / "second", manifest, "--num-checkpoints", "3", "--resume", path)
+    first, second = (weights(tmp_path / name, label="3") for name in ("first", "second"))
+    assert all(torch.equal(w, first[name]) for name, w in second.items())
+    started = run(tmp_path / "third", manifest, "--pretrained", path, "--stop-at-step", "1")
+    assert started.step == 1

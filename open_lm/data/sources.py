@@ -160,7 +160,7 @@ def open_source(value: str, key: str = "auto") -> Source:
 
 
 def expand(part: str) -> list[str]:
-    """The urls of one part: braces expanded, globs searched, every local file checked.
+    """The urls of one part: braces expanded, globs searched, the shards of a manifest.jsonl, local files checked.
 
     Raises:
         ConfigError: the part is empty or a `pipe:` command.
@@ -191,7 +191,11 @@ def expand(part: str) -> list[str]:
     if missing := [url for url in urls if not storage.is_remote(url) and not storage.local_path(url).exists()]:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise StorageError(f"{missing[0]}{more}: no such shard. Check --train-data.")
-    return urls
+    return [shard for url in urls for shard in (_listed(url) if url.endswith(".jsonl") else [url])]
+
+
+def _listed(manifest: str) -> list[str]:
+    return [shard.url for shard in read_manifest(manifest)]
 
 
 def _names(urls: Sequence[str]) -> list[str]:

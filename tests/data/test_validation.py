@@ -64,3 +64,16 @@ def test_rows_without_a_sequence_are_masked_whole(folders):
 def test_an_empty_validation_set_is_an_error(folders):
     with pytest.raises(DataError, match="--val-num-samples"):
         read(f"{folders[3]}/*.tar", 8, 0, 1, max_sequences=0)
+
+
+def test_a_manifest_stands_for_the_shards_it_names(tmp_path):
+    import numpy as np
+
+    from open_lm.data.manifest import write_manifest
+    from open_lm.data.shards import write_shard
+
+    for k in range(3):
+        with open(tmp_path / f"{k}.tar", "wb") as file:
+            write_shard(file, np.full((2, 5), k, "<u2"), "npy")
+    write_manifest(str(tmp_path / "manifest.jsonl"), [{"shard": f"{k}", "num_sequences": 2} for k in (2, 0)])
+    assert sorted(scored(read(f"{tmp_path}/manifest.jsonl", 4, 0, 1))) == [0, 0, 2, 2]

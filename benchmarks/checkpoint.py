@@ -26,8 +26,8 @@ from open_lm.model import create_model
 from open_lm.model.config import ModelFlags, resolve
 from open_lm.precision import Precision
 from open_lm.train.config import OptimizerConfig
-from open_lm.train.horizon import Horizon
 from open_lm.train.optim import build_optimizers
+from open_lm.train.run_length import RunLength
 from open_lm.train.state import TrainState
 from open_lm.train.tasks import NextToken
 
@@ -48,9 +48,9 @@ def build(name):
         parameter.grad = torch.full_like(parameter, 1e-4)
     optimizer.step()
     optimizer.zero_grad()
-    horizon = Horizon((1000,), tokens_per_step=1)
+    run_length = RunLength((1000,), tokens_per_step=1)
     return config, TrainState(
-        model, [optimizer], Precision("fp32", "cpu"), lambda s: 1e-4, horizon, NextToken(), World()
+        model, [optimizer], Precision("fp32", "cpu"), lambda s: 1e-4, run_length, NextToken(), World()
     )
 
 
@@ -69,7 +69,7 @@ def ours(state, checkpoints, k):
     state.step = k + 1
     checkpoints.save(state, NoData(), label=str(k), stats={"evaluation_metrics": []})
     blocked = time.perf_counter() - began
-    assert checkpoints.settle()
+    assert checkpoints.wait()
     return blocked, time.perf_counter() - began
 
 

@@ -58,9 +58,9 @@ def measured(command: list[str]) -> dict[str, float]:
 
 BARE = """
 import sys; sys.path.insert(0, {root!r})
-from open_lm.data.encoding import make_encoder
-from open_lm.data.text_input import document_text, read_lines
-from open_lm.data.tokenizers import load_tokenizer
+from open_lm.preprocess.encoding import make_encoder
+from open_lm.preprocess.jsonl import document_text, read_lines
+from open_lm.data.tokenizer import load_tokenizer
 encoder, batch = make_encoder({encoder!r}, load_tokenizer({tokenizer!r})), []
 for url in {files!r}:
     for line in read_lines(url, max_line_bytes=1 << 28):

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from open_lm.generate import generate
+from open_lm.generation import generate
 from open_lm.hf.classes import save, to_transformers
 from open_lm.model import create_model
 from open_lm.model.config import ModelFlags, resolve

@@ -60,16 +60,16 @@ def main() -> None:
     import torch
 
     from open_lm.distributed import start_world
-    from open_lm.evaluate.icl.config import ENGINES
+    from open_lm.evaluate.flags import ENGINES
 
     torch.set_num_threads(config.threads)
     with start_world(config.device) as world, tempfile.TemporaryDirectory() as folder:
-        subject = subject_of(config, world.device)
+        eval_model = eval_model_of(config, world.device)
         rows = []
         for name in config.files:
-            suite, longest = suite_of(config, name, subject, folder)
+            suite, longest = suite_of(config, name, eval_model, folder)
             runners = {
-                engine: ENGINES.load(engine)(subject, suite, world, config.max_seq_len or longest, "fp32")
+                engine: ENGINES.load(engine)(eval_model, suite, world, config.max_seq_len or longest, "fp32")
                 for engine in config.engines
             }
             rows.append(compare(runners, name, config.turns) | {"max_seq_len": config.max_seq_len or longest})
@@ -102,12 +102,12 @@ def compare(runners: dict, name: str, turns: int) -> dict:
     return row
 
 
-def subject_of(config: BenchmarkConfig, device):
+def eval_model_of(config: BenchmarkConfig, device):
     import torch
 
-    from open_lm.data.tokenizers import load_tokenizer
-    from open_lm.evaluate.icl.records import CheckpointRecords
-    from open_lm.evaluate.icl.subject import Subject
+    from open_lm.data.tokenizer import load_tokenizer
+    from open_lm.evaluate.eval_model import EvalModel
+    from open_lm.evaluate.records import CheckpointRecords
     from open_lm.model import create_model
     from open_lm.model.config import ModelConfig
 
@@ -119,15 +119,15 @@ def subject_of(config: BenchmarkConfig, device):
     )  # fmt: skip
     model = create_model(architecture).to(device).eval()
     about = CheckpointRecords("random", "", "", tokenizer.name)
-    return Subject(model, tokenizer, config.context, architecture.vocab_size, about)
+    return EvalModel(model, tokenizer, config.context, architecture.vocab_size, about)
 
 
-def suite_of(config: BenchmarkConfig, name: str, subject, folder: str):
+def suite_of(config: BenchmarkConfig, name: str, eval_model, folder: str):
     """The task of one file, and the tokens of its longest row."""
-    from open_lm.evaluate.icl.engine import IclEngine
-    from open_lm.evaluate.icl.jobs import JobBook
-    from open_lm.evaluate.icl.suite import Suite
-    from open_lm.evaluate.icl.task import read_task
+    from open_lm.evaluate.engine.icl import IclEngine
+    from open_lm.evaluate.tasks.jobs import JobBook
+    from open_lm.evaluate.tasks.suite import Suite
+    from open_lm.evaluate.tasks.task import read_task
 
     kind, delimiter = FILES[name]
     source = Path(config.data) / f"{name}.jsonl"
@@ -138,7 +138,7 @@ def suite_of(config: BenchmarkConfig, name: str, subject, folder: str):
     entry = {"label": name, "icl_task_type": kind, "num_fewshot": [config.num_fewshot], "random_baseline": 0.0}
     task = replace(read_task({**entry, "dataset_uri": str(source)}, "benchmark"), continuation_delimiter=delimiter)
     book = JobBook([task])
-    prepared = IclEngine(subject.model, subject.tokenizer, max_seq_len=config.context).prepare(book.jobs[0], book)
+    prepared = IclEngine(eval_model.model, eval_model.tokenizer, max_seq_len=config.context).prepare(book.jobs[0], book)
     longest = max(len(c.context) + len(c.continuation) for question in prepared.questions for c in question.choices)
     return Suite(tasks=(replace(task, dataset_uri=str(path)),), batch_size=config.batch_size), longest
 

@@ -34,9 +34,9 @@ def ours(model, precision, compiled, kernels):
     from open_lm.precision import Precision
     from open_lm.train.backends import prepare_backends
     from open_lm.train.config import OptimizerConfig, ParallelConfig
-    from open_lm.train.horizon import Horizon
     from open_lm.train.optim import build_optimizers
     from open_lm.train.parallel import wrap
+    from open_lm.train.run_length import RunLength
     from open_lm.train.state import TrainState
     from open_lm.train.step import train_step
     from open_lm.train.tasks import NextToken
@@ -51,7 +51,7 @@ def ours(model, precision, compiled, kernels):
         optimizers=build_optimizers(wrapped, OptimizerConfig(wd=0.1), LR),
         precision=Precision(precision, DEVICE.type),
         lr_at=lambda step: LR,
-        horizon=Horizon((10**6,), config.seq_len),
+        run_length=RunLength((10**6,), config.seq_len),
         task=NextToken(),
         world=world,
     )

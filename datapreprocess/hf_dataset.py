@@ -50,8 +50,8 @@ def fetch(flags: HfDataset) -> list[str]:
         StorageError: the data set is not there, or cannot be read.
         DataError: nothing fits the flags, or a file is damaged.
     """
-    from open_lm.data.hub_dataset import convert, select
-    from open_lm.data.workers import run_tasks
+    from open_lm.preprocess.hub_dataset import convert, select
+    from open_lm.preprocess.workers import run_tasks
 
     storage.require_writable(flags.output_dir, "--output-dir")
     files = select(flags.dataset, flags.config, flags.split, _begun(flags) or flags.revision)

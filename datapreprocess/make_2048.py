@@ -76,10 +76,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     add_group(parser, Make2048)
     flags = read_group(parser.parse_args(argv), Make2048)
 
-    from open_lm.data import ledger as books
-    from open_lm.data.build import build_data_set
-    from open_lm.data.encoding import choose_encoder
-    from open_lm.data.raw_input import sample_texts
+    from open_lm.preprocess import accounting
+    from open_lm.preprocess.encoding import choose_encoder
+    from open_lm.preprocess.input import sample_texts
+    from open_lm.preprocess.make import build_data_set
 
     job, tokenizer = make_job(flags)
     encoder, why = choose_encoder(
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         overwrite=flags.overwrite,
     )
     seconds = time.monotonic() - started
-    print("\n".join(books.lines(ledger)))
+    print("\n".join(accounting.lines(ledger)))
     rate = text.count(ledger["tokens"]["in"] / seconds)
     print(f"written    {flags.output_dir} in {text.duration(seconds)} ({rate} tokens/s)")
     return ledger
@@ -108,10 +108,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def make_job(flags: Make2048) -> tuple[Any, Any]:
     """The job the flags describe, and its tokenizer."""
-    from open_lm.data import job as jobs
-    from open_lm.data.raw_input import member_ending
-    from open_lm.data.text_input import JSON_ENDINGS, TAR, expand_inputs
-    from open_lm.data.tokenizers import load_tokenizer
+    from open_lm.data.tokenizer import load_tokenizer
+    from open_lm.preprocess import job as jobs
+    from open_lm.preprocess.input import member_ending
+    from open_lm.preprocess.jsonl import JSON_ENDINGS, TAR, expand_inputs
 
     urls = expand_inputs(flags.input_files, "--input-files", (*JSON_ENDINGS, TAR))
     if any(url.endswith(TAR) for url in urls):
@@ -137,7 +137,7 @@ def where_to(flags: Make2048) -> Any:
     Raises:
         ConfigError: --upload-to-s3 without the environment variable S3_BASE.
     """
-    from open_lm.data.build import Destination, destination
+    from open_lm.preprocess.make import Destination, destination
 
     if not flags.upload_to_s3:
         return destination(flags.output_dir, flags.tmp_dir)

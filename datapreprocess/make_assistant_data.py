@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if os.path.exists(flags.output_dir):
         raise ConfigError(f"--output-dir {flags.output_dir}: exists already. Choose another folder.")
 
-    from open_lm.data.tokenizers import load_tokenizer
+    from open_lm.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(flags.tokenizer)
     marker_id = tokenizer.vocab_size if flags.mask_token_id is None else flags.mask_token_id
@@ -93,8 +93,8 @@ def read_conversations(flags: MakeAssistantData, tokenizer: Any, marker_id: int)
     Raises:
         DataError: a line is no conversation and --on-bad-line is stop.
     """
-    from open_lm.data.chat import answer_samples, messages_of
-    from open_lm.data.text_input import Rejected, expand_inputs, read_lines
+    from open_lm.preprocess.chat import answer_samples, messages_of
+    from open_lm.preprocess.jsonl import Rejected, expand_inputs, read_lines
 
     samples: list[Any] = []
     counts: Counter[str] = Counter()
@@ -132,8 +132,8 @@ def write(flags: MakeAssistantData, samples: list[Any], vocab_size: int, ledger:
 
     from open_lm.data.formats import token_dtype
     from open_lm.data.manifest import write_manifest
-    from open_lm.data.packing import shuffle_keys
     from open_lm.data.shards import describe_shard, write_shard
+    from open_lm.preprocess.packing import shuffle_keys
 
     order = np.argsort(shuffle_keys(len(samples), seed=flags.seed, block="chat"), kind="stable")
     unfinished = flags.output_dir.rstrip("/") + ".unfinished"

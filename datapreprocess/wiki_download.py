@@ -55,7 +55,7 @@ def newest_dump(language: str) -> str:
     Raises:
         ConfigError: there is none.
     """
-    from open_lm.data.hub_dataset import list_files
+    from open_lm.preprocess.hub_dataset import list_files
 
     paths, _ = list_files(DATASET)
     days = {match[1] for path in paths if (match := re.match(rf"(\d{{8}})\.{re.escape(language)}/", path))}

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
 
 def _needed(eval_yaml: str) -> list[str]:
     """The files of LLM Foundry's local_data that a YAML's tasks read."""
-    from open_lm.evaluate.icl.suite import read_suite
+    from open_lm.evaluate.tasks.suite import read_suite
 
     uris = [task.dataset_uri for task in read_suite(eval_yaml).tasks]
     named = [uri.removeprefix(prefix) for uri in uris for prefix in PREFIXES if uri.startswith(prefix)]

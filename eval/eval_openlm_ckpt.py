@@ -10,7 +10,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from open_lm.command import run
-from open_lm.evaluate.icl.config import EvalConfig
+from open_lm.evaluate.flags import EvalConfig
 from open_lm.flags import Parser, add_group, read_group
 from open_lm.model.config import ModelFlags
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> Any:
     args = parser.parse_args(argv)
     config, flags = read_group(args, EvalConfig), read_group(args, ModelFlags)
 
-    from open_lm.evaluate.icl.evaluation import evaluate
+    from open_lm.evaluate.command import evaluate
 
     return evaluate(config, flags)
 

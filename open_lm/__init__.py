@@ -7,11 +7,11 @@ __all__ = ["generate", "load_model"]
 
 def __getattr__(name: str) -> Any:
     if name == "load_model":
-        from open_lm.loading import load_model
+        from open_lm.checkpoint.load_model import load_model
 
         return load_model
     if name == "generate":
-        from open_lm.generate import generate
+        from open_lm.generation import generate
 
         return generate
     raise AttributeError(f"module 'open_lm' has no attribute {name!r}")

@@ -66,7 +66,7 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def from_master(self, work: Callable[[], T]) -> T:
+    def on_rank0(self, work: Callable[[], T]) -> T:
         """What `work` gives on rank 0, on every rank; an OpenLMError of its is raised on every rank."""
         if self.size == 1:
             return work()

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from open_lm.params import RunConfig, command_line, parse_args, read_config
 
 if TYPE_CHECKING:
-    from open_lm.dry_run import Forecast
-    from open_lm.run import Run, RunResult
+    from open_lm.run.dry_run import Forecast
+    from open_lm.run.run import Run, RunResult
 
 
 def main(argv: Sequence[str] | None = None) -> RunResult | Forecast:
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> RunResult | Forecast:
 
 def describe(config: RunConfig) -> Forecast:
     """Print what the run would do."""
-    from open_lm.dry_run import forecast
+    from open_lm.run.dry_run import forecast
 
     expected = forecast(config)
     print(expected)
@@ -37,8 +37,8 @@ def describe(config: RunConfig) -> Forecast:
 def execute(config: RunConfig, command: str) -> RunResult:
     """Carry out `config`; `command` is what the log says was typed. Of several checkpoints to evaluate, the last one's
     result is given back."""
-    from open_lm.build import architecture_of
-    from open_lm.run import start_run
+    from open_lm.run.build import architecture_of
+    from open_lm.run.run import start_run
 
     each = each_checkpoint(config)
     with start_run(each[0], architecture_of(each[0]), command) as run:
@@ -50,7 +50,7 @@ def execute(config: RunConfig, command: str) -> RunResult:
 
 def each_checkpoint(config: RunConfig) -> list[RunConfig]:
     """`config` itself; with --val-checkpoints the evaluation of each of them."""
-    from open_lm.checkpoint.series import all_checkpoints
+    from open_lm.checkpoint.resolve import all_checkpoints
 
     if not config.validation.val_checkpoints:
         return [config]
@@ -60,14 +60,14 @@ def each_checkpoint(config: RunConfig) -> list[RunConfig]:
 
 def carry_out(run: Run) -> RunResult:
     """Build what the run works on, train if it is to, and evaluate."""
-    from open_lm.build import build_loader_and_horizon, build_state, tokenizer_name
-    from open_lm.build_evaluation import build_tasks, build_validation_sets
     from open_lm.checkpoint.provenance import provenance
     from open_lm.checkpoint.restore import restore
+    from open_lm.run.build import build_loader_and_length, build_state, tokenizer_name
+    from open_lm.run.evaluation_setup import build_tasks, build_validation_sets
     from open_lm.train.loop import train
 
     config, architecture = run.config, run.architecture
-    loader, steps = build_loader_and_horizon(config, architecture, run.world)
+    loader, steps = build_loader_and_length(config, architecture, run.world)
     val_sets = build_validation_sets(config, architecture, run.world, loader)
     state = build_state(config, architecture, run.world, steps)
     tasks = build_tasks(config, architecture, state, loader)

@@ -47,19 +47,19 @@ class Precision:
         model: nn.Module,
         optimizers: Sequence[Optimizer],
         clip: Callable[[nn.Module], Tensor],
-        allows: Callable[[Tensor], bool] = lambda norm: True,
+        accept: Callable[[Tensor], bool] = lambda norm: True,
     ) -> tuple[Tensor, bool]:
         """Clip, take the optimizers' steps and clear the gradients; returns the gradient norm before clipping, and
         whether the step was taken.
 
-        It is not where `allows(norm)` says no. When scaled gradients overflow, the step is left out too, the loss scale
+        Skipped when `accept(norm)` is false. When scaled gradients overflow, the step is left out too, the loss scale
         falls, and the norm returned is 0.
         """
         if self.scaler is not None:
             for optimizer in optimizers:
                 self.scaler.unscale_(optimizer)
         norm = clip(model)
-        taken = allows(norm)
+        taken = accept(norm)
         for optimizer in optimizers:
             if taken and self.scaler is not None:
                 self.scaler.step(optimizer)

@@ -11,11 +11,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from torch import Tensor
 
-from open_lm.agreement import Difference, compare_tensors
-from open_lm.checkpoint.sources import read_checkpoint
-from open_lm.checkpoint.weights import clean_state_dict
+from open_lm.checkpoint.read import read_checkpoint
 from open_lm.command import run
 from open_lm.flags import Parser
+from open_lm.report.compare import Difference, compare_tensors
+from open_lm.weights.file import clean_state_dict
 
 
 def main(argv: Sequence[str] | None = None) -> int:

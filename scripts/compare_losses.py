@@ -8,10 +8,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from open_lm.agreement import compare_series, read_metric
 from open_lm.command import run
 from open_lm.errors import DataError
 from open_lm.flags import Parser
+from open_lm.report.compare import compare_series, read_metric
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,10 +11,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from open_lm.agreement import Difference, compare_tensors
 from open_lm.command import run
 from open_lm.errors import DataError
 from open_lm.flags import Parser
+from open_lm.report.compare import Difference, compare_tensors
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -56,8 +56,8 @@ def convert(config: ConvertConfig) -> None:
     Raises:
         CheckpointError: a file is missing or damaged, or the shards do not make up the model.
     """
+    from open_lm.checkpoint.load_model import build
     from open_lm.hf.import_ import write_checkpoint
-    from open_lm.loading import build
 
     folder = Path(config.input_dir).expanduser()
     params = read_params(folder / "params.json")
@@ -92,7 +92,7 @@ def joined(folder: Path, dim: int) -> dict[str, Tensor]:
     """
     import torch
 
-    from open_lm.checkpoint.weights import load_file
+    from open_lm.weights.file import load_file
 
     files = sorted(folder.glob("consolidated.*.pth"))
     if not files:

@@ -16,8 +16,8 @@ from open_lm import storage
 from open_lm.command import run
 from open_lm.errors import CheckpointError, ConfigError
 from open_lm.flags import Parser, add_group, flag, read_group
-from open_lm.generate.config import GenerateConfig
-from open_lm.generate.stream import Stream
+from open_lm.generation.config import GenerateConfig
+from open_lm.generation.stream import Stream
 from open_lm.model.config import ModelFlags
 
 
@@ -85,8 +85,8 @@ class Writer:
     def __init__(self, asked: PromptConfig, config: GenerateConfig, flags: ModelFlags):
         import torch
 
-        from open_lm.data.tokenizers import load_tokenizer
-        from open_lm.loading import load_model
+        from open_lm.checkpoint.load_model import load_model
+        from open_lm.data.tokenizer import load_tokenizer
 
         self.tokenizer = load_tokenizer(asked.tokenizer or stored_tokenizer(asked.checkpoint))
         device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -110,7 +110,7 @@ class Writer:
         return text
 
     def _generate(self, prompts: Sequence[str], watch: Any) -> list[list[int]]:
-        from open_lm.generate.decode import generate
+        from open_lm.generation.decode import generate
 
         eot = self.tokenizer.eot_id
         ids = [self.tokenizer.encode(prompt) or [eot] for prompt in prompts]
@@ -128,8 +128,8 @@ def stored_tokenizer(checkpoint: str) -> str:
     Raises:
         CheckpointError: it does not say.
     """
-    from open_lm.checkpoint.sources import is_transformers_folder, local_source
-    from open_lm.loading import stored_facts
+    from open_lm.checkpoint.load_model import stored_facts
+    from open_lm.checkpoint.resolve import is_transformers_folder, local_source
 
     source = local_source(checkpoint)
     if is_transformers_folder(source) and (Path(source) / "tokenizer.json").exists():

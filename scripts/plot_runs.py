@@ -11,10 +11,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from open_lm import storage, text
-from open_lm.agreement import read_metric
 from open_lm.command import run
 from open_lm.errors import ConfigError, DataError
 from open_lm.flags import Parser, add_group, flag, read_group
+from open_lm.report.compare import read_metric
 
 PANELS = {
     "loss": ("train/loss", "valid/loss"),

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from open_lm import storage, text
 from open_lm.command import run
 from open_lm.errors import ConfigError, DataError
-from open_lm.evaluate.icl.records import CheckpointRecords, Record, markdown, read_results, short
+from open_lm.evaluate.records import CheckpointRecords, Record, markdown, read_results, short
 from open_lm.flags import Parser, add_group, flag, read_group
 
 Lines = dict[str, list[tuple[float, Record]]]

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from open_lm import storage, text
 from open_lm.command import run
 from open_lm.errors import ConfigError
-from open_lm.evaluate.icl.records import read_results, short
+from open_lm.evaluate.records import read_results, short
 from open_lm.flags import Parser, add_group, flag, read_group
 from open_lm.report import page
 from open_lm.report.charts import Rule, Series, line_chart

@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from open_lm import storage
 from open_lm.command import run
-from open_lm.data.text_input import BAD_LINE_REASONS, Rejected, document_text, expand_inputs, read_lines
 from open_lm.errors import ConfigError, DataError
 from open_lm.flags import Parser, add_group, flag, read_group
+from open_lm.preprocess.jsonl import BAD_LINE_REASONS, Rejected, document_text, expand_inputs, read_lines
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

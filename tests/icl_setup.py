@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from open_lm.data.tokenizers import Tokenizer, load_tokenizer
-from open_lm.evaluate.icl.suite import data_path
-from open_lm.evaluate.icl.task import Task, read_task
+from open_lm.data.tokenizer import Tokenizer, load_tokenizer
+from open_lm.evaluate.tasks.suite import data_path
+from open_lm.evaluate.tasks.task import Task, read_task
 from open_lm.model import create_model
 from open_lm.model.config import ModelConfig
 

@@ -17,7 +17,7 @@ from open_lm.errors import ConfigError, StorageError
 from open_lm.flags import Parser, add_group, flag, read_group
 
 SUFFIXES = (".json", ".jsonl", ".zst", ".zstd", ".gz", ".tar")
-MEANINGLESS = ("ray_spill_location", "presort", "allow_imbalanced_write")
+IGNORED = ("ray_spill_location", "presort", "allow_imbalanced_write")
 """Flags of OpenLM's tool that nothing depends on here: no data pass through Ray, and shards are always equal."""
 
 
@@ -67,7 +67,7 @@ class TokenizeShuffle:
             raise ConfigError(f"--subfraction {self.subfraction}: must be at most 1.")
         if self.do_sample != (self.default_dataset_yaml is not None):
             raise ConfigError("--do_sample and --default_dataset_yaml belong together: give both or none.")
-        ignored = [f"--{name}" for name in MEANINGLESS if getattr(self, name)]
+        ignored = [f"--{name}" for name in IGNORED if getattr(self, name)]
         if ignored:
             logging.warning("%s: has no meaning here and is ignored. See --help.", ", ".join(ignored))
         if self.ray_dashboard_host not in ("127.0.0.1", "localhost", "::1"):
@@ -83,11 +83,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     add_group(parser, TokenizeShuffle, separator="_")
     flags = read_group(parser.parse_args(argv), TokenizeShuffle)
 
-    from open_lm.data import ledger as books
-    from open_lm.data.build import Destination, build_data_set
-    from open_lm.data.encoding import choose_encoder
-    from open_lm.data.raw_input import sample_texts
-    from open_lm.data.ray_tasks import RayTasks, connect
+    from open_lm.preprocess import accounting
+    from open_lm.preprocess.encoding import choose_encoder
+    from open_lm.preprocess.input import sample_texts
+    from open_lm.preprocess.make import Destination, build_data_set
+    from open_lm.preprocess.ray_workers import RayTasks, connect
 
     job, tokenizer = make_job(flags)
     sample = sample_texts([url for url, _ in job.inputs], job.content_key)
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         )
     finally:
         ray.shutdown()
-    print("\n".join(books.lines(ledger)))
+    print("\n".join(accounting.lines(ledger)))
     rate = text.count(ledger["tokens"]["in"] / (time.monotonic() - started))
     print(f"written    {storage.shown(output)} in {text.duration(time.monotonic() - started)} ({rate} tokens/s)")
     return ledger
@@ -126,11 +126,11 @@ def make_job(flags: TokenizeShuffle) -> tuple[Any, Any]:
         ConfigError: the vocabulary is smaller than the tokenizer's, or the yaml of sources is not one.
         StorageError: there are no files.
     """
-    from open_lm.data import job as jobs
-    from open_lm.data.raw_input import member_ending
-    from open_lm.data.sampling import assign
-    from open_lm.data.text_input import TAR, expand_inputs
-    from open_lm.data.tokenizers import load_tokenizer
+    from open_lm.data.tokenizer import load_tokenizer
+    from open_lm.preprocess import job as jobs
+    from open_lm.preprocess.input import member_ending
+    from open_lm.preprocess.jsonl import TAR, expand_inputs
+    from open_lm.preprocess.source_rates import assign
 
     inputs = tuple(absolute(part) for part in flags.input.split(",") if part)
     urls = chosen(expand_inputs(inputs, "--input", flags.suffixes, within=True), flags)

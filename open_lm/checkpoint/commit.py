@@ -19,7 +19,9 @@ from typing import IO, Any, cast
 import torch
 
 from open_lm import storage
+from open_lm.errors import StorageError
 
+BLOCK_BYTES = 8 << 20
 COMMIT_PATTERN = "epoch_*.commit.json"
 
 
@@ -124,7 +126,7 @@ def hashed(path: str) -> FileRecord:
     """Size and hash of the file at `path` as it is."""
     digest, size = hashlib.sha256(), 0
     with storage.open_read(path) as file:
-        while block := file.read(8 << 20):
+        while block := file.read(BLOCK_BYTES):
             digest.update(block)
             size += len(block)
     return FileRecord(size, digest.hexdigest())
@@ -162,3 +164,16 @@ def commit_beside(weights_path: str) -> Commit | None:
     stem = name.partition(".sharded-")[0] if ".sharded-" in name else Path(name).stem
     path = storage.join(storage.parent(weights_path), f"{stem}.commit.json")
     return read_commit(path) if storage.exists(path) else None
+
+
+def copy(source: str, target: str, expected: FileRecord | None = None) -> None:
+    """Copy the file at `source` to `target`, each local or remote; with `expected` the copy is read back and compared.
+
+    Raises:
+        StorageError: it could not be copied, or is not what was expected.
+    """
+    with storage.open_read(source) as reader, storage.open_atomic(target) as writer:
+        shutil.copyfileobj(reader, writer, BLOCK_BYTES)
+    if expected is not None and hashed(target) != expected:
+        storage.remove(target)
+        raise StorageError(f"{storage.shown(target)}: what arrived is not what was sent. It is tried again later.")

@@ -10,13 +10,14 @@ from typing import Any
 from open_lm import storage
 from open_lm.checkpoint import commit as commits
 from open_lm.checkpoint.commit import Commit, commit_beside
+from open_lm.checkpoint.read import local_shards, read_sharded
+from open_lm.checkpoint.resolve import weights_file
+from open_lm.checkpoint.save_policy import Kind
 from open_lm.checkpoint.sharded import STATS, is_sharded, read_tensors
 from open_lm.checkpoint.snapshot import Snapshot
-from open_lm.checkpoint.sources import local_shards, read_sharded, weights_file
 from open_lm.checkpoint.tree import nested
-from open_lm.checkpoint.weights import load_file
-from open_lm.checkpoint.when import Kind
 from open_lm.errors import CheckpointError, ConfigError
+from open_lm.weights.file import load_file
 
 HEAD = ("epoch", "name", "step", "tokens")
 EXTRA = (*HEAD, "config", "values", "scaler")

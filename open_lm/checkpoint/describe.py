@@ -9,7 +9,8 @@ from typing import Any
 
 from open_lm import storage, text
 from open_lm.checkpoint.commit import commit_beside
-from open_lm.checkpoint.sources import read_checkpoint, weights_file
+from open_lm.checkpoint.read import read_checkpoint
+from open_lm.checkpoint.resolve import weights_file
 
 
 def main(argv: Sequence[str] | None = None) -> None:

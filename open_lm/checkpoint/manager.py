@@ -16,10 +16,9 @@ from open_lm.checkpoint import commit as commits
 from open_lm.checkpoint import sharded
 from open_lm.checkpoint.background import Background
 from open_lm.checkpoint.config import CONSOLIDATED_UP_TO, CheckpointConfig
-from open_lm.checkpoint.retention import may_go
+from open_lm.checkpoint.save_policy import Kind, to_delete
 from open_lm.checkpoint.snapshot import Saved, Snapshot, live, n_bytes, take
 from open_lm.checkpoint.tree import Staging
-from open_lm.checkpoint.when import Kind
 from open_lm.checkpoint.writing import WRITE_ERRORS, Target, remove_unfinished, write_consolidated, write_sharded
 from open_lm.distributed import World
 from open_lm.errors import StorageError
@@ -75,10 +74,10 @@ class Checkpoints:
         Raises:
             StorageError: the third save in a row could not be written.
         """
-        self.settle()
+        self.wait()
         self._world = state.world
         began = time.monotonic()
-        label = state.world.from_master(lambda: self._free_label(label, state.step))
+        label = state.world.on_rank0(lambda: self._free_label(label, state.step))
         if not label:  # it is there already
             return True
         self._label = label
@@ -86,7 +85,7 @@ class Checkpoints:
         in_shards = self._in_shards(tree)
         if in_shards and self._group is None and state.world.size > 1:
             self._group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
-        shards = state.world.from_master(lambda: f"epoch_{label}{sharded.MARK}{secrets.token_hex(4)}")
+        shards = state.world.on_rank0(lambda: f"epoch_{label}{sharded.MARK}{secrets.token_hex(4)}")
         full = self._problem_with_space(n_bytes(tree))
         snapshot = None if full else Snapshot(
             label=label,
@@ -111,10 +110,10 @@ class Checkpoints:
 
         self._background.begin(work, beside=self._staging is not None and not wait)
         if wait or self._staging is None:
-            return self.settle()
+            return self.wait()
         return True
 
-    def settle(self) -> bool:
+    def wait(self) -> bool:
         """Wait for the save on its way, if there is one: whether it succeeded. Every rank must call this.
 
         Raises:
@@ -138,10 +137,10 @@ class Checkpoints:
             logging.error(message, self._label, self.problem)
         return self.problem is None
 
-    def settle_if_done(self) -> None:
+    def wait_if_done(self) -> None:
         """At a step's end: take notice of a save that has ended, where no other rank has to be asked."""
         if self._world.size == 1 and self._background.has_result:
-            self.settle()
+            self.wait()
 
     def close(self) -> None:
         """Wait for the save on its way, however the run ended; without asking other ranks."""
@@ -166,12 +165,12 @@ class Checkpoints:
 
     def _problem_with_space(self, needed: int) -> str:
         """What is said when there is not enough space on rank 0; the same on every rank."""
-        free = self._world.from_master(lambda: storage.free_bytes(self.folder))
+        free = self._world.on_rank0(lambda: storage.free_bytes(self.folder))
         if free is None or free >= 1.02 * needed:
             return ""
         return f"no space left: {text.size(needed)} are needed, {text.size(free)} free."
 
     def _thin_out(self, written: commits.Commit) -> None:
         logging.info("saved checkpoint %s at step %d (%s)", written.label, written.step, text.size(written.size_bytes))
-        for commit in may_go(commits.committed(self.folder), written, self.flags.n_kept):
+        for commit in to_delete(commits.committed(self.folder), written, self.flags.n_kept):
             commits.discard(self.folder, commit)

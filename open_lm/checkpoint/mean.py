@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_lm.checkpoint.contents import CONSTANTS, require_same_architecture
-from open_lm.checkpoint.sources import read_checkpoint
-from open_lm.checkpoint.weights import clean_state_dict
+from open_lm.checkpoint.read import read_checkpoint
+from open_lm.checkpoint.state_dicts import CONSTANTS, require_same_architecture
 from open_lm.errors import CheckpointError
+from open_lm.weights.file import clean_state_dict
 
 
 def read_mean(paths: Sequence[str], coefficients: Sequence[float]) -> dict[str, Any]:

@@ -11,7 +11,13 @@ from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
 from open_lm import storage
 from open_lm.checkpoint import commit as commits
-from open_lm.checkpoint.contents import (
+from open_lm.checkpoint.manager import Checkpoints, DataOrder
+from open_lm.checkpoint.mean import read_mean
+from open_lm.checkpoint.read import local_shards, read_checkpoint
+from open_lm.checkpoint.resolve import latest, weights_file
+from open_lm.checkpoint.sharded import STATS, is_sharded, load_into, read_index
+from open_lm.checkpoint.snapshot import Saved, live
+from open_lm.checkpoint.state_dicts import (
     by_name,
     load_optimizers,
     load_weights,
@@ -19,16 +25,10 @@ from open_lm.checkpoint.contents import (
     require_same_experts,
     spread_tensors,
 )
-from open_lm.checkpoint.find import latest
-from open_lm.checkpoint.hub import is_hub
-from open_lm.checkpoint.manager import Checkpoints, DataOrder
-from open_lm.checkpoint.mean import read_mean
-from open_lm.checkpoint.sharded import STATS, is_sharded, load_into, read_index
-from open_lm.checkpoint.snapshot import Saved, live
-from open_lm.checkpoint.sources import local_shards, read_checkpoint, weights_file
 from open_lm.checkpoint.tree import SEPARATOR, flat, nested
-from open_lm.checkpoint.weights import clean_state_dict, load_file, named_weights
 from open_lm.errors import CheckpointError
+from open_lm.weights.file import clean_state_dict, load_file, named_weights
+from open_lm.weights.hub import is_hub
 
 Use = Literal["evaluate", "weights", "state", "resume"]
 """What is taken of a checkpoint: the weights to evaluate them; the weights to start from; optimizer, step and the rest
@@ -56,7 +56,7 @@ def restore(checkpoints: Checkpoints, state: Saved, loader: DataOrder | None) ->
     if not (flags.resume or flags.start):
         return
     stored = Stored()
-    facts = state.world.from_master(lambda: _read(stored, checkpoints, state, trains=loader is not None))
+    facts = state.world.on_rank0(lambda: _read(stored, checkpoints, state, trains=loader is not None))
     if facts is None:
         if loader is None:
             raise CheckpointError(f"--resume latest: no checkpoint in {checkpoints.folder} to evaluate.")
@@ -78,7 +78,7 @@ def restore(checkpoints: Checkpoints, state: Saved, loader: DataOrder | None) ->
     if use == "resume" and loader is not None:
         if facts["data_state"] is not None:
             loader.check_state(facts["data_state"])
-        state.world.from_master(lambda: _set_aside_later(checkpoints.folder, state.step))
+        state.world.on_rank0(lambda: _set_aside_later(checkpoints.folder, state.step))
     logging.info("resumed from %s at step %d", facts["path"], state.step)
 
 

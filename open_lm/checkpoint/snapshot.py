@@ -11,8 +11,8 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from open_lm.checkpoint.save_policy import Kind
 from open_lm.checkpoint.tree import Staging, map_tensors, tensors_of
-from open_lm.checkpoint.when import Kind
 from open_lm.distributed import World
 from open_lm.precision import Precision
 

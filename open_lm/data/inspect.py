@@ -132,7 +132,7 @@ def _first_samples(shards: Sequence[Any], flags: Inspect) -> Iterator[str]:
 
 def _step(flags: Inspect, step: int) -> Iterator[str]:
     """The samples of one step, in the order of the batch."""
-    from open_lm.data.geometry import make_geometry, make_plan
+    from open_lm.data.batch_positions import make_batch_positions, make_plan
     from open_lm.data.run_data import run_settings
     from open_lm.data.shards import read_samples
     from open_lm.data.sources import Source, open_sources
@@ -144,7 +144,7 @@ def _step(flags: Inspect, step: int) -> Iterator[str]:
         sources = open_sources(config)
     else:
         config, seed, batch = DataConfig(), flags.seed, flags.global_batch_size or 64
-        geometry = make_geometry(config, global_batch=batch, rank=0, world_size=1)
+        geometry = make_batch_positions(config, global_batch=batch, rank=0, world_size=1)
         sources = [Source(flags.path, tuple(_shards(flags)))]
     plan = make_plan(sources, config, seed=seed, global_batch=batch)
     found = plan.locate(geometry.positions_of(step))
@@ -161,7 +161,7 @@ def _decoder(shards: Sequence[Any], flags: Inspect) -> Any:
     limit = flags.tokens or None
     if not flags.decode:
         return lambda tokens: " ".join(map(str, tokens[:limit].tolist()))
-    from open_lm.data.tokenizers import load_tokenizer
+    from open_lm.data.tokenizer import load_tokenizer
 
     name = flags.tokenizer or next((shard.tokenizer for shard in shards if shard.tokenizer), None)
     if name is None:

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from open_lm.data.batch import IGNORED, Batch
+from open_lm.data.batch_positions import BatchPositions, make_batch_positions, make_plan
 from open_lm.data.cache import ShardCache
 from open_lm.data.config import DataConfig
-from open_lm.data.geometry import Geometry, make_geometry, make_plan
 from open_lm.data.masking import masked_batch
 from open_lm.data.pipeline import Filled, StepSource, run_pipeline
 from open_lm.data.plan import ORDER, Plan, key, mix
@@ -37,7 +37,7 @@ class Loader:
         plan: Plan,
         sources: list[Source],
         fill: Any,
-        geometry: Geometry,
+        geometry: BatchPositions,
         *,
         config: DataConfig,
         seed: int,
@@ -221,7 +221,7 @@ def build_loader(
         log.warning("--data-tolerate-*: ignored, every step gets its whole batch. See --ignore-parse-errors.")
     if config.squash_mask_left:
         seq_len += 1
-    geometry = make_geometry(config, global_batch=global_batch, rank=rank, world_size=world_size)
+    geometry = make_batch_positions(config, global_batch=global_batch, rank=rank, world_size=world_size)
     if config.dataset_type == "synthetic":
         random_ids = SyntheticSamples(vocab_size, seq_len, seed)
         nowhere = [Source(f"synthetic {vocab_size} {seq_len}", ())]

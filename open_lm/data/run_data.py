@@ -7,12 +7,12 @@ from dataclasses import fields
 from typing import Any
 
 from open_lm import storage
+from open_lm.data.batch_positions import BatchPositions, make_batch_positions
 from open_lm.data.config import DataConfig
-from open_lm.data.geometry import Geometry, make_geometry
 from open_lm.errors import ConfigError
 
 
-def run_settings(run: str, step: int, global_batch: int | None = None) -> tuple[DataConfig, int, int, Geometry]:
+def run_settings(run: str, step: int, global_batch: int | None = None) -> tuple[DataConfig, int, int, BatchPositions]:
     """The data flags of a run, its seed, the batch its order was planned for, and where the batch of `step` lies.
 
     These stand in the first checkpoint after `step`; where there is none, in the flags (`global_batch` completes them).
@@ -28,7 +28,7 @@ def run_settings(run: str, step: int, global_batch: int | None = None) -> tuple[
     later = [state for state in states if state["steps"] > step] or states[-1:]
     if later and global_batch is None:
         batch, planned = later[0]["global_batch"], later[0]["planned_batch"]
-        geometry = Geometry(
+        geometry = BatchPositions(
             batch,
             0,
             1,
@@ -43,7 +43,7 @@ def run_settings(run: str, step: int, global_batch: int | None = None) -> tuple[
             f"--run {storage.shown(run)}: was started with --batch-size per process and has no checkpoint yet. "
             "Give --global-batch-size: that number times its processes."
         )
-    return config, params["seed"], batch, make_geometry(config, global_batch=batch, rank=0, world_size=1)
+    return config, params["seed"], batch, make_batch_positions(config, global_batch=batch, rank=0, world_size=1)
 
 
 def _params(run: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from open_lm.data.tokenizers import Tokenizer
+from open_lm.data.tokenizer import Tokenizer
 
 BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
 SENTENCE_PIECE = {"Sequence", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}

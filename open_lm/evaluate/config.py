@@ -14,7 +14,7 @@ class ValidationConfig:
     val_names: tuple[str, ...] = flag((), "Name of each set in metrics; none: its --val-data.")
     val_frequency: int = flag(1, "Checkpoint intervals between two validations; 0: none while training.", least=0)
     val_every_steps: int | None = flag(
-        None, "Optimizer steps between two validations; sets --val-frequency aside.", least=1
+        None, "Optimizer steps between two validations; overrides --val-frequency.", least=1
     )
     global_val_batch_size: int | None = flag(
         None, "Sequences per validation batch over all ranks; None: --global-batch-size.", least=1
@@ -42,5 +42,5 @@ class ValidationConfig:
         1, "Checkpoint intervals between two scorings of --icl-tasks; 0: none while training, only at the end.", least=0
     )
     icl_every_steps: int | None = flag(
-        None, "Optimizer steps between two scorings of --icl-tasks; sets --icl-frequency aside.", least=1
+        None, "Optimizer steps between two scorings of --icl-tasks; overrides --icl-frequency.", least=1
     )

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_lm.checkpoint.natives import native_family, to_native
 from open_lm.model.architecture import MambaConfig, ModelConfig
 from open_lm.model.feed_forward import default_width
 from open_lm.model.hf_config import HFConfig
 from open_lm.model.moe import expert_width
+from open_lm.weights.to_hf import native_family, to_native
 
 MODELING = Path(__file__).with_name("modeling_openlm.py")
 

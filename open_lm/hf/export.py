@@ -57,10 +57,10 @@ def export(config: ExportConfig, **architecture: Any) -> float:
         ConfigError: `out` exists, or the model cannot be exported.
         CheckpointError: the reloaded model differs; the folder is then not left behind.
     """
-    from open_lm.checkpoint.hub import push
+    from open_lm.checkpoint.load_model import load_model, stored_facts
     from open_lm.hf.classes import save, to_transformers
     from open_lm.hf.model_card import model_card
-    from open_lm.loading import load_model, stored_facts
+    from open_lm.weights.hub import push
 
     out = Path(config.out).expanduser()
     if out.exists():
@@ -98,7 +98,7 @@ def add_tokenizer(name: str, theirs: Any, folder: Path) -> None:
     from tokenizers import Tokenizer
     from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-    from open_lm.data.tokenizers import load_tokenizer
+    from open_lm.data.tokenizer import load_tokenizer
 
     ours = load_tokenizer(name)
     if ours.vocab_size > theirs.config.vocab_size:

@@ -46,9 +46,9 @@ def import_model(config: ImportConfig) -> float | None:
         CheckpointError: our architectures cannot express the model (what is missing is named), or logits differ.
         StorageError: it cannot be downloaded.
     """
-    from open_lm.checkpoint.hub import download
-    from open_lm.checkpoint.transformers_folder import from_transformers
-    from open_lm.loading import build
+    from open_lm.checkpoint.load_model import build
+    from open_lm.weights.hf_folder import from_transformers
+    from open_lm.weights.hub import download
 
     if storage.exists(config.out):
         raise ConfigError(f"--out {config.out} exists: choose another file, or remove it.")

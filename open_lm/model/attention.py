@@ -9,7 +9,7 @@ import math
 
 from torch import Tensor, nn
 
-from open_lm.model.attend import build_attend
+from open_lm.model.attention_core import build_attend
 from open_lm.model.cache import LayerCache
 from open_lm.model.config import ModelConfig
 from open_lm.model.init import scaled_normal_

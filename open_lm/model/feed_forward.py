@@ -8,18 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_lm.model.config import ModelConfig
 from open_lm.model.init import scaled_normal_
-from open_lm.model.variants import FEED_FORWARDS
-
-
-def build_feed_forward(config: ModelConfig, layer: int) -> nn.Module:
-    """The feed-forward layer of block number `layer`, counted from 0; a mixture of experts also returns its Routing."""
-    if config.has_experts(layer):
-        from open_lm.model.moe import MixtureOfExperts
-
-        return MixtureOfExperts(config, layer)
-    return FEED_FORWARDS.load(config.ffn_type)(config.hidden_dim, layer, config.ffn_dim)
 
 
 def gated_width(dim: int) -> int:

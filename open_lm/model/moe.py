@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from open_lm.model.config import ModelConfig
 from open_lm.model.feed_forward import default_width
-from open_lm.model.grouped_product import build_grouped_product
+from open_lm.model.grouped_mm import build_grouped_product
 from open_lm.model.init import scaled_normal_
 
 

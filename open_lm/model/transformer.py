@@ -10,15 +10,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from open_lm.model.attend import causal_mask, document_mask
 from open_lm.model.attention import Attention
+from open_lm.model.attention_core import causal_mask, document_mask
 from open_lm.model.cache import GrowingCache, KeyValue, LayerCache, StaticCache
 from open_lm.model.config import ModelConfig
-from open_lm.model.feed_forward import build_feed_forward
 from open_lm.model.init import scaled_normal_
-from open_lm.model.moe import Routing, over_layers
+from open_lm.model.moe import MixtureOfExperts, Routing, over_layers
 from open_lm.model.norms import build_norm
 from open_lm.model.rotary import Angles
+from open_lm.model.variants import FEED_FORWARDS
+
+
+def build_feed_forward(config: ModelConfig, layer: int) -> nn.Module:
+    """The feed-forward layer of block number `layer`, counted from 0; a mixture of experts also returns its Routing."""
+    if config.has_experts(layer):
+        return MixtureOfExperts(config, layer)
+    return FEED_FORWARDS.load(config.ffn_type)(config.hidden_dim, layer, config.ffn_dim)
 
 
 class Block(nn.Module):

@@ -44,38 +44,38 @@ POSITIONS = Registry(
 ATTENTIONS = Registry(
     "attention",
     {
-        "auto": "open_lm.model.attend:fastest_attention",
-        "torch_attn": "open_lm.model.attend:torch_attention",
-        "xformers_attn": "open_lm.model.attend_xformers:xformers_attention",
-        "xformers_attn_variable_length": "open_lm.model.attend_xformers:xformers_attention",
-        "custom_attn": "open_lm.model.attend:custom_attention",
+        "auto": "open_lm.model.attention_core:fastest_attention",
+        "torch_attn": "open_lm.model.attention_core:torch_attention",
+        "xformers_attn": "open_lm.model.attention_xformers:xformers_attention",
+        "xformers_attn_variable_length": "open_lm.model.attention_xformers:xformers_attention",
+        "custom_attn": "open_lm.model.attention_core:custom_attention",
     },
 )
 EXPERT_TYPES = ("ffn", "megablocks")
 GROUPED_PRODUCTS = Registry(
     "back end of experts",
     {
-        "torch": "open_lm.model.grouped_product:through_torch",
-        "megablocks": "open_lm.model.grouped_product:through_megablocks",
+        "torch": "open_lm.model.grouped_mm:through_torch",
+        "megablocks": "open_lm.model.grouped_mm:through_megablocks",
     },
 )
 ATTN_ACTIVATIONS = Registry(
     "attention activation",
     {
         "relu": "torch.nn.functional:relu",
-        "relu_squared": "open_lm.model.attend:relu_squared",
+        "relu_squared": "open_lm.model.attention_core:relu_squared",
         "softplus": "torch.nn.functional:softplus",
-        "identity": "open_lm.model.attend:identity",
+        "identity": "open_lm.model.attention_core:identity",
         "relu6": "torch.nn.functional:relu6",
         "sigmoid": "torch:sigmoid",
-        "softmax": "open_lm.model.attend:softmax",
+        "softmax": "open_lm.model.attention_core:softmax",
     },
 )
 SEQ_SCALARS = Registry(
     "attention scalar",
     {
-        "max": "open_lm.model.attend:n_keys",
-        "avg": "open_lm.model.attend:mean_keys_seen",
-        "none": "open_lm.model.attend:one",
+        "max": "open_lm.model.attention_core:n_keys",
+        "avg": "open_lm.model.attention_core:mean_keys_seen",
+        "none": "open_lm.model.attention_core:one",
     },
 )

@@ -11,7 +11,7 @@ import torch
 from open_lm.kernels.native import use_cpu_kernels
 from open_lm.train.config import ParallelConfig
 
-WORTH_IT = 1 << 20
+MIN_LOGITS = 1 << 20
 """Logits of one sequence from which on a model is large enough for the C++ kernels and for keeping freed memory."""
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """glibc's numbers for what `mallopt` sets."""
@@ -19,7 +19,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 def prepare_backends(config: ParallelConfig, device: torch.device, seq_len: int, vocab_size: int) -> None:
     """On a CPU, for models that are not tiny: the C++ kernels, as --cpu-kernels says, and an allocator that keeps."""
-    on_cpu = device.type == "cpu" and seq_len * vocab_size >= WORTH_IT
+    on_cpu = device.type == "cpu" and seq_len * vocab_size >= MIN_LOGITS
     if use_cpu_kernels(on_cpu and config.cpu_kernels == "auto"):
         logging.info("attention and loss are computed by C++ kernels for the CPU; --cpu-kernels off: by plain torch")
     if on_cpu and keep_freed_memory():

@@ -21,7 +21,7 @@ OPTIMIZERS = Registry(
         "adafactor": "open_lm.train.optim:build_adafactor",
     },
 )
-MEANINGLESS = (
+IGNORED = (
     "fsdp_backward_prefetch",
     "fsdp_limit_all_gathers",
     "fsdp_use_orig_params",
@@ -269,6 +269,6 @@ class ParallelConfig:
         for name in needing:
             if getattr(self, name) and not self.fsdp:
                 raise ConfigError(f"--{name.replace('_', '-')} says how --fsdp works: give that too.")
-        for name in MEANINGLESS:
+        for name in IGNORED:
             if getattr(self, name):
                 logging.warning("--%s has no meaning any more and is ignored.", name.replace("_", "-"))

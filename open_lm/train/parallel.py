@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from open_lm.distributed import World
 from open_lm.errors import ConfigError
+from open_lm.train.activation_checkpointing import recompute
 from open_lm.train.config import ParallelConfig
-from open_lm.train.recompute import recompute
 
 
 def wrap(model: nn.Module, world: World, config: ParallelConfig) -> nn.Module:

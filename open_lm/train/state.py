@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from open_lm.distributed import World
 from open_lm.precision import Precision
 from open_lm.train.averaging import WeightAverage
-from open_lm.train.horizon import Horizon
-from open_lm.train.spikes import SpikeGuard
+from open_lm.train.run_length import RunLength
+from open_lm.train.spike_guard import SpikeGuard
 from open_lm.train.tasks import Task
 
 
@@ -27,7 +27,7 @@ class TrainState:
     """Each over its own parameters; most rules need only one."""
     precision: Precision
     lr_at: Callable[[int], float]
-    horizon: Horizon
+    run_length: RunLength
     task: Task
     world: World
     averages: list[WeightAverage] = field(default_factory=list)
@@ -40,7 +40,7 @@ class TrainState:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.horizon.tokens_per_step
+        return self.run_length.tokens_per_step
 
     @property
     def companions(self) -> dict[str, Any]:
@@ -48,6 +48,6 @@ class TrainState:
         guard = {"guard": self.guard} if self.guard else {}
         return {average.name: average for average in self.averages} | guard
 
-    def allows(self, loss_share: Tensor, grad_norm: Tensor) -> bool:
+    def accept(self, loss_share: Tensor, grad_norm: Tensor) -> bool:
         """Whether to take the step; with a guard this waits for the figures, summed over all ranks."""
-        return self.guard is None or self.guard.allows(self.world.sum(loss_share).item(), grad_norm.item())
+        return self.guard is None or self.guard.accept(self.world.sum(loss_share).item(), grad_norm.item())

@@ -59,10 +59,10 @@ def train_step(state: TrainState, batch: Batch, *, accum: int, clip: float | Non
             state.model,
             state.optimizers,
             clip=lambda model: clip_grad_norm(model, clip),
-            allows=lambda norm: state.allows(parts[0] / n_targets, norm),
+            accept=lambda norm: state.accept(parts[0] / n_targets, norm),
         )
     state.step += 1
-    state.tokens += state.horizon.tokens_per_step
+    state.tokens += state.run_length.tokens_per_step
     for average in state.averages:
         average.update(state.step)
     return StepReport(parts / n_targets, grad_norm, lr, taken)

@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     import torch
 
-    from open_lm.checkpoint.openlm_names import to_openlm
-    from open_lm.loading import load_model, stored_facts
+    from open_lm.checkpoint.load_model import load_model, stored_facts
+    from open_lm.weights.openlm_names import to_openlm
 
     parser = Parser(prog="to_openlm", description=__doc__)
     add_group(parser, ToOpenLM)

@@ -11,10 +11,10 @@ from open_lm.precision import Precision
 from open_lm.train.averagers import parse_averagers
 from open_lm.train.averaging import WeightAverage
 from open_lm.train.config import OptimizerConfig, ParallelConfig
-from open_lm.train.horizon import Horizon
 from open_lm.train.optim import build_optimizers
 from open_lm.train.parallel import wrap
-from open_lm.train.spikes import SpikeGuard
+from open_lm.train.run_length import RunLength
+from open_lm.train.spike_guard import SpikeGuard
 from open_lm.train.state import TrainState
 from open_lm.train.tasks import NextToken
 
@@ -42,7 +42,7 @@ def make_state(world=None, *, fsdp=False, seed=0, optimizer="adamw", companions=
         optimizers=build_optimizers(model, OptimizerConfig(optimizer=optimizer), lr=1e-2),
         precision=Precision("fp32", "cpu"),
         lr_at=lambda step: 1e-2,
-        horizon=Horizon((100,), tokens_per_step=8 * CONFIG.seq_len),
+        run_length=RunLength((100,), tokens_per_step=8 * CONFIG.seq_len),
         task=NextToken(0.0),
         world=world,
     )
@@ -69,7 +69,7 @@ def take_steps(state, n):
         for average in state.averages:
             average.update(state.step)
         if state.guard:
-            state.guard.allows(1 / state.step, 1.0)
+            state.guard.accept(1 / state.step, 1.0)
 
 
 def make_checkpoints(folder, **flags):

@@ -45,7 +45,7 @@ def save_while_training(folder, state, held, form):
     take_steps(state, 3)
     assert not committed(str(folder))
     held.release()
-    assert checkpoints.settle()
+    assert checkpoints.wait()
     return at_the_save
 
 
@@ -82,7 +82,7 @@ def test_the_next_save_waits_for_the_one_on_its_way_and_reuses_its_memory(tmp_pa
         take_steps(state, 1)
         later.append(content(state))
         assert checkpoints.save(state, NoData(), label=label, stats=STATS)
-    assert checkpoints.settle()
+    assert checkpoints.wait()
     for label, wanted in zip(("1", "2", "3"), (expected, *later), strict=True):
         stored = torch.load(tmp_path / f"epoch_{label}.pt", weights_only=True)["state_dict"]
         assert_same(dict(stored), dict(wanted["weights"]))
@@ -97,6 +97,6 @@ def test_a_save_that_fails_beside_the_training_is_noticed_at_the_next_step(tmp_p
     take_steps(state, 1)
     assert checkpoints.save(state, NoData(), label="1", stats=STATS)
     checkpoints.close()
-    checkpoints.settle_if_done()
+    checkpoints.wait_if_done()
     assert checkpoints.problem == "no space left." and "was not written" in caplog.text
     assert not committed(str(tmp_path))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from open_lm.checkpoint import commit as commits
 from open_lm.checkpoint.commit import Commit
-from open_lm.checkpoint.find import latest, newest
+from open_lm.checkpoint.resolve import latest, newest
 from open_lm.errors import CheckpointError, StorageError
 
 

@@ -12,10 +12,10 @@ import torch
 from shared import SHARED, needs_shared
 
 import open_lm
-from open_lm.checkpoint.weights import clean_state_dict, load_file
 from open_lm.errors import CheckpointError, ConfigError
 from open_lm.model import create_model
 from open_lm.model.config import ModelConfig
+from open_lm.weights.file import clean_state_dict, load_file
 
 CONFIG = ModelConfig(hidden_dim=16, n_layers=2, n_heads=2, seq_len=12, vocab_size=19)
 FIXTURES = SHARED / "fixtures" / "openlm_checkpoints"

@@ -5,12 +5,12 @@ import torch
 from shared import SHARED, needs_shared
 
 import open_lm
-from open_lm.checkpoint.openlm_names import from_openlm, to_openlm
-from open_lm.checkpoint.weights import load_file
 from open_lm.errors import CheckpointError, ConfigError
 from open_lm.model import create_model
 from open_lm.model.config import ModelConfig, ModelFlags
 from open_lm.model.moe import MixtureOfExperts
+from open_lm.weights.file import load_file
+from open_lm.weights.openlm_names import from_openlm, to_openlm
 
 E, D, F, K = 4, 16, 24, 2
 BASE = {"hidden_dim": D, "n_layers": 2, "n_heads": 2, "seq_len": 12, "vocab_size": 19}
@@ -145,7 +145,7 @@ def test_the_command_names_what_openlm_does_not_have(tmp_path, changes):
                                      {**EXPERTS, "moe_expert_type": "megablocks"}])  # fmt: skip
 def test_moments_numbered_as_openlm_numbers_them_find_their_weights(changes):
     """OpenLM's optimizer numbers what its `named_parameters()` lists: here as the file lists them, the norm first."""
-    from open_lm.checkpoint.contents import by_name
+    from open_lm.checkpoint.state_dicts import by_name
 
     torch.manual_seed(0)
     model = create_model(ModelConfig(**BASE, **changes))
@@ -168,7 +168,7 @@ def test_moments_numbered_as_openlm_numbers_them_find_their_weights(changes):
 
 
 def test_moments_of_another_model_are_named():
-    from open_lm.checkpoint.contents import by_name
+    from open_lm.checkpoint.state_dicts import by_name
 
     model = create_model(ModelConfig(**BASE))
     names = [name for name, _ in model.named_parameters()]

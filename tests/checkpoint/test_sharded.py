@@ -12,7 +12,7 @@ from gloo import run_ranks
 import open_lm
 from open_lm.checkpoint import commit as commits
 from open_lm.checkpoint.consolidate import main as consolidate
-from open_lm.checkpoint.find import latest
+from open_lm.checkpoint.resolve import latest
 from open_lm.checkpoint.restore import restore
 from open_lm.checkpoint.sharded import read_index
 from open_lm.errors import CheckpointError, StorageError

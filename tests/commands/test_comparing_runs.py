@@ -11,10 +11,10 @@ from runs import ROOT, folder_of, run, run_command, write_data
 from runs import flags as run_flags
 from train.conftest import make_batch, make_state
 
-from open_lm.agreement import compare_series, compare_tensors
 from open_lm.errors import ConfigError
-from open_lm.train.observing import traced
-from open_lm.train.recompute import recompute_in_backward
+from open_lm.report.compare import compare_series, compare_tensors
+from open_lm.run.profiling import traced
+from open_lm.train.activation_checkpointing import recompute_in_backward
 
 
 def tool(name, *arguments):

@@ -70,7 +70,7 @@ def test_files_and_globs_each_once_and_of_other_shapes(trained, tmp_path):
 def test_bits_per_byte_follow_from_the_tokenizer_that_the_manifest_names(trained, tmp_path):
     (row,) = evaluate(trained, tmp_path, "--val-checkpoints", str(trained["run"] / "checkpoints" / "epoch_3.pt"))
     assert row["bits_per_byte"] == pytest.approx(row["loss"] * row["tokens"] / math.log(2) / row["bytes"])
-    from open_lm.data.tokenizers import load_tokenizer
+    from open_lm.data.tokenizer import load_tokenizer
     from open_lm.data.validation import validation_batches
 
     tokenizer = load_tokenizer(trained["tokenizer"])

@@ -51,9 +51,9 @@ def asked(files, *more):
 
 def scores_of_checkpoint(files, tmp_path, name="run"):
     """The same tasks asked of the run's last checkpoint, by the engine alone."""
-    from open_lm.data.tokenizers import load_tokenizer
-    from open_lm.evaluate.icl.engine import evaluate_icl
-    from open_lm.evaluate.icl.suite import read_suite
+    from open_lm.data.tokenizer import load_tokenizer
+    from open_lm.evaluate.engine.icl import evaluate_icl
+    from open_lm.evaluate.tasks.suite import read_suite
 
     model = load_model(folder_of(tmp_path, name) / "checkpoints" / "epoch_1.pt")
     tokenizer = load_tokenizer(files["tokenizer"])

@@ -207,7 +207,7 @@ def test_the_tokenizer_has_the_asked_size_its_special_ids_and_loses_nothing(line
 
 def test_the_project_reads_the_tokenizer_with_the_same_ids(lines, tmp_path):
     command("train_tokenizer.py", "--input-files", lines, "--output-dir", tmp_path / "tok", "--vocab-size", "300")
-    from open_lm.data.tokenizers import load_tokenizer
+    from open_lm.data.tokenizer import load_tokenizer
 
     for place in (tmp_path / "tok", tmp_path / "tok" / "tokenizer.json"):
         tokenizer = load_tokenizer(str(place))

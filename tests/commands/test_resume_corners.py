@@ -11,7 +11,7 @@ import torch
 from runs import ROOT, SEQ_LEN, flags, folder_of, metrics, run, run_command, weights, write_data
 
 from open_lm.checkpoint import commit as commits
-from open_lm.checkpoint.find import latest
+from open_lm.checkpoint.resolve import latest
 from open_lm.errors import CheckpointError, ConfigError, StorageError, TrainingDiverged
 from open_lm.main import main
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers
 
 from open_lm.data.token_bytes import token_bytes
-from open_lm.data.tokenizers import Tokenizer, load_tokenizer
+from open_lm.data.tokenizer import Tokenizer, load_tokenizer
 
 NEOX = SHARED / "data" / "gpt-neox-20b-tokenizer.json"
 

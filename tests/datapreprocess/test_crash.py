@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from open_lm.data.build import build_data_set, destination
-from open_lm.data.job import Job
 from open_lm.data.manifest import read_manifest
-from open_lm.data.tokenizers import load_tokenizer
+from open_lm.data.tokenizer import load_tokenizer
 from open_lm.errors import ConfigError, DataError
+from open_lm.preprocess.job import Job
+from open_lm.preprocess.make import build_data_set, destination
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -140,7 +140,7 @@ def _runs(pid):
 
 
 def test_a_worker_killed_by_the_system_is_an_error_and_never_a_hang(job, tmp_path, monkeypatch):
-    from open_lm.data import workers
+    from open_lm.preprocess import workers
 
     with pytest.raises(DataError, match=r"worker process was killed.*--resume"):
         workers.run_tasks([_kill_me, _kill_me], 2, label="tokenize", total_bytes=0)
@@ -176,8 +176,8 @@ def test_the_shuffle_is_a_permutation_of_all_samples_across_shards(job, tmp_path
     """With 1000 samples of one token each, places and origins do not correlate, and no shard keeps a block together."""
     import numpy as np
 
-    from open_lm.data.packing import shuffle_keys
-    from open_lm.data.runs import SortedRuns, write_sorted
+    from open_lm.preprocess.packing import shuffle_keys
+    from open_lm.preprocess.shuffle import SortedRuns, write_sorted
 
     names = [f"block-{k}" for k in range(10)]
     for k, name in enumerate(names):

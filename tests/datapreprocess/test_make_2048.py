@@ -81,10 +81,11 @@ def test_all_shards_but_the_last_are_full_and_the_manifest_finds_every_sample(
 
 
 def test_readers_and_writers_are_as_many_as_asked_for(make_2048, raw, tmp_path, tokenizer_json, texts, monkeypatch):
-    from open_lm.data import build
 
-    seen, real = {}, build.run_tasks
-    monkeypatch.setattr(build, "run_tasks", lambda *a, **k: seen.update({k["label"]: a[1]}) or real(a[0], 1, **k))
+    from open_lm.preprocess import make
+
+    seen, real = {}, make.run_tasks
+    monkeypatch.setattr(make, "run_tasks", lambda *a, **k: seen.update({k["label"]: a[1]}) or real(a[0], 1, **k))
     args = ["--input-files", raw("a.jsonl", texts), "--output-dir", str(tmp_path / "out"), "--tokenizer"]
     make_2048([*args, str(tokenizer_json), "--seqlen", "15", "--num-workers", "5", "--num-consumers", "7"])
     assert seen == {"tokenize": 5, "write shards": 7}

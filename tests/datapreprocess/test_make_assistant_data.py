@@ -5,7 +5,7 @@ import pytest
 from open_lm.data.batch import IGNORED
 from open_lm.data.config import DataConfig
 from open_lm.data.loader import build_loader
-from open_lm.data.tokenizers import load_tokenizer
+from open_lm.data.tokenizer import load_tokenizer
 from open_lm.errors import ConfigError, DataError
 
 CHAT = {"messages": [

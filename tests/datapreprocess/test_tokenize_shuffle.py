@@ -142,10 +142,10 @@ def test_a_killed_worker_is_replaced_and_the_bytes_are_the_same(
 @pytest.fixture
 def tasks(cluster):
     """The executor, connected to the cluster."""
-    from open_lm.data import ray_tasks
+    from open_lm.preprocess import ray_workers
 
-    ray = ray_tasks.connect(cluster, n_cores=None, dashboard_host="127.0.0.1")
-    yield ray_tasks.RayTasks(ray)
+    ray = ray_workers.connect(cluster, n_cores=None, dashboard_host="127.0.0.1")
+    yield ray_workers.RayTasks(ray)
     ray.shutdown()
 
 
@@ -157,9 +157,9 @@ def test_tasks_reach_both_nodes_and_errors_come_back_as_they_are(tasks, tmp_path
 
 
 def test_a_task_that_always_kills_its_worker_ends_the_run(tasks, monkeypatch):
-    from open_lm.data import ray_tasks
+    from open_lm.preprocess import ray_workers
 
-    monkeypatch.setattr(ray_tasks, "_TIMES_STARTED_AGAIN", 1)
+    monkeypatch.setattr(ray_workers, "_TIMES_STARTED_AGAIN", 1)
     with pytest.raises(DataError, match=r"died 2 times .*--resume"):
         tasks([partial(_die)], 1, label="tokenize", total_bytes=1)
 
@@ -264,7 +264,7 @@ def test_old_flags_without_a_meaning_are_one_warning(script, caplog):
     ],
 )
 def test_a_yaml_that_says_no_frequencies_is_refused(tmp_path, yaml, match):
-    from open_lm.data.sampling import assign
+    from open_lm.preprocess.source_rates import assign
 
     (tmp_path / "y.yaml").write_text(yaml)
     with pytest.raises(ConfigError, match=match):
@@ -280,15 +280,15 @@ def test_the_folder_hides_no_package_and_the_command_says_what_is_wrong(tmp_path
 
 
 def test_without_ray_the_pip_line_is_given(monkeypatch):
-    from open_lm.data import ray_tasks
+    from open_lm.preprocess import ray_workers
 
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match="pip install ray"):
-        ray_tasks.connect(None, n_cores=1, dashboard_host="127.0.0.1")
+        ray_workers.connect(None, n_cores=1, dashboard_host="127.0.0.1")
 
 
 def test_copies_are_spread_evenly_and_chances_are_kept():
-    from open_lm.data.packing import copies, keys_of_copies, shuffle_keys
+    from open_lm.preprocess.packing import copies, keys_of_copies, shuffle_keys
 
     numbers, copy = copies(10_000, 2.25, seed=1, block="b")
     times = np.bincount(numbers, minlength=10_000)
@@ -306,10 +306,10 @@ def test_unfinished_work_in_s3_is_gone_on_with_and_other_work_is_refused(s3, raw
     import dataclasses
 
     from open_lm import storage
-    from open_lm.data.build import Destination, build_data_set
-    from open_lm.data.job import make_job
-    from open_lm.data.tokenizers import load_tokenizer
-    from open_lm.data.workers import run_tasks
+    from open_lm.data.tokenizer import load_tokenizer
+    from open_lm.preprocess.job import make_job
+    from open_lm.preprocess.make import Destination, build_data_set
+    from open_lm.preprocess.workers import run_tasks
 
     settings = {"seq_len": 15, "shard_size": 512, "data_key": "npy", "content_key": "text", "seed": 1}
     settings |= {"on_bad_line": "stop", "max_document_bytes": 1 << 20, "block_bytes": 60_000}

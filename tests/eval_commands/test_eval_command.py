@@ -43,8 +43,8 @@ def evaluate(*flags, cwd=None):
 
 
 def in_process(*flags):
-    from open_lm.evaluate.icl.config import EvalConfig
-    from open_lm.evaluate.icl.evaluation import evaluate as run
+    from open_lm.evaluate.command import evaluate as run
+    from open_lm.evaluate.flags import EvalConfig
     from open_lm.flags import Parser, add_group, read_group
     from open_lm.model.config import ModelFlags
 
@@ -89,7 +89,7 @@ def test_several_checkpoints_stand_side_by_side(files, tmp_path):
 
 
 def test_resuming_runs_only_what_is_missing_or_changed(files, tmp_path, monkeypatch):
-    from open_lm.evaluate.icl.runner import NativeRunner
+    from open_lm.evaluate.engine.runner import NativeRunner
 
     ran = []
     score = NativeRunner.run

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from open_lm.errors import ConfigError, DataError
-from open_lm.evaluate.icl.records import CheckpointRecords, Record, Results
+from open_lm.evaluate.records import CheckpointRecords, Record, Results
 from scripts import plot_scores
 
 

@@ -14,7 +14,7 @@ from tiny_models import BASE, CONFIGS, make_model, save_checkpoint
 
 import open_lm
 from open_lm.errors import CheckpointError, ConfigError
-from open_lm.generate import generate
+from open_lm.generation import generate
 from open_lm.hf.export import ExportConfig, export, main
 from open_lm.model import create_model
 from open_lm.model.config import ModelFlags
@@ -163,7 +163,7 @@ def test_a_model_that_reloads_differently_is_refused_and_nothing_stays(tmp_path,
 
 
 def test_a_wrong_permutation_would_be_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr("open_lm.checkpoint.natives.pairs_to_halves", lambda weight, head_dim: weight)
+    monkeypatch.setattr("open_lm.weights.to_hf.pairs_to_halves", lambda weight, head_dim: weight)
     path = save_checkpoint(make_model("llama_pairs_gqa"), tmp_path / "e.pt")
     with pytest.raises(CheckpointError, match="logits after reloading are off by"):
         export(ExportConfig(checkpoint=path, out=str(tmp_path / "out")))

@@ -12,16 +12,16 @@ from hub_server import TOKEN, serve
 from tiny_models import make_model, save_checkpoint
 
 import open_lm
-from open_lm.checkpoint.hub import HubModel
 from open_lm.errors import CheckpointError, ConfigError
 from open_lm.hf.export import ExportConfig, export
+from open_lm.weights.hub import HubModel
 
 ROOT = Path(__file__).resolve().parents[2]
 CUT_AT = 11_000_000  # bytes; huggingface_hub keeps what it has in steps of 10 MiB
 CALLS = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-from open_lm.checkpoint.hub import download, push
+from open_lm.weights.hub import download, push
 found = []
 for call, *arguments in json.loads(sys.argv[2]):
     try:

@@ -24,10 +24,10 @@ from transformers import (
 )
 
 import open_lm
-from open_lm.checkpoint.weights import load_file
 from open_lm.errors import CheckpointError, ConfigError
 from open_lm.hf.export import ExportConfig, export
 from open_lm.hf.import_ import main
+from open_lm.weights.file import load_file
 
 SIZES = {"vocab_size": 47, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = {**SIZES, "intermediate_size": 80, "num_key_value_heads": 2, "max_position_embeddings": 24}

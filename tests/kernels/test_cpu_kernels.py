@@ -8,7 +8,7 @@ from torch import nn
 
 from open_lm.kernels import attention, linear_cross_entropy, native
 from open_lm.kernels.attention import causal_attention
-from open_lm.train.recompute import recompute_in_backward
+from open_lm.train.activation_checkpointing import recompute_in_backward
 
 CLOSE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
 """Largest relative error (of norms). In bf16 torch's own attention is off by 2e-3 to 5e-3."""

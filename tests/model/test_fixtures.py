@@ -6,10 +6,10 @@ import pytest
 import torch
 from shared import SHARED, needs_shared
 
-from open_lm.checkpoint.weights import clean_state_dict, load_file
 from open_lm.flags import add_group, read_group
 from open_lm.model import create_model
 from open_lm.model.config import ModelFlags
+from open_lm.weights.file import clean_state_dict, load_file
 
 FOLDER = SHARED / "fixtures" / "openlm_checkpoints"
 NAMES = ["gain_only_qknorm", "gelu_lp", "head_rotary", "llama_rotary_rms", "rotary_layernorm"]

@@ -5,7 +5,7 @@ import torch
 from model.reference import reference_logits
 
 from open_lm.model import create_model
-from open_lm.model.attend import causal_mask
+from open_lm.model.attention_core import causal_mask
 from open_lm.model.config import ModelConfig
 from open_lm.model.variants import ATTN_ACTIVATIONS, FEED_FORWARDS, NORMS, POSITIONS, SEQ_SCALARS
 

@@ -50,7 +50,7 @@ def pair(name, **changes):
 
 @pytest.mark.parametrize("name", ["xformers_attn", "xformers_attn_variable_length"])
 def test_it_equals_the_torch_path(xformers, monkeypatch, name):
-    monkeypatch.setattr("open_lm.model.attend_xformers.runs_for", lambda q, k, mask: q.shape[1] in (1, k.shape[1]))
+    monkeypatch.setattr("open_lm.model.attention_xformers.runs_for", lambda q, k, mask: q.shape[1] in (1, k.shape[1]))
     model, expected = pair(name)
     torch.testing.assert_close(model(IDS)[0], expected(IDS)[0], atol=1e-5, rtol=1e-5)
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_where_xformers_has_no_kernel_torch_computes_it_and_it_is_said_once(xfor
         raise NotImplementedError("No operator found for `memory_efficient_attention_forward` with inputs:\n ...")
 
     monkeypatch.setattr(sys.modules["xformers"].ops, "memory_efficient_attention", no_kernel)
-    monkeypatch.setattr("open_lm.model.attend_xformers.runs_for", lambda q, k, mask: True)
+    monkeypatch.setattr("open_lm.model.attention_xformers.runs_for", lambda q, k, mask: True)
     model, expected = pair("xformers_attn")
     assert torch.equal(model(IDS)[0], expected(IDS)[0])
     assert caplog.text.count("xformers has no kernel here (No operator found") == 1
@@ -90,7 +90,7 @@ def test_the_real_package_is_called_as_it_wants_to_be(monkeypatch):
         scores = torch.einsum("bthk,bshk->bhts", query, key) / query.shape[-1] ** 0.5 + bias
         return torch.einsum("bhts,bshk->bthk", scores.softmax(-1), value)
 
-    monkeypatch.setattr("open_lm.model.attend_xformers.runs_for", lambda q, k, mask: True)
+    monkeypatch.setattr("open_lm.model.attention_xformers.runs_for", lambda q, k, mask: True)
     model, expected = pair("xformers_attn")
     assert torch.equal(model(IDS)[0], expected(IDS)[0])  # no kernel for a CPU: torch's
     monkeypatch.setattr(ops, "memory_efficient_attention", materialized)

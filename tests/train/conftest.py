@@ -9,8 +9,8 @@ from open_lm.model import create_model
 from open_lm.model.config import ModelConfig
 from open_lm.precision import Precision
 from open_lm.train.config import OptimizerConfig
-from open_lm.train.horizon import Horizon
 from open_lm.train.optim import build_optimizers
+from open_lm.train.run_length import RunLength
 from open_lm.train.state import TrainState
 from open_lm.train.tasks import NextToken
 
@@ -25,7 +25,7 @@ def make_state(precision="fp32", z_loss=0.0, dtype=torch.float32, world=None, op
         optimizers=build_optimizers(model, OptimizerConfig(optimizer=optimizer), lr=1e-2),
         precision=Precision(precision, "cpu"),
         lr_at=lambda step: 1e-2,
-        horizon=Horizon((10,), tokens_per_step=8 * CONFIG.seq_len),
+        run_length=RunLength((10,), tokens_per_step=8 * CONFIG.seq_len),
         task=NextToken(z_loss),
         world=world or World(),
     )

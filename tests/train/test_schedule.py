@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from open_lm.errors import ConfigError
-from open_lm.lengths import build_schedule
+from open_lm.run.length import build_schedule
 from open_lm.train.config import ScheduleConfig
-from open_lm.train.horizon import Horizon, horizon
+from open_lm.train.run_length import RunLength, run_length
 from open_lm.train.schedule import SCHEDULES, Schedule
 
 
@@ -49,7 +49,7 @@ def test_every_shape_stays_between_end_and_peak_whatever_the_lengths(shape, warm
 
 
 def test_tokens_asked_are_tokens_trained_to_the_batch():
-    steps = horizon(total_tokens=10_500, n_intervals=4, tokens_per_step=100)
+    steps = run_length(total_tokens=10_500, n_intervals=4, tokens_per_step=100)
     assert steps.total_steps == 105
     assert steps.interval_ends == (26, 52, 78, 105)
 
@@ -58,16 +58,16 @@ def test_tokens_asked_are_tokens_trained_to_the_batch():
 def test_interval_ends_never_drift_by_a_batch(total_tokens, n_intervals, tokens_per_step):
     if total_tokens // n_intervals < tokens_per_step:
         with pytest.raises(ConfigError, match="without a step"):
-            horizon(total_tokens, n_intervals, tokens_per_step * 2)
+            run_length(total_tokens, n_intervals, tokens_per_step * 2)
         return
-    steps = horizon(total_tokens, n_intervals, tokens_per_step)
+    steps = run_length(total_tokens, n_intervals, tokens_per_step)
     assert steps.total_steps == total_tokens // tokens_per_step
     for k, end in enumerate(steps.interval_ends, 1):
         assert 0 <= total_tokens * k / n_intervals - end * tokens_per_step < tokens_per_step
 
 
 def test_cooldown_covers_the_last_intervals():
-    steps = horizon(1000, 10, 10)
+    steps = run_length(1000, 10, 10)
     assert steps.cooldown_steps(3) == 30
     assert steps.cooldown_steps(None) == 0
     assert steps.cooldown_steps(99) == 100
@@ -93,7 +93,7 @@ def test_wsd_s_of_one_period_is_wsd():
 
 def test_lengths_in_tokens_are_turned_into_steps():
     config = ScheduleConfig(lr_scheduler="wsd-s", warmup_tokens=250, lr_decay_tokens=200, lr_period_tokens=(600, 400))
-    lr = build_schedule(config, Horizon((4, 10), tokens_per_step=100))
+    lr = build_schedule(config, RunLength((4, 10), tokens_per_step=100))
     assert (lr.warmup_steps, lr.cooldown_steps, lr.period_ends) == (2, 2, (6, 10))
 
 
@@ -101,4 +101,4 @@ def test_lengths_in_tokens_are_turned_into_steps():
 def test_periods_that_do_not_fit_the_run_are_refused(tokens):
     config = ScheduleConfig(lr_scheduler="wsd-s", lr_period_tokens=tokens)
     with pytest.raises(ConfigError, match="lr-period-tokens"):
-        build_schedule(config, Horizon((10,), tokens_per_step=100))
+        build_schedule(config, RunLength((10,), tokens_per_step=100))

@@ -8,8 +8,8 @@ import torch
 
 from open_lm.data.batch import Batch
 from open_lm.errors import ConfigError
+from open_lm.train.activation_checkpointing import recompute_in_backward
 from open_lm.train.optim import decays
-from open_lm.train.recompute import recompute_in_backward
 from open_lm.train.step import train_step, with_last
 from open_lm.train.timing import Timing
 

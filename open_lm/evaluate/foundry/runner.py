@@ -10,12 +10,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from open_lm.evaluate.engine.metrics import Metric, mean_of
+from open_lm.evaluate.engine.runner import Runner
 from open_lm.evaluate.foundry.imports import require_llm_foundry
-from open_lm.evaluate.icl.jobs import Job
-from open_lm.evaluate.icl.metrics import Metric, mean_of
-from open_lm.evaluate.icl.records import Record
-from open_lm.evaluate.icl.runner import Runner
-from open_lm.evaluate.icl.task import Task
+from open_lm.evaluate.records import Record
+from open_lm.evaluate.tasks.jobs import Job
+from open_lm.evaluate.tasks.task import Task
 
 COMPOSER_PRECISION = {"fp32": "fp32", "amp_bf16": "amp_bf16", "fp16": "amp_fp16", "bf16": "fp32"}
 TASK_KEYS = ("label", "icl_task_type", "prompt_string", "example_delimiter", "continuation_delimiter", "prelimiter",
@@ -37,9 +37,9 @@ class FoundryRunner(Runner):
 
         from open_lm.evaluate.foundry.transformers_model import transformers_tokenizer, wrapped
 
-        self._tokenizer = transformers_tokenizer(self.subject.tokenizer)
+        self._tokenizer = transformers_tokenizer(self.eval_model.tokenizer)
         model = HuggingFaceModel(
-            wrapped(self.subject.model), self._tokenizer, metrics=[], eval_metrics=_all_metrics(), shift_labels=True
+            wrapped(self.eval_model.model), self._tokenizer, metrics=[], eval_metrics=_all_metrics(), shift_labels=True
         )
         with _quiet():
             self._trainer = Trainer(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from open_lm.data.tokenizers import Tokenizer
+from open_lm.data.tokenizer import Tokenizer
 
 
 class WrappedConfig(PretrainedConfig):

@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from open_lm.distributed import World
 from open_lm.errors import ConfigError
-from open_lm.evaluate.icl.batching import plan_batches
-from open_lm.evaluate.icl.encode import Choice, PromptEncoder, Question
-from open_lm.evaluate.icl.engine import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
-from open_lm.evaluate.icl.generation import Asked, Writer, plan_generation
-from open_lm.evaluate.icl.scoring import Scorer
-from open_lm.evaluate.icl.subject import Subject, load_subject
+from open_lm.evaluate.engine.batching import plan_batches
+from open_lm.evaluate.engine.encode import Choice, PromptEncoder, Question
+from open_lm.evaluate.engine.generation import EncodedPrompt, Writer, plan_generation
+from open_lm.evaluate.engine.icl import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
+from open_lm.evaluate.engine.scoring import Scorer
+from open_lm.evaluate.eval_model import EvalModel, load_eval_model
 from open_lm.precision import Precision
 
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -43,30 +43,30 @@ class OpenLMHarness(TemplateLM):
         precision: str = "fp32",
         max_seq_len: int | None = None,
         batch_tokens: int | None = None,
-        subject: Subject | None = None,
+        eval_model: EvalModel | None = None,
         batch_size: Any = None,
         max_batch_size: Any = None,
         **architecture: Any,
     ):
         super().__init__()
-        if subject is None:
+        if eval_model is None:
             if not checkpoint:
                 raise ConfigError("--model_args: no checkpoint=. Name a run folder or an epoch_K.pt.")
             has_gpu = torch.cuda.is_available()  # the harness asks for cuda:0 on its own
             where = torch.device((device or "cuda") if has_gpu else "cpu")
-            subject = load_subject(str(checkpoint), tokenizer, architecture, where, torch.float32)
-        self.subject = subject
-        self._device = next(subject.model.parameters()).device
-        self.max_seq_len = min(max_seq_len or subject.seq_len, subject.seq_len)
-        self.encoder = PromptEncoder(subject.tokenizer)
-        self.scorer = Scorer(subject.model, self._device, Precision(precision, self._device.type))
+            eval_model = load_eval_model(str(checkpoint), tokenizer, architecture, where, torch.float32)
+        self.eval_model = eval_model
+        self._device = next(eval_model.model.parameters()).device
+        self.max_seq_len = min(max_seq_len or eval_model.seq_len, eval_model.seq_len)
+        self.encoder = PromptEncoder(eval_model.tokenizer)
+        self.scorer = Scorer(eval_model.model, self._device, Precision(precision, self._device.type))
         default = GPU_BATCH_TOKENS if self._device.type == "cuda" else CPU_BATCH_TOKENS
         self.batch_tokens = batch_tokens or default
         self.n_truncated = 0
 
     @property
     def eot_token_id(self) -> int:
-        return self.subject.tokenizer.eot_id
+        return self.eval_model.tokenizer.eot_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **ignored: Any) -> list[int]:
         """The ids of a text; without special tokens unless they are asked for."""
@@ -102,7 +102,7 @@ class OpenLMHarness(TemplateLM):
             n_new = min(asked["max_gen_toks"], self.max_seq_len - 1)
             ids = tuple(self.tok_encode(context) or [self.prefix_token_id])[-(self.max_seq_len - n_new) :]
             stops = [stop for stop in asked["until"] if stop]
-            batches = plan_generation([Asked(number, ids, False)], n_new, self.batch_tokens)
+            batches = plan_generation([EncodedPrompt(number, ids, False)], n_new, self.batch_tokens)
             text = writer.write(batches, n_new, stops, lambda n: None)[number]
             texts[number] = min((text.split(stop)[0] for stop in stops), key=len, default=text)
         return [texts[number] for number in range(len(texts))]

@@ -10,8 +10,8 @@ from typing import Any
 
 from open_lm.distributed import World
 from open_lm.errors import ConfigError
-from open_lm.evaluate.icl.records import Record, identity_of
-from open_lm.evaluate.icl.subject import Subject
+from open_lm.evaluate.eval_model import EvalModel
+from open_lm.evaluate.records import Record, identity_of
 
 SHOWN = ("alias", "name", "sample_len", "samples")
 
@@ -31,7 +31,7 @@ class HarnessRunner:
 
     def __init__(
         self,
-        subject: Subject,
+        eval_model: EvalModel,
         tasks: tuple[str, ...],
         task_path: str | None,
         limit: int | None,
@@ -55,9 +55,9 @@ class HarnessRunner:
             raise ConfigError(f"--tasks {unknown[0]}: no task {hint}.")
         self.keys = list(tasks)
         self._model = OpenLMHarness(
-            subject=subject, max_seq_len=max_seq_len, precision=precision, batch_tokens=batch_tokens
+            eval_model=eval_model, max_seq_len=max_seq_len, precision=precision, batch_tokens=batch_tokens
         )
-        self._fixed = (subject.tokenizer.fingerprint, max_seq_len, precision, limit, task_path)
+        self._fixed = (eval_model.tokenizer.fingerprint, max_seq_len, precision, limit, task_path)
 
     def n_questions(self, key: str) -> int:
         """Tasks are counted, not questions: the harness reads its data only when it runs."""

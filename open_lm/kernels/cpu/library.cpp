@@ -3,7 +3,7 @@
 
 #include "attention.h"
 #include "decode.h"
-#include "few_rows.h"
+#include "skinny_matmul.h"
 #include "linear_cross_entropy.h"
 
 namespace open_lm {

@@ -8,10 +8,10 @@ from icl_setup import sample, task_of, tiny_model, tiny_tokenizer, write_rows
 from shared import SHARED
 
 from open_lm.distributed import World
-from open_lm.evaluate.icl.records import CheckpointRecords
-from open_lm.evaluate.icl.runner import NativeRunner
-from open_lm.evaluate.icl.subject import Subject
-from open_lm.evaluate.icl.suite import Suite
+from open_lm.evaluate.engine.runner import NativeRunner
+from open_lm.evaluate.eval_model import EvalModel
+from open_lm.evaluate.records import CheckpointRecords
+from open_lm.evaluate.tasks.suite import Suite
 
 pytestmark = [
     pytest.mark.slow,
@@ -50,9 +50,9 @@ def runners(tmp_path_factory):
     folder = tmp_path_factory.mktemp("equal")
     tokenizer = tiny_tokenizer(folder)
     model = tiny_model(seed=3, seq_len=384)
-    subject = Subject(model, tokenizer, 384, 400, CheckpointRecords("tiny", "", "", tokenizer.name))
+    eval_model = EvalModel(model, tokenizer, 384, 400, CheckpointRecords("tiny", "", "", tokenizer.name))
     suite = Suite(tasks=tuple(tasks(folder)), batch_size=16)
-    settings = (subject, suite, World(), 384, "fp32")
+    settings = (eval_model, suite, World(), 384, "fp32")
     return NativeRunner(*settings), FoundryRunner(*settings)
 
 

@@ -9,9 +9,9 @@ import torch
 from icl_setup import task_of, tiny_model, tiny_tokenizer, write_rows
 
 from open_lm.distributed import World
-from open_lm.evaluate.icl.records import CheckpointRecords
-from open_lm.evaluate.icl.subject import Subject
-from open_lm.evaluate.icl.suite import Suite
+from open_lm.evaluate.eval_model import EvalModel
+from open_lm.evaluate.records import CheckpointRecords
+from open_lm.evaluate.tasks.suite import Suite
 
 MISSING = [name for name in ("llmfoundry", "lm_eval") if importlib.util.find_spec(name) is None]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")]
@@ -76,18 +76,18 @@ def trained(tokenizer, rows):
 
 def scores(model, tokenizer, folder):
     """The accuracy of each task by each engine."""
+    from open_lm.evaluate.engine.runner import NativeRunner
     from open_lm.evaluate.foundry.runner import FoundryRunner
-    from open_lm.evaluate.icl.runner import NativeRunner
     from open_lm.evaluate.lm_harness.runner import HarnessRunner
 
-    subject = Subject(model, tokenizer, 64, 400, CheckpointRecords("model", "", "", tokenizer.name))
+    eval_model = EvalModel(model, tokenizer, 64, 400, CheckpointRecords("model", "", "", tokenizer.name))
     kinds = {"choices": "multiple_choice", "words": "language_modeling"}
     suite = Suite(tasks=tuple(task_of(folder / f"{name}.jsonl", kind, label=name) for name, kind in kinds.items()))
     found = {}
     for engine in (NativeRunner, FoundryRunner):
-        runner = engine(subject, suite, World(), 64, "fp32")
+        runner = engine(eval_model, suite, World(), 64, "fp32")
         found[engine] = {key.split("/")[0]: runner.run(key, lambda n: None)[0].value for key in runner.keys}
-    harness = HarnessRunner(subject, tuple(kinds), str(folder), None, World(), 64, "fp32")
+    harness = HarnessRunner(eval_model, tuple(kinds), str(folder), None, World(), 64, "fp32")
     found[HarnessRunner] = {
         key: next(r.value for r in harness.run(key, lambda n: None) if r.metric == "acc") for key in harness.keys
     }
@@ -107,9 +107,9 @@ def test_three_engines_give_the_same_numbers(files, tokenizer, kind):
 def test_a_model_of_transformers_scores_alike_in_ours_and_llm_foundry(files, tmp_path, tokenizer):
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from open_lm.evaluate.engine.runner import NativeRunner
+    from open_lm.evaluate.eval_model import load_hf_eval_model
     from open_lm.evaluate.foundry.runner import FoundryRunner
-    from open_lm.evaluate.icl.runner import NativeRunner
-    from open_lm.evaluate.icl.subject import load_hf_subject
     from open_lm.model.config import ModelFlags
 
     torch.manual_seed(0)
@@ -119,14 +119,14 @@ def test_a_model_of_transformers_scores_alike_in_ours_and_llm_foundry(files, tmp
     model.save_pretrained(tmp_path / "llama")
     (tmp_path / "tokenizer.json").write_text(tokenizer.to_json())
     flags = ModelFlags(hf_model=str(tmp_path / "llama"), hf_seq_len=64)
-    subject = load_hf_subject(flags, str(tmp_path / "tokenizer.json"), torch.device("cpu"), torch.float32)
+    eval_model = load_hf_eval_model(flags, str(tmp_path / "tokenizer.json"), torch.device("cpu"), torch.float32)
     answers = [{"context": f"{word} is", "answer": word} for word in WORDS]
     path = write_rows(tmp_path / "answers.jsonl", answers)
     tasks = (
         task_of(files[0] / "choices.jsonl", "multiple_choice", label="choices"),
         task_of(path, "generation_task_with_answers", label="answers", num_fewshot=[1]),
     )
-    runners = [engine(subject, Suite(tasks=tasks), World(), 64, "fp32") for engine in (NativeRunner, FoundryRunner)]
+    runners = [engine(eval_model, Suite(tasks=tasks), World(), 64, "fp32") for engine in (NativeRunner, FoundryRunner)]
     native, foundry = ([runner.run(key, lambda n: None)[0].value for key in runner.keys] for runner in runners)
     assert native == pytest.approx(foundry, abs=1e-6)
     assert 0 < native[0] < 1

@@ -7,9 +7,9 @@ from icl_setup import sample, task_of, tiny_model, tiny_tokenizer, write_rows
 
 from open_lm.distributed import World
 from open_lm.errors import DataError
-from open_lm.evaluate.icl.engine import IclEngine, evaluate_icl
-from open_lm.evaluate.icl.generation import is_right, normalized
-from open_lm.evaluate.icl.jobs import JobBook
+from open_lm.evaluate.engine.generation import is_right, normalized
+from open_lm.evaluate.engine.icl import IclEngine, evaluate_icl
+from open_lm.evaluate.tasks.jobs import JobBook
 
 KINDS = {
     "python_words": "language_modeling",
@@ -90,10 +90,11 @@ def test_a_subset_is_counted_in_batches_as_llm_foundry_counts_them(model, tokeni
 
 
 def test_generation_equals_greedy_decoding_of_the_whole_text(model, tokenizer):
-    from open_lm.evaluate.icl.generation import Asked, Writer, plan_generation
+    from open_lm.evaluate.engine.generation import EncodedPrompt, Writer, plan_generation
 
     engine = IclEngine(model, tokenizer, max_seq_len=128)
-    prompts = [Asked(n, tuple(tokenizer.encode(text)), False) for n, text in enumerate(["def f", "the list", "a"])]
+    texts = ["def f", "the list", "a"]
+    prompts = [EncodedPrompt(n, tuple(tokenizer.encode(text)), False) for n, text in enumerate(texts)]
     texts = Writer(engine.scorer, engine.encoder, World()).write(plan_generation(prompts, 6, 64), 6, (), lambda n: None)
     for asked in prompts:
         ids = list(asked.ids)

@@ -3,7 +3,7 @@
 import pytest
 
 from open_lm.errors import ConfigError
-from open_lm.evaluate.icl.interpolation import resolved
+from open_lm.evaluate.tasks.interpolation import resolved
 
 VALUES = {
     "max_seq_len": 2048,

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from icl_setup import task_of
 
-from open_lm.evaluate.icl.prompts import prompts, sample_shots
+from open_lm.evaluate.tasks.prompts import prompts, sample_shots
 
 QA = [{"query": f"q{i}", "choices": [f"a{i}", f"b{i}"], "gold": i % 2} for i in range(4)]
 

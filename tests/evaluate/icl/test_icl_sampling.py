@@ -6,10 +6,10 @@ from icl_setup import sample, task_of
 
 from open_lm.distributed import World
 from open_lm.errors import ConfigError
-from open_lm.evaluate.icl.engine import IclEngine
-from open_lm.evaluate.icl.generation import Asked, Writer, plan_generation
-from open_lm.evaluate.icl.jobs import JobBook
-from open_lm.evaluate.icl.sampling import Sampling, sampling_of
+from open_lm.evaluate.engine.generation import EncodedPrompt, Writer, plan_generation
+from open_lm.evaluate.engine.icl import IclEngine
+from open_lm.evaluate.engine.sampling import Sampling, sampling_of
+from open_lm.evaluate.tasks.jobs import JobBook
 
 KIND = "generation_task_with_answers"
 
@@ -64,7 +64,7 @@ def test_answers_of_a_task_are_repeatable_and_as_long_as_asked(model, tokenizer)
         plan_generation(prepared.asked, 3, 4096), 3, (), lambda n: None
     )
     assert greedy != written[0]
-    assert isinstance(prepared.asked[0], Asked)
+    assert isinstance(prepared.asked[0], EncodedPrompt)
 
 
 def test_without_do_sample_the_likeliest_is_taken_as_transformers_does(caplog):

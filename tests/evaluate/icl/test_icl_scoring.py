@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from icl_setup import tiny_model
 
-from open_lm.evaluate.icl.batching import plan_batches
-from open_lm.evaluate.icl.encode import Choice, Question
-from open_lm.evaluate.icl.metrics import measure
-from open_lm.evaluate.icl.scoring import Score, Scorer
-from open_lm.evaluate.icl.task import LM_ACCURACY, LM_CALIBRATION, MC_ACCURACY, MC_CALIBRATION
-from open_lm.evaluate.icl.token_stats import token_stats
+from open_lm.evaluate.engine.batching import plan_batches
+from open_lm.evaluate.engine.encode import Choice, Question
+from open_lm.evaluate.engine.metrics import measure
+from open_lm.evaluate.engine.scoring import Score, Scorer
+from open_lm.evaluate.engine.token_stats import token_stats
+from open_lm.evaluate.tasks.task import LM_ACCURACY, LM_CALIBRATION, MC_ACCURACY, MC_CALIBRATION
 from open_lm.precision import Precision
 
 ids = st.lists(st.integers(0, 399), min_size=1, max_size=9).map(tuple)
@@ -126,8 +126,8 @@ def test_equal_logits_count_only_for_the_first_token(small_tiles):
 @pytest.fixture(params=[(2, 1), (2, 2), (3, 4), (512, 2048)], ids=str)
 def small_tiles(request, monkeypatch):
     """Chunks of so many positions and tiles of so many columns, down to those where every one is a case of its own."""
-    monkeypatch.setattr("open_lm.evaluate.icl.token_stats.CHUNK_ROWS", request.param[0])
-    monkeypatch.setattr("open_lm.evaluate.icl.token_stats.TILE_COLUMNS", request.param[1])
+    monkeypatch.setattr("open_lm.evaluate.engine.token_stats.CHUNK_ROWS", request.param[0])
+    monkeypatch.setattr("open_lm.evaluate.engine.token_stats.TILE_COLUMNS", request.param[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

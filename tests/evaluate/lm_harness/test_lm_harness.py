@@ -8,8 +8,8 @@ import torch
 from icl_setup import SAMPLES, task_of, tiny_model, tiny_tokenizer, write_rows
 
 from open_lm.distributed import World
-from open_lm.evaluate.icl.records import CheckpointRecords
-from open_lm.evaluate.icl.subject import Subject
+from open_lm.evaluate.eval_model import EvalModel
+from open_lm.evaluate.records import CheckpointRecords
 
 pytestmark = [
     pytest.mark.slow,
@@ -42,13 +42,13 @@ metric_list: [{metric: exact_match}]
 
 
 @pytest.fixture(scope="module")
-def subject(tmp_path_factory):
+def eval_model(tmp_path_factory):
     tokenizer = tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    return Subject(tiny_model(), tokenizer, 128, 400, CheckpointRecords("tiny", "", "", tokenizer.name))
+    return EvalModel(tiny_model(), tokenizer, 128, 400, CheckpointRecords("tiny", "", "", tokenizer.name))
 
 
 @pytest.fixture(scope="module")
-def runner(subject, tmp_path_factory):
+def runner(eval_model, tmp_path_factory):
     from open_lm.evaluate.lm_harness.runner import HarnessRunner
 
     folder = tmp_path_factory.mktemp("tasks")
@@ -56,20 +56,20 @@ def runner(subject, tmp_path_factory):
     rows = [{"context": "two plus two is", "answer": "4"}, {"context": "def f", "answer": "x"}]
     (folder / "writing.yaml").write_text(WRITING % write_rows(folder / "writing.jsonl", rows))
     tasks = ("choices_here", "writing_here")
-    return HarnessRunner(subject, tasks, str(folder), None, World(), 128, "fp32")
+    return HarnessRunner(eval_model, tasks, str(folder), None, World(), 128, "fp32")
 
 
-def test_multiple_choice_by_sums_equals_a_plain_forward_pass(runner, subject):
+def test_multiple_choice_by_sums_equals_a_plain_forward_pass(runner, eval_model):
     records = {record.metric: record for record in runner.run("choices_here", lambda n: None)}
     rows = [json.loads(line) for line in (SAMPLES / "python_choices.jsonl").read_text().splitlines()]
     right = 0
     for row in rows:
         sums = []
         for choice in row["choices"]:
-            context = subject.tokenizer.encode(row["query"])
-            ids = subject.tokenizer.encode(f"{row['query']} {choice}")
+            context = eval_model.tokenizer.encode(row["query"])
+            ids = eval_model.tokenizer.encode(f"{row['query']} {choice}")
             with torch.no_grad():
-                log_p = subject.model(torch.tensor([ids]))[0][0].log_softmax(-1)
+                log_p = eval_model.model(torch.tensor([ids]))[0][0].log_softmax(-1)
             sums.append(sum(float(log_p[at - 1, ids[at]]) for at in range(len(context), len(ids))))
         right += sums.index(max(sums)) == row["gold"]
     assert records["acc"].value == pytest.approx(right / len(rows))
@@ -82,41 +82,41 @@ def test_greedy_writing_runs_offline(runner):
     assert record.questions == 2
 
 
-def test_a_rolling_text_longer_than_the_context_is_summed_over_windows(subject):
+def test_a_rolling_text_longer_than_the_context_is_summed_over_windows(eval_model):
     from types import SimpleNamespace
 
     from open_lm.evaluate.lm_harness.adapter import OpenLMHarness
 
-    model = OpenLMHarness(subject=subject, max_seq_len=17)
+    model = OpenLMHarness(eval_model=eval_model, max_seq_len=17)
     text = "the list of items is sorted and then returned to the caller " * 3
     (found,) = model.loglikelihood_rolling([SimpleNamespace(args=(text,))])
-    ids = [subject.tokenizer.eot_id, *subject.tokenizer.encode(text)]
+    ids = [eval_model.tokenizer.eot_id, *eval_model.tokenizer.encode(text)]
     with torch.no_grad():
         expected, at = 0.0, 0
         while at < len(ids) - 1:
             stop = min(at + 16, len(ids) - 1)
             start = 0 if at == 0 else max(0, stop - 16)
-            log_p = subject.model(torch.tensor([ids[start : stop + 1]]))[0][0].log_softmax(-1)
+            log_p = eval_model.model(torch.tensor([ids[start : stop + 1]]))[0][0].log_softmax(-1)
             expected += sum(float(log_p[i - 1 - start, ids[i]]) for i in range(at + 1, stop + 1))
             at = stop
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_an_unknown_task_is_named(subject, tmp_path):
+def test_an_unknown_task_is_named(eval_model, tmp_path):
     from open_lm.errors import ConfigError
     from open_lm.evaluate.lm_harness.runner import HarnessRunner
 
     (tmp_path / "choices.yaml").write_text(CHOICES % "x.jsonl")
     with pytest.raises(ConfigError, match="--tasks nothing: no task in"):
-        HarnessRunner(subject, ("nothing",), str(tmp_path), None, World(), 128, "fp32")
+        HarnessRunner(eval_model, ("nothing",), str(tmp_path), None, World(), 128, "fp32")
 
 
-def test_the_harness_accuracy_is_llm_foundrys_where_choices_are_equally_long(subject, runner, tmp_path):
+def test_the_harness_accuracy_is_llm_foundrys_where_choices_are_equally_long(eval_model, runner, tmp_path):
     """Sums and means of the same number of tokens order the choices alike; the native engine takes means."""
-    from open_lm.evaluate.icl.engine import evaluate_icl
+    from open_lm.evaluate.engine.icl import evaluate_icl
     from open_lm.evaluate.lm_harness.runner import HarnessRunner
 
-    encode = subject.tokenizer.encode
+    encode = eval_model.tokenizer.encode
     rows = [json.loads(line) for line in (SAMPLES / "python_choices.jsonl").read_text().splitlines()]
     rows += [
         {"query": "count", "choices": ["a b", "b a"], "gold": 0},
@@ -125,9 +125,9 @@ def test_the_harness_accuracy_is_llm_foundrys_where_choices_are_equally_long(sub
     even = [row for row in rows if len({len(encode(" " + choice)) for choice in row["choices"]}) == 1]
     path = write_rows(tmp_path / "even.jsonl", even)
     (tmp_path / "choices.yaml").write_text(CHOICES % path)
-    harness = HarnessRunner(subject, ("choices_here",), str(tmp_path), None, World(), 128, "fp32")
+    harness = HarnessRunner(eval_model, ("choices_here",), str(tmp_path), None, World(), 128, "fp32")
     (theirs,) = [r.value for r in harness.run("choices_here", lambda n: None) if r.metric == "acc"]
     task = task_of(path, "multiple_choice")
-    (ours,) = evaluate_icl(subject.model, subject.tokenizer, [task], world=World(), max_seq_len=128).values()
+    (ours,) = evaluate_icl(eval_model.model, eval_model.tokenizer, [task], world=World(), max_seq_len=128).values()
     assert theirs == pytest.approx(ours)
     assert len(even) >= 2

@@ -1,0 +1,151 @@
+"""What of a run goes into its checkpoint files, whole tensors by name however the model is spread over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from open_lm.errors import CheckpointError
+from open_lm.weights.file import plain_name
+from open_lm.weights.openlm_names import has_megablocks, moments_from_openlm, only_name
+
+CONSTANTS = ".inv_freq"
+"""How names of constants end, which files of weights may hold or not."""
+FREE_KEYS = {"seq_len", "attn_name", "moe_backend"}
+"""Keys of an architecture that do not change what its weights mean."""
+
+
+def require_same_architecture(stored: Mapping[str, Any], here: Mapping[str, Any], path: str) -> None:
+    """Refuse a checkpoint of another architecture: rotary and head_rotary weights, say, look the same.
+
+    Raises:
+        CheckpointError: naming each key that differs.
+    """
+    shared = (set(stored) & set(here)) - FREE_KEYS
+    differences = [f"{key} {stored[key]!r} (here {here[key]!r})" for key in sorted(shared) if stored[key] != here[key]]
+    if differences:
+        raise CheckpointError(
+            f"{path} is of another model: {', '.join(differences)}. "
+            "Leave out --model and its flags to take the checkpoint's."
+        )
+
+
+def require_same_experts(names: Mapping[str, Any], here: Mapping[str, Any], path: str) -> None:
+    """Refuse experts as MegaBlocks has them for a model with others: without gates they differ in nothing but a curve.
+
+    Raises:
+        CheckpointError: naming the flag.
+    """
+    gated = any(name.endswith(".experts.mlp.v1") for name in names)
+    if has_megablocks(names) and not gated and here.get("moe_expert_type") != "megablocks":
+        raise CheckpointError(f"{path} holds experts as MegaBlocks has them: give --moe-expert-type megablocks.")
+
+
+def load_weights(model: nn.Module, weights: dict[str, Any], origin: str, *, broadcast: bool) -> None:
+    """Put `weights` (needed on rank 0 only, with `broadcast`) into `model` on every rank.
+
+    Raises:
+        CheckpointError: a weight is missing, left over, or has another shape.
+    """
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast, strict=True)
+    if weights:
+        constants = {plain_name(name): buffer for name, buffer in model.named_buffers() if name.endswith(CONSTANTS)}
+        weights = constants | weights
+    try:
+        set_model_state_dict(model, weights, options=options)
+    except (RuntimeError, KeyError) as error:
+        raise CheckpointError(
+            f"{origin} does not fit the model: {error}. Give the --model it was trained with."
+        ) from error
+
+
+def load_optimizers(model: nn.Module, optimizers: list[Optimizer], saved: dict[str, Any], *, broadcast: bool) -> None:
+    """Put the optimizer state `saved` (needed on rank 0 only, with `broadcast`) into `optimizers` on every rank.
+
+    Betas, weight decay and the like stay as the flags of this run say; only what has been accumulated is taken over.
+    """
+    settings = [{k: v for k, v in group.items() if k != "params"} for o in optimizers for group in o.param_groups]
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast)
+    groups = get_optimizer_state_dict(model, optimizers, options=StateDictOptions(full_state_dict=True))["param_groups"]
+    state = {"state": saved["state"], "param_groups": groups} if saved else {}
+    set_optimizer_state_dict(model, optimizers, state, options=options)
+    for group, kept in zip((g for o in optimizers for g in o.param_groups), settings, strict=True):
+        group.update(kept)
+
+
+def spread_tensors(saved: Mapping[str, Any] | None, like: Mapping[str, Any]) -> dict[str, Any]:
+    """What rank 0 holds as `saved`, on every rank, each tensor sharded and placed as its namesake in `like`.
+
+    Raises:
+        KeyError: `saved` lacks a tensor of `like`; on rank 0.
+    """
+    spread: dict[str, Any] = {}
+    for name, value in like.items():
+        part = saved[name] if saved is not None else None
+        if isinstance(value, Mapping):
+            spread[name] = spread_tensors(part, value)
+        elif isinstance(value, DTensor):
+            full = torch.empty(value.shape, dtype=value.dtype) if part is None else part.to(value.dtype)
+            spread[name] = distribute_tensor(full.to(value.device), value.device_mesh, value.placements)
+        elif isinstance(value, Tensor):
+            whole = (torch.empty_like(value) if part is None else part.to(value)).contiguous()
+            if dist.is_initialized():
+                dist.broadcast(whole, 0)
+            spread[name] = whole
+        else:
+            box = [part]
+            if dist.is_initialized():
+                dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+            spread[name] = box[0]
+    return spread
+
+
+def by_name(saved: dict[str, Any], model: nn.Module, stored_names: Iterable[str] = ()) -> dict[str, Any]:
+    """Optimizer state keyed by our names of the parameters, from a file that may number them, as OpenLM's do.
+
+    torch numbers parameters through the groups in order; OpenLM has them in the order of its `named_parameters()`,
+    which is that of `stored_names`, the names in the file of weights.
+
+    Raises:
+        CheckpointError: the file holds another number of parameters than the weights, or of other shapes.
+    """
+    state = {plain_name(name) if isinstance(name, str) else name: moments for name, moments in saved["state"].items()}
+    if not any(isinstance(name, int) for name in state):
+        return {"state": state}
+    parameters = {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+    names = in_openlms_order(stored_names, parameters)
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    if len(names) != len(numbers):
+        raise CheckpointError(
+            f"the optimizer file holds {len(numbers)} parameters, the model has {len(names)}: another model."
+        )
+    name_of = dict(zip(numbers, names, strict=True))
+    out = moments_from_openlm({name_of[number]: moments for number, moments in state.items()})
+    for name, moments in out.items():
+        shapes = {tuple(m.shape) for m in moments.values() if isinstance(m, Tensor) and m.ndim}
+        if name not in parameters or shapes - {tuple(parameters[name].shape)}:
+            raise CheckpointError(
+                f"the optimizer file holds {shapes} for {name}, which the model has not. Another model?"
+            )
+    return {"state": out}
+
+
+def in_openlms_order(stored_names: Iterable[str], parameters: Mapping[str, Any]) -> list[str]:
+    """The names of parameters, each once, as OpenLM's optimizer numbers them."""
+    first: dict[int, str] = {}
+    names = dict.fromkeys(only_name(name) for name in stored_names if not name.endswith(".inv_freq"))
+    for name in names or parameters:  # tied ones have one number
+        first.setdefault(id(parameters[name]) if name in parameters else id(name), name)
+    return list(first.values())

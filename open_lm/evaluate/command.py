@@ -1,0 +1,153 @@
+"""What the evaluation command does: every checkpoint on every task, each result kept as soon as it is there."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from open_lm import storage
+from open_lm.distributed import World, start_world
+from open_lm.errors import ConfigError
+from open_lm.evaluate.averages import accuracies, gauntlet_averages
+from open_lm.evaluate.eval_model import EvalModel, load_eval_model, load_hf_eval_model
+from open_lm.evaluate.flags import ENGINES, EvalConfig
+from open_lm.evaluate.records import CheckpointRecords, Record, Results, read_results, terminal_table
+from open_lm.evaluate.tasks.suite import Suite, read_suite, require_data
+from open_lm.flags import as_flags
+from open_lm.model.config import ModelFlags
+from open_lm.precision import Precision
+
+DEFAULT_OUTPUT = "eval_results"
+
+
+def evaluate(config: EvalConfig, flags: ModelFlags) -> Results:
+    """Evaluate what `config` names; rank 0 writes the files after each task, so that none is lost.
+
+    Raises:
+        OpenLMError: a flag, a file or a checkpoint is wrong; nothing is written before the first task is done.
+    """
+    if not config.checkpoint and not flags.hf_model:
+        raise ConfigError("--checkpoint is missing: give a run folder, an epoch_K.pt, or --hf-model.")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    if config.engine == "lm-eval":
+        suite = Suite(tasks=())
+    else:
+        suite = read_suite(config.eval_yaml or "", only=config.tasks)
+        require_data(suite)
+    folder = config.output_dir or DEFAULT_OUTPUT
+    storage.require_writable(folder, "--output-dir")
+    with start_world(config.device) as world:
+        kept = world.broadcast(_kept(config, folder) if world.is_master else None)
+        results = Results(config.engine, {**as_flags(config), "suite": _settings(suite)})
+        began = time.perf_counter()
+        torch.manual_seed(suite.seed)
+        for path in config.checkpoint or (flags.hf_model,):
+            eval_model = _eval_model(path, config, flags, suite, world)
+            results.runs.append(eval_model.about)
+            _evaluate_one(eval_model, config, suite, world, kept, results, folder)
+        results.seconds = time.perf_counter() - began
+        if world.is_master:
+            results.write(folder)
+            _show(results, folder)
+    return results
+
+
+def _kept(config: EvalConfig, folder: str) -> list[CheckpointRecords]:
+    """The runs of an earlier evaluation whose finished tasks may be kept."""
+    path = storage.join(folder, "results.json")
+    if not storage.exists(path):
+        return []
+    if not config.resume:
+        logging.warning("%s is replaced; --resume would keep its finished tasks.", path)
+        return []
+    return read_results(path).runs
+
+
+def _eval_model(path: str | None, config: EvalConfig, flags: ModelFlags, suite: Suite, world: World) -> EvalModel:
+    precision = _precision(config, suite, world)
+    dtype = Precision(precision, world.device.type).weight_dtype if precision == "bf16" else torch.float32
+    if not config.checkpoint:
+        return load_hf_eval_model(flags, config.tokenizer, world.device, dtype)
+    assert path is not None
+    architecture = {name: value for name, value in vars(flags).items() if value != getattr(ModelFlags(), name)}
+    return load_eval_model(path, config.tokenizer, architecture, world.device, dtype)
+
+
+def _evaluate_one(
+    eval_model: EvalModel,
+    config: EvalConfig,
+    suite: Suite,
+    world: World,
+    kept: list[CheckpointRecords],
+    results: Results,
+    folder: str,
+) -> None:
+    """Run what is not kept for one checkpoint; after each task the files hold it."""
+    what = (config.tasks, config.task_path, config.limit) if config.engine == "lm-eval" else (suite,)
+    runner = ENGINES.load(config.engine)(
+        eval_model, *what, world, _max_seq_len(config, suite, eval_model), _precision(config, suite, world),
+        batch_tokens=config.batch_tokens,
+    )  # fmt: skip
+    done = {(record.key, record.identity): _same(record, kept, eval_model) for run in kept for record in run.records}
+    total = sum(runner.n_questions(key) for key in runner.keys)
+    bar = tqdm(total=total, unit="question", file=sys.stderr, disable=not world.is_master, dynamic_ncols=True)
+    with bar:
+        for key in runner.keys:
+            bar.set_description(f"{eval_model.about.name}: {key}")
+            if found := done.get((key, runner.identity(key))):
+                bar.update(runner.n_questions(key))
+            else:
+                before = bar.n
+                found = runner.run(key, bar.update)
+                bar.update(before + runner.n_questions(key) - bar.n)  # the other ranks' share
+            eval_model.about.records.extend(found)
+            if suite.gauntlet is not None and key == runner.keys[-1]:
+                eval_model.about.averages = gauntlet_averages(suite.gauntlet, accuracies(eval_model.about.records))
+            if world.is_master:
+                results.write(folder)
+
+
+def _same(record: Record, kept: list[CheckpointRecords], eval_model: EvalModel) -> list[Record]:
+    """The kept records of the same job of the same weights."""
+    runs = [run for run in kept if run.weights == eval_model.about.weights]
+    return [r for run in runs for r in run.records if (r.key, r.identity) == (record.key, record.identity)]
+
+
+def _max_seq_len(config: EvalConfig, suite: Suite, eval_model: EvalModel) -> int:
+    """The longest prompt: as asked, at most the model's context."""
+    asked = config.max_seq_len or suite.max_seq_len or eval_model.seq_len
+    if asked > eval_model.seq_len:
+        logging.warning(
+            "max_seq_len %d is above the context of %s: prompts are cut to %d tokens.",
+            asked, eval_model.about.name, eval_model.seq_len,
+        )  # fmt: skip
+    return min(asked, eval_model.seq_len)
+
+
+def _precision(config: EvalConfig, suite: Suite, world: World) -> str:
+    """The number format: --eval-precision, or the YAML's; a YAML made for GPUs is computed in fp32 on a CPU."""
+    if config.eval_precision:
+        return config.eval_precision
+    return suite.precision if world.device.type == "cuda" else "fp32"
+
+
+def _settings(suite: Suite) -> dict[str, Any]:
+    tasks = [{k: v for k, v in vars(task).items() if v not in (None, "", ())} for task in suite.tasks]
+    return {**vars(suite), "tasks": tasks}
+
+
+def _show(results: Results, folder: str) -> None:
+    for run in results.runs:
+        trained = f", {run.tokens:,} tokens" if run.tokens else ""
+        print(f"\n{run.name} ({run.model}{trained})")
+        print(terminal_table(run.records))
+        for name, value in run.averages.items():
+            print(f"{name}: {value:.4f}")
+        if truncated := sum({record.key: record.truncated or 0 for record in run.records}.values()):
+            print(f"{truncated} prompts were longer than the context and lost their start.")
+    print(f"\nwritten: {storage.join(folder, 'results.json')}, results.csv, results.md", flush=True)

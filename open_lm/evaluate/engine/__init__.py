@@ -1,0 +1,1 @@
+"""The native scoring engine: encode, batch, score, and sum up LLM Foundry's task types."""

@@ -1,0 +1,198 @@
+"""How a model is scored on tasks: every question once over all ranks, the same numbers at any world size."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from open_lm.data.tokenizer import Tokenizer
+from open_lm.distributed import World
+from open_lm.evaluate.engine.batching import ScoringBatch, plan_batches
+from open_lm.evaluate.engine.encode import PromptEncoder, Question, encode_questions
+from open_lm.evaluate.engine.generation import (
+    EncodedPrompt,
+    Writer,
+    encode_prompts,
+    is_right,
+    longest_answer,
+    plan_generation,
+)
+from open_lm.evaluate.engine.metrics import Metric, mean_of, measure
+from open_lm.evaluate.engine.sampling import Sampling, sampling_of
+from open_lm.evaluate.engine.scoring import Score, Scorer
+from open_lm.evaluate.tasks.jobs import Job, JobBook
+from open_lm.evaluate.tasks.prompts import Prompt, prompts
+from open_lm.evaluate.tasks.task import EXACT_MATCH, Task
+from open_lm.precision import Precision
+
+CPU_BATCH_TOKENS = 4096
+GPU_BATCH_TOKENS = 65536
+BATCHES_PER_RANK = 8
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """The metrics of one job, and what they were measured on."""
+
+    job: Job
+    metrics: dict[str, Metric]
+    n_truncated: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class LoglikelihoodRequest:
+    """A job whose possible continuations are scored, as ids."""
+
+    job: Job
+    questions: list[Question]
+
+    @property
+    def n_truncated(self) -> int:
+        """Questions that lost the start of a context."""
+        return sum(question.truncated for question in self.questions)
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A job whose answers the model writes itself: `n_new` tokens at most, right when they begin with an alias."""
+
+    job: Job
+    asked: list[EncodedPrompt]
+    aliases: list[Sequence[str]]
+    n_new: int
+    sampling: Sampling
+
+    @property
+    def n_truncated(self) -> int:
+        """Prompts that lost their start."""
+        return sum(prompt.truncated for prompt in self.asked)
+
+
+class IclEngine:
+    """Scores a model on jobs. All ranks hold the same model (or a sharded one) and must call `ask` and `run` alike.
+
+    `batch_tokens` bounds the tokens of one forward pass, padding included.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        *,
+        max_seq_len: int,
+        world: World | None = None,
+        precision: str = "fp32",
+        batch_tokens: int | None = None,
+    ):
+        self.model, self.max_seq_len = model, max_seq_len
+        self.world = world or World(device=next(model.parameters()).device)
+        self.encoder = PromptEncoder(tokenizer)
+        self.scorer = Scorer(model, self.world.device, Precision(precision, self.world.device.type))
+        on_gpu = self.world.device.type == "cuda"
+        self.batch_tokens = batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS)
+
+    def run(self, job: Job, book: JobBook, progress: Progress = lambda n_questions: None) -> JobResult:
+        """Score `job`; `progress` is told of questions as they are done on this rank."""
+        began = time.perf_counter()
+        result = self.ask(self.prepare(job, book), progress)
+        return replace(result, seconds=time.perf_counter() - began)
+
+    def prepare(self, job: Job, book: JobBook) -> LoglikelihoodRequest | GenerationRequest:
+        """The questions of `job` as ids, which may be asked any number of times.
+
+        Raises:
+            DataError: a row does not fit the context, or holds nothing to predict (file and row are named).
+            ConfigError: the task asks for what this engine does not have.
+        """
+        rows, names = book.rows(job), book.names(job)
+        chosen = self._prompts(job, book)
+        max_seq_len = job.task.max_seq_len or self.max_seq_len
+        if job.task.icl_task_type != "generation_task_with_answers":
+            return LoglikelihoodRequest(job, encode_questions(chosen, self.encoder, max_seq_len, names[: len(chosen)]))
+        sampling = sampling_of(job.task)
+        longest = longest_answer(job.task, rows, self.encoder)
+        asked = encode_prompts(chosen, self.encoder, max_seq_len, longest, names)
+        return GenerationRequest(
+            job, asked, [row["aliases"] for row in rows], sampling.max_new_tokens or longest, sampling
+        )
+
+    def ask(
+        self, prepared: LoglikelihoodRequest | GenerationRequest, progress: Progress = lambda n_questions: None
+    ) -> JobResult:
+        """Score what `prepare` gave, with the weights of now; the model is in eval mode meanwhile."""
+        began = time.perf_counter()
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            if isinstance(prepared, LoglikelihoodRequest):
+                metrics = self._scored(prepared, progress)
+            else:
+                metrics = self._written(prepared, progress)
+        finally:
+            self.model.train(was_training)
+        return JobResult(prepared.job, metrics, prepared.n_truncated, time.perf_counter() - began)
+
+    def _scored(self, prepared: LoglikelihoodRequest, progress: Progress) -> dict[str, Metric]:
+        scores = self._score(prepared.questions, progress)
+        return measure(prepared.job.task.metric_names, prepared.questions, scores)
+
+    def _written(self, prepared: GenerationRequest, progress: Progress) -> dict[str, Metric]:
+        task = prepared.job.task
+        batches = plan_generation(prepared.asked, prepared.n_new, self.batch_tokens)
+        writer = Writer(self.scorer, self.encoder, self.world, prepared.sampling)
+        texts = writer.write(batches, prepared.n_new, task.early_stopping_criteria, progress)
+        right = [is_right(texts[prompt.number], prepared.aliases[prompt.number], task) for prompt in prepared.asked]
+        return {EXACT_MATCH: mean_of(right)}
+
+    def _prompts(self, job: Job, book: JobBook) -> list[Prompt]:
+        """The questions `job` asks, as text."""
+        asked = prompts(job.task, book.rows(job), job.n_shots, prefix_space=self.encoder.prefix_space)
+        return list(itertools.islice(asked, book.n_questions(job)))
+
+    def _budget_tokens(self, questions: Sequence[Question]) -> int:
+        """Tokens in a batch: with several ranks no more than leaves each some batches, so that they end together."""
+        if self.world.size == 1:
+            return self.batch_tokens
+        total = sum(len(c.context) + len(c.continuation) for question in questions for c in question.choices)
+        return min(self.batch_tokens, max(1, total // (BATCHES_PER_RANK * self.world.size)))
+
+    def _score(self, questions: Sequence[Question], progress: Progress) -> dict[tuple[int, int], Score]:
+        batches = plan_batches(questions, self._budget_tokens(questions), share_contexts=self.scorer.shares_contexts)
+        mine = batches[self.world.rank :: self.world.size]
+        scores: dict[tuple[int, int], Score] = {}
+        for batch in mine:
+            scores.update(self.scorer.score(batch))
+            progress(batch.n_questions)
+        self.scorer.idle(_most_forwards(batches, self.world.size) - sum(batch.n_forwards for batch in mine))
+        return {name: score for share in self.world.gather(scores) for name, score in share.items()}
+
+
+def _most_forwards(batches: Sequence[ScoringBatch], n_ranks: int) -> int:
+    """The forward passes of the rank that has most."""
+    return max(sum(batch.n_forwards for batch in batches[rank::n_ranks]) for rank in range(n_ranks))
+
+
+def evaluate_icl(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    tasks: Iterable[Task],
+    *,
+    world: World,
+    max_seq_len: int,
+    precision: str = "fp32",
+) -> dict[str, float]:
+    """Every metric of every job as `label/3-shot[/category]/metric`, the same on every rank.
+
+    Each question is scored once over all ranks; `model` may be wrapped for them (DDP, FSDP). Every rank must call this.
+    """
+    engine = IclEngine(model, tokenizer, max_seq_len=max_seq_len, world=world, precision=precision)
+    book = JobBook(tasks)
+    results = (engine.run(job, book) for job in book.jobs)
+    return {f"{r.job.key}/{name}": metric.value for r in results for name, metric in r.metrics.items()}

@@ -1,0 +1,160 @@
+"""How likely a model finds continuations.
+
+Shapes: B contexts, R continuations, T positions, N scored tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from open_lm.evaluate.engine.batching import ScoringBatch
+from open_lm.evaluate.engine.token_stats import token_stats
+from open_lm.model.cache import LayerCache, StaticCache
+from open_lm.model.transformer import Transformer
+from open_lm.precision import Precision
+
+
+class Score(NamedTuple):
+    """What a model makes of one continuation, over its tokens."""
+
+    cross_entropy: float  # mean, nats per token
+    all_greedy: bool  # each token is the most likely one
+    mean_probability: float  # of the continuation's tokens
+    least_confidence: float  # the smallest probability of any most likely token
+
+
+class Scorer:
+    """Scores batches with a Transformer (or a wrapped one) on the device that holds it.
+
+    Without gradients, but not in inference mode: FSDP keeps tensors of its first forward pass for all later ones, and a
+    model may be trained after it was scored.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, precision: Precision):
+        self.model, self.device, self.precision = model, device, precision
+        plain: Any = getattr(model, "module", model)
+        self.shares_contexts = isinstance(plain, Transformer)  # others keep their past in their own way
+        self.n_layers = plain.config.n_layers if self.shares_contexts else 0
+
+    @torch.no_grad()
+    def score(self, batch: ScoringBatch) -> dict[tuple[int, int], Score]:
+        """The score of every continuation of `batch`, by (question, choice)."""
+        with self.precision.autocast():
+            tokens_N4 = self._shared(batch) if batch.shares_context else self._single(batch)
+        return _per_continuation(tokens_N4.cpu(), batch)
+
+    @torch.no_grad()
+    def idle(self, n_forwards: int) -> None:
+        """Run the model without need, so that ranks with fewer batches keep step with the others."""
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        for _ in range(n_forwards):
+            self.model(token, head=lambda hidden_BTD, weight_VD: hidden_BTD)
+
+    def _single(self, batch: ScoringBatch) -> Tensor:
+        """Context and continuation as one sequence, padded on the right, where causality makes padding harmless."""
+        pairs = [(item.context, item.continuations[0]) for item in batch.items]
+        ids_BT = self._padded([context + continuation[:-1] for context, continuation in pairs])
+        rows, places = _scored_places([c for _, c in pairs], [len(context) - 1 for context, _ in pairs])
+        targets_N = self._ids([token for _, continuation in pairs for token in continuation])
+        return self._token_scores(ids_BT, None, rows, places, targets_N)
+
+    def _shared(self, batch: ScoringBatch) -> Tensor:
+        """Each context once; the tokens after the first of each continuation from the cache of their context."""
+        ids_BT = self._ids([item.context for item in batch.items])
+        n_continuations = [len(item.continuations) for item in batch.items]
+        continuations = [continuation for item in batch.items for continuation in item.continuations]
+        cache = ContextCache(self.n_layers) if batch.n_forwards == 2 else None
+        row_of_R = torch.repeat_interleave(torch.tensor(n_continuations)).to(self.device)
+        firsts_R = self._ids([continuation[0] for continuation in continuations])
+        if cache is None:
+            return self.model(ids_BT, head=lambda h_BTD, w_VD: token_stats(h_BTD[:, -1], w_VD, row_of_R, firsts_R))
+        last_BD = self.model(ids_BT, past_key_values=cache, head=lambda h_BTD, w_VD: h_BTD[:, -1])
+        cache.reorder(row_of_R)
+        rest = [continuation[1:] for continuation in continuations]
+        rows, places = _scored_places(rest, [0] * len(rest))
+        targets_N = self._ids([token for tokens in (firsts_R.tolist(), *rest) for token in tokens])
+        inputs_RT = self._padded([c[:-1] for c in continuations])
+        stats_N4 = self._token_scores(inputs_RT, cache, rows, places, targets_N, last_BD, row_of_R)
+        return _interleaved(stats_N4[: len(rest)], stats_N4[len(rest) :], [len(tokens) for tokens in rest])
+
+    def after(self, ids_BT: Tensor, cache: ContextCache | None) -> Tensor:
+        """Logits after the last position, (B, V); `cache` keeps all of them."""
+        return self.model(ids_BT, past_key_values=cache, head=lambda h_BTD, w_VD: F.linear(h_BTD[:, -1], w_VD).float())
+
+    def _token_scores(
+        self,
+        ids_BT: Tensor,
+        cache: Any,
+        rows: Tensor,
+        places: Tensor,
+        targets_N: Tensor,
+        further_MD: Tensor | None = None,
+        further_rows: Tensor | None = None,
+    ) -> Tensor:
+        """Statistics of the tokens that follow the positions `places` of `rows`; only their logits are computed.
+
+        The first of `targets_N` follow `further_rows` of `further_MD`, positions of an earlier forward pass.
+        """
+
+        def head(hidden_BTD: Tensor, weight_VD: Tensor) -> Tensor:
+            hidden_ND = hidden_BTD[rows.to(self.device), places.to(self.device)]
+            row_N = torch.arange(len(hidden_ND), device=self.device)
+            if further_MD is not None and further_rows is not None:
+                hidden_ND = torch.cat((further_MD, hidden_ND))
+                row_N = torch.cat((further_rows, row_N + len(further_MD)))
+            return token_stats(hidden_ND, weight_VD, row_N, targets_N)
+
+        return self.model(ids_BT, past_key_values=cache, head=head)
+
+    def _ids(self, ids: Sequence[Any]) -> Tensor:
+        return torch.tensor(ids, dtype=torch.long).to(self.device)
+
+    def _padded(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        longest = max(map(len, sequences))
+        return self._ids([[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences])
+
+
+class ContextCache(StaticCache):
+    """The keys and values of contexts, in the type they were computed in, ready to be shared by continuations."""
+
+    def __init__(self, n_layers: int):
+        self.layers: list[Any] = [LayerCache() for _ in range(n_layers)]
+
+    @property
+    def length(self) -> int:
+        past = self.layers[0].past
+        return 0 if past is None else past[0].shape[1]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let row i continue what context `rows[i]` has seen; there may be more rows than contexts."""
+        for layer in self.layers:
+            layer.past = tuple(part.index_select(0, rows) for part in layer.past)
+
+
+def _scored_places(continuations: Sequence[Sequence[int]], starts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Row and position that predict each token: the first token of row r is predicted at `starts[r]`."""
+    lengths = torch.tensor([len(continuation) for continuation in continuations])
+    rows = torch.repeat_interleave(lengths)
+    within = torch.arange(len(rows)) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    return rows, within + torch.tensor(starts)[rows]
+
+
+def _interleaved(first_R4: Tensor, rest_N4: Tensor, n_rest: Sequence[int]) -> Tensor:
+    """The first token of each continuation put before its other tokens."""
+    parts = zip(first_R4.split(1), rest_N4.split(list(n_rest)), strict=True)
+    return torch.cat([tensor for pair in parts for tensor in pair])
+
+
+def _per_continuation(tokens_N4: Tensor, batch: ScoringBatch) -> dict[tuple[int, int], Score]:
+    names = [name for item in batch.items for name in item.names]
+    lengths = [len(continuation) for item in batch.items for continuation in item.continuations]
+    scores = {}
+    for name, part in zip(names, tokens_N4.split(lengths), strict=True):
+        mean = part.mean(0).tolist()
+        scores[name] = Score(mean[0], bool(part[:, 1].all()), mean[2], float(part[:, 3].min()))
+    return scores

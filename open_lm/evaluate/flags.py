@@ -1,0 +1,55 @@
+"""What an evaluation can be told: the flags of eval/eval_openlm_ckpt.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from open_lm.errors import ConfigError
+from open_lm.flags import flag
+from open_lm.registry import Registry
+
+ENGINES = Registry(
+    "engine",
+    {
+        "native": "open_lm.evaluate.engine.runner:NativeRunner",
+        "lm-eval": "open_lm.evaluate.lm_harness.runner:HarnessRunner",
+        "llm-foundry": "open_lm.evaluate.foundry.runner:FoundryRunner",
+    },
+)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation"""
+
+    eval_yaml: str | None = flag(None, "Tasks to ask: an LLM Foundry YAML with icl_tasks (engine lm-eval needs none).")
+    checkpoint: tuple[str, ...] = flag((), "Run folders (their newest checkpoint) or weights files, one or more.")
+    tokenizer: str | None = flag(
+        None, "Hub id, local folder or tokenizer.json. None: the one the checkpoint names, if it names one."
+    )
+    engine: str = flag(
+        "native",
+        "Who scores: native (our own), llm-foundry (the library itself: the same numbers, slower), lm-eval (harness).",
+        choices=ENGINES,
+    )
+    tasks: tuple[str, ...] = flag((), "Only these tasks: labels of the YAML, or names of lm-eval tasks. None: all.")
+    task_path: str | None = flag(None, "Folder of further lm-eval task files (--engine lm-eval).")
+    limit: int | None = flag(None, "Only the first N questions of each task (--engine lm-eval).")
+    output_dir: str | None = flag(
+        None, "Where results.json, results.csv and results.md go. None: eval_results/ in the working folder."
+    )
+    resume: bool = flag(False, "Keep the tasks that results.json in --output-dir holds already; score the others.")
+    max_seq_len: int | None = flag(None, "Longest prompt in tokens. None: the YAML's, at most the model's context.")
+    eval_precision: str | None = flag(
+        None, "Number format. None: the YAML's precision.", choices=("fp32", "amp_bf16", "fp16", "bf16")
+    )
+    batch_tokens: int | None = flag(
+        None, "Tokens in one forward pass of the native engine. None: 4096 on a CPU, 65536 on a GPU."
+    )
+    device: str = flag("auto", "Where to compute: auto (a GPU if there is one), cpu or cuda.")
+
+    def __post_init__(self) -> None:
+        if not self.eval_yaml and self.engine != "lm-eval":
+            raise ConfigError("--eval-yaml is missing: give a file of tasks, such as eval/yamls/light.yaml.")
+        if self.engine == "lm-eval" and not self.tasks:
+            raise ConfigError("--tasks is missing: name lm-eval tasks, such as --tasks arc_easy.")

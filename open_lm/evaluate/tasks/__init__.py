@@ -1,0 +1,1 @@
+"""Downstream tasks: suites, rows and prompts, as LLM Foundry defines them."""

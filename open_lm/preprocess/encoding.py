@@ -1,0 +1,206 @@
+"""How many documents become one array of ids: by the fastest encoder that proves itself exact, huge ones in pieces."""
+
+from __future__ import annotations
+
+import array
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+
+from open_lm.data.tokenizer import Tokenizer
+from open_lm.errors import ConfigError, DataError
+
+PIECE_CHARACTERS = 1 << 20
+"""A longer document is encoded in pieces of about this size: Hugging Face's encoder needs 150 times their memory."""
+
+_WORD_END = re.compile(r"(?<=\w)(?=\s)")
+_MARGIN = 2000
+_TRAPS = (
+    "", " ", "  \n\n  x ", "\x00\x1f\x7f", "naïve e\u0301 日本語 한국어 👍🏽 \u200b\ufeff", "don't I'LL 's", "a" * 3000,
+    "1234567890 3.14 1e-5",
+    "\r\n\t\r", "<|endoftext|>", "x<|endoftext|> y<|padding|>", "=" * 100 + " " * 99 + "-", "ﬁ ½ Ⅷ",
+)  # fmt: skip
+
+
+class Encoder(Protocol):
+    """Texts in, their ids one after the other (uint32) and where each begins and ends (n + 1 offsets) out."""
+
+    name: str
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+class ReferenceEncoder:
+    """Hugging Face's own."""
+
+    name = "tokenizers"
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        lists = self._tokenizer.encode_batch(texts)
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum([len(ids) for ids in lists], dtype=np.int64)])
+        return np.frombuffer(array.array("I", itertools.chain.from_iterable(lists)), np.uint32), offsets
+
+
+class FastEncoder:
+    """fastokens: the same ids, some thirty times faster."""
+
+    name = "fastokens"
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._backend = _fast_backend(tokenizer.to_json())
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids, offsets = self._backend.encode_batch_flat(list(texts), add_special_tokens=False)
+        return np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.uint64).astype(np.int64)
+
+
+@lru_cache(maxsize=2)
+def _fast_backend(tokenizer_json: str) -> Any:
+    """Loading takes about half a second; a process that tries the encoder and then works with it does it once."""
+    import fastokens
+
+    return fastokens.Tokenizer.from_json_str(tokenizer_json)
+
+
+def choose_encoder(tokenizer: Tokenizer, wanted: str, sample: Iterable[str]) -> tuple[str, str]:
+    """The encoder to use, and why: the fast one when its ids are the reference's on `sample` and on known traps.
+
+    Raises:
+        ConfigError: `wanted` is fastokens, and it is not installed, cannot load the tokenizer, or is not exact.
+    """
+    if wanted == "tokenizers":
+        return wanted, "as asked"
+    texts = [*_TRAPS, *sample]
+    problem = _problem(tokenizer, texts)
+    if problem is None:
+        n_bytes = sum(len(text.encode()) for text in texts)
+        return "fastokens", f"same ids as tokenizers on {len(texts)} documents ({n_bytes:,} bytes)"
+    if wanted == "fastokens":
+        raise ConfigError(f"--encoder fastokens: {problem}. Use --encoder auto or tokenizers.")
+    return "tokenizers", problem
+
+
+def _problem(tokenizer: Tokenizer, texts: Sequence[str]) -> str | None:
+    try:
+        fast = FastEncoder(tokenizer)
+    except ImportError:
+        return "fastokens, which is much faster, is not installed (pip install fastokens)"
+    except Exception as error:  # whatever the Rust library says about a tokenizer it does not know
+        return f"fastokens cannot load this tokenizer ({error})"
+    different = first_difference(ReferenceEncoder(tokenizer), fast, texts)
+    return None if different is None else f"fastokens gives other ids for {texts[different][:60]!r}"
+
+
+def first_difference(reference: Encoder, other: Encoder, texts: Sequence[str]) -> int | None:
+    """The first text that two encoders encode differently."""
+    (ids, ends), (other_ids, other_ends) = reference.encode(texts), other.encode(texts)
+    if np.array_equal(ids, other_ids) and np.array_equal(ends, other_ends):
+        return None
+    for k in range(len(texts)):
+        if not np.array_equal(ids[ends[k] : ends[k + 1]], other_ids[other_ends[k] : other_ends[k + 1]]):
+            return k
+    raise AssertionError("different as a whole, equal in parts")
+
+
+def make_encoder(name: str, tokenizer: Tokenizer) -> Encoder:
+    """The encoder of that name."""
+    return FastEncoder(tokenizer) if name == "fastokens" else ReferenceEncoder(tokenizer)
+
+
+class DocumentEncoder:
+    """Documents to ids, an end-of-text id after each. A fast encoder is compared with the reference now and then."""
+
+    def __init__(self, tokenizer: Tokenizer, encoder: str, dtype: np.dtype):
+        self._tokenizer, self._dtype = tokenizer, dtype
+        self._encoder, self._reference = make_encoder(encoder, tokenizer), ReferenceEncoder(tokenizer)
+        self._unchecked_characters = 0
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """The ids of all texts in order, exactly those of each whole text, each followed by the end-of-text id.
+
+        Raises:
+            DataError: the fast encoder and the reference differ on one of the texts compared.
+        """
+        self._check(texts)
+        pieces: list[str] = []
+        last_piece = np.empty(len(texts), np.int64)
+        for number, text in enumerate(texts):
+            pieces += [text] if len(text) <= PIECE_CHARACTERS else cut_safely(self._encoder, text)
+            last_piece[number] = len(pieces)
+        ids, offsets = self._encode_in_groups(pieces)
+        joined = np.empty(len(ids) + len(texts), self._dtype)
+        ends = offsets[last_piece] + np.arange(len(texts))
+        is_id = np.ones(len(joined), bool)
+        is_id[ends] = False
+        joined[is_id], joined[ends] = ids, self._tokenizer.eot_id
+        return joined
+
+    def _encode_in_groups(self, pieces: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """As the encoder's own `encode`, but a few pieces at a time: its memory grows with their size."""
+        ids, ends = [np.zeros(0, np.uint32)], [np.zeros(1, np.int64)]
+        for group in _groups(pieces, 2 * PIECE_CHARACTERS):
+            some_ids, some_offsets = self._encoder.encode(group)
+            ids.append(some_ids)
+            ends.append(ends[-1][-1] + some_offsets[1:])
+        return np.concatenate(ids), np.concatenate(ends)
+
+    def _check(self, texts: Sequence[str]) -> None:
+        """Compare one document in about a thousand, by size: it costs some percent of the time."""
+        if self._encoder.name == "tokenizers":
+            return
+        for text in texts:
+            self._unchecked_characters += len(text)
+            if self._unchecked_characters > 1000 * min(len(text), _MARGIN):
+                self._unchecked_characters = 0
+                if first_difference(self._reference, self._encoder, [text[:_MARGIN]]) is not None:
+                    raise DataError(
+                        f"--encoder {self._encoder.name}: other ids than tokenizers gives for the document that begins "
+                        f"{text[:60]!r}. Start anew with --overwrite --encoder tokenizers."
+                    )
+
+
+def _groups(texts: Sequence[str], max_characters: int) -> Iterator[list[str]]:
+    """`texts` in order, in lists of at most `max_characters`, or of one text that is longer."""
+    group: list[str] = []
+    held = 0
+    for text in texts:
+        if group and held + len(text) > max_characters:
+            yield group
+            group, held = [], 0
+        group.append(text)
+        held += len(text)
+    if group:
+        yield group
+
+
+def cut_safely(encoder: Encoder, text: str, piece: int = PIECE_CHARACTERS) -> list[str]:
+    """`text` in pieces whose ids, joined, are those of the whole.
+
+    A cut is made where a word ends, and only where encoding the surroundings in two gives the ids of encoding them at
+    once. Where no such place is found, the piece goes on.
+    """
+    pieces, start = [], 0
+    while len(text) - start > piece:
+        cut = _safe_cut(encoder, text, start + piece)
+        if cut is None:
+            break
+        pieces.append(text[start:cut])
+        start = cut
+    return [*pieces, text[start:]]
+
+
+def _safe_cut(encoder: Encoder, text: str, near: int) -> int | None:
+    for match in itertools.islice(_WORD_END.finditer(text, near), 100):
+        cut = match.start()
+        left, right = text[max(0, cut - _MARGIN) : cut], text[cut : cut + _MARGIN]
+        ids, offsets = encoder.encode([left + right, left, right])
+        if np.array_equal(ids[: offsets[1]], ids[offsets[1] :]):
+            return cut
+    return None

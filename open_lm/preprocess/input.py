@@ -1,0 +1,117 @@
+"""What documents any raw file holds: the lines of JSON files, and the members of tars (texts, JSON, ids)."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator, Sequence
+from typing import IO
+
+import numpy as np
+
+from open_lm import storage
+from open_lm.data.formats import NPY
+from open_lm.errors import ConfigError, DataError
+from open_lm.preprocess.jsonl import TAR, Line, Rejected, document_text, read_lines
+
+
+def member_ending(content_key: str, flag_name: str = "--content-key") -> str:
+    """Which members hold documents: those of `txt`, `json:KEY` or `npy`.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    kind, _, key = content_key.partition(":")
+    if kind not in ("txt", "json", "npy") or (kind == "json") != bool(key):
+        raise ConfigError(f"{flag_name} {content_key}: for .tar inputs give txt, json:KEY, or npy (ids already).")
+    return "." + kind
+
+
+def read_members(url: str, content_key: str, *, max_bytes: int) -> Iterator[Line]:
+    """The members that hold documents, as lines; `offset` is where a member's header begins.
+
+    Raises:
+        DataError: the tar is cut off or damaged, or holds no such member; the file is named.
+    """
+    ending, n = member_ending(content_key), 0
+    with storage.open_read(url) as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    tar.members = []  # type: ignore[attr-defined]  # else it would remember every one
+                    if not member.isfile() or not member.name.endswith(ending):
+                        continue
+                    n += 1
+                    if member.size > max_bytes:
+                        yield Line(member.offset, None)
+                        continue
+                    content = tar.extractfile(member).read()  # type: ignore[union-attr]
+                    if len(content) != member.size:
+                        raise _damaged(url, member.offset, f"{member.name} is cut off")
+                    yield Line(member.offset, content)
+                _check_end(file, tar.offset, url)
+        except tarfile.TarError as error:
+            raise _damaged(url, file.tell(), str(error)) from None
+    if not n:
+        raise DataError(f"{storage.shown(url)}: holds no member *{ending}. Check --content-key {content_key}.")
+
+
+def _check_end(file: IO[bytes], end: int, url: str) -> None:
+    """tarfile takes a cut, a hole or garbage between members for the end; after a true end there are only zeros."""
+    file.seek(end)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise _damaged(url, end, "no end mark")
+    while rest := file.read(1 << 20):
+        if rest.strip(b"\0"):
+            raise _damaged(url, end, "more data after the end mark")
+
+
+def _damaged(url: str, offset: int, what: str) -> DataError:
+    return DataError(f"{storage.shown(url)}: cut off or damaged at byte {offset} ({what}). Copy it again.")
+
+
+def member_document(line: Line, content_key: str) -> str | np.ndarray | Rejected | None:
+    """The text of one member, or its ids where they are tokens already.  `line.content` is not None."""
+    kind, _, key = content_key.partition(":")
+    content = line.content or b""
+    if kind == "json":
+        return document_text(Line(-1, content), key)
+    if kind == "npy":
+        return _ids(content)
+    try:
+        return content.decode() or Rejected("empty")
+    except UnicodeDecodeError:
+        return Rejected("invalid_utf8")
+
+
+def _ids(content: bytes) -> np.ndarray | Rejected:
+    try:
+        tokens = NPY.decode(content)
+    except ValueError:
+        return Rejected("not_ids")
+    return tokens if len(tokens) else Rejected("empty")
+
+
+def read_documents(url: str, content_key: str, *, max_bytes: int) -> Iterator[Line]:
+    """The lines of a raw file, or the members of a tar that hold documents; longer ones have no content."""
+    if url.endswith(TAR):
+        return read_members(url, content_key, max_bytes=max_bytes)
+    return read_lines(url, max_line_bytes=max_bytes)
+
+
+def document_of(url: str, line: Line, content_key: str) -> str | np.ndarray | Rejected | None:
+    """The document that one line or member of `url` holds; None for a blank line.  `line.content` is not None."""
+    return member_document(line, content_key) if url.endswith(TAR) else document_text(line, content_key)
+
+
+def sample_texts(urls: Sequence[str], content_key: str, *, max_characters: int = 1 << 20) -> Iterator[str]:
+    """Documents from the beginnings of up to 16 of the files, for trying something on the user's own text."""
+    spread = urls[:: max(1, len(urls) // 16)][:16]
+    for url in spread:
+        left = max_characters // len(spread)
+        for line in read_documents(url, content_key, max_bytes=max_characters):
+            text = document_of(url, line, content_key) if line.content is not None else None
+            if isinstance(text, str):
+                yield text[:left]
+                left -= len(text)
+            if left <= 0 or line.offset > 8 * max_characters:
+                break

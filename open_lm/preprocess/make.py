@@ -1,0 +1,232 @@
+"""What happens, in order, when raw files become a data set: plan, tokenize, shuffle, balance, publish."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from open_lm import storage
+from open_lm.data.manifest import FILENAME, write_manifest
+from open_lm.errors import ConfigError, DataError
+from open_lm.preprocess.accounting import make_ledger
+from open_lm.preprocess.job import Job, Workplace
+from open_lm.preprocess.jsonl import estimated_text_bytes
+from open_lm.preprocess.shuffle import SortedRuns
+from open_lm.preprocess.tokenize import FileTask, join_tails, tokenize
+from open_lm.preprocess.workers import RunTasks, run_tasks
+from open_lm.preprocess.write_shard import make_shard, shard_name
+
+LEDGER = "ledger.json"
+_UNFINISHED = ".unfinished"
+_FEW_BYTES = 128 << 20
+"""Shards of so little are written here: starting processes would take longer."""
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a data set appears, and where its unfinished work lies; both may be urls."""
+
+    folder: str
+    workplace: str
+
+    @property
+    def shards(self) -> str:
+        """Where shards are written: for a local folder beside the work, to be moved as one."""
+        return self.folder if storage.is_remote(self.folder) else os.path.join(self.workplace, "shards")
+
+
+def destination(folder: str, tmp_dir: str | None = None) -> Destination:
+    """The workplace of `folder`: beside it, so that a rename publishes it; or in `tmp_dir`."""
+    if storage.is_remote(folder):
+        name = folder.split("://")[1].strip("/").replace("/", "_") + _UNFINISHED
+        return Destination(folder, os.path.join(tmp_dir or os.getcwd(), name))
+    folder = str(storage.local_path(folder).absolute())
+    return Destination(folder, folder + _UNFINISHED)
+
+
+def build_data_set(
+    job: Job,
+    to: Destination,
+    tokenizer_json: str,
+    *,
+    n_workers: int,
+    n_writers: int | None = None,
+    encoder: str = "tokenizers",
+    resume: bool = False,
+    overwrite: bool = False,
+    run: RunTasks | None = None,
+) -> dict[str, Any]:
+    """Make the data set and return its ledger. Nothing appears in the folder before all of it is there.
+
+    `run` runs the tasks; None: processes of this machine. With `resume` the work an earlier call left is continued, and
+    the result is the same byte for byte.
+
+    Raises:
+        ConfigError: the folder holds a data set already, or unfinished work of another job.
+        DataError: an input is damaged, holds a bad line, or the books do not balance.
+    """
+    if (finished := _finished(job, to, resume)) is not None:
+        return finished
+    _check_folder(to, overwrite)
+    with _workplace(job, to, tokenizer_json, resume=resume, overwrite=overwrite) as work:
+        blocks = _tokenize_all(job, work, encoder, n_workers, run or run_tasks)
+        join_tails(job, work.folder, blocks)
+        runs = _runs(job, work, [*blocks, *job.tail_blocks])
+        quick = run is None and runs.size_bytes < _FEW_BYTES and not storage.is_remote(to.shards)
+        rows = _write_all(job, work, to, runs, n_writers or (1 if quick else n_workers), run or run_tasks)
+        ledger = make_ledger(job, work, blocks, rows)
+        _publish(to, rows, ledger, overwrite)
+    _remove(to.workplace)
+    return ledger
+
+
+def _remove(folder: str) -> None:
+    if not storage.is_remote(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    for url in storage.glob(storage.join(folder, "**")):
+        storage.remove(url)
+
+
+def _finished(job: Job, to: Destination, resume: bool) -> dict[str, Any] | None:
+    """The ledger of a data set that is complete and is this job's own, when asked to resume."""
+    if not resume or not storage.exists(storage.join(to.folder, FILENAME)):
+        return None
+    ledger_url = storage.join(to.folder, LEDGER)
+    ledger = orjson.loads(storage.read_bytes(ledger_url)) if storage.exists(ledger_url) else {}
+    if ledger.get("job") != orjson.loads(job.to_json()):
+        return None
+    _remove(to.workplace)  # left by a run that was killed between its last two steps
+    return ledger
+
+
+def _check_folder(to: Destination, overwrite: bool) -> None:
+    if overwrite or (not storage.is_remote(to.folder) and not os.path.exists(to.folder)):
+        return
+    used = storage.exists(storage.join(to.folder, FILENAME)) or (
+        not storage.is_remote(to.folder) and bool(os.listdir(to.folder))
+    )
+    if used:
+        raise ConfigError(
+            f"--output-dir {to.folder}: is not empty. Choose another folder, or --overwrite to replace it."
+        )
+
+
+@contextmanager
+def _workplace(job: Job, to: Destination, tokenizer_json: str, *, resume: bool, overwrite: bool) -> Iterator[Workplace]:
+    """The folder for unfinished work, with the job and its tokenizer in it; a local one is locked."""
+    work = Workplace(to.workplace)
+    if storage.exists(work.path("job.json")):
+        if storage.read_bytes(work.path("job.json")) != job.to_json() and (resume or not overwrite):
+            raise ConfigError(
+                f"{work.folder}: holds unfinished work of a job with other settings or inputs. "
+                "Give the settings of then with --resume, or --overwrite to start anew."
+            )
+        if not resume and not overwrite:
+            raise ConfigError(
+                f"{work.folder}: holds unfinished work. Go on with it by --resume, or start anew by --overwrite."
+            )
+    storage.require_writable(work.folder, "--output-dir")
+    with _alone(work.folder):
+        _clean(work.folder, everything=overwrite and not resume)
+        if not storage.exists(work.path("job.json")):
+            storage.write_bytes(work.path("tokenizer.json"), tokenizer_json.encode())
+            storage.write_bytes(work.path("job.json"), job.to_json())
+        yield work
+
+
+@contextmanager
+def _alone(folder: str) -> Iterator[None]:
+    """One process at a time works in a local folder. In a remote one two would write the same bytes."""
+    if storage.is_remote(folder):
+        yield
+        return
+    with open(os.path.join(folder, "lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"{folder}: another process is at work there. Wait for it, or stop it.") from None
+        yield
+
+
+def _clean(folder: str, *, everything: bool) -> None:
+    """Remove what a killed run was writing; or all it left."""
+    if storage.is_remote(folder):
+        if everything:
+            _remove(folder)
+        return
+    for root, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            if name.endswith(".tmp") or (everything and name != "lock"):
+                os.unlink(os.path.join(root, name))
+        if everything and root != folder:
+            shutil.rmtree(root)
+
+
+def _tokenize_all(job: Job, work: Workplace, encoder: str, n_workers: int, run: RunTasks) -> list[str]:
+    """Stage 1; the names of all blocks, in the order of the corpus."""
+    tasks = [task for file in range(len(job.inputs)) for task in _file_tasks(job, file, n_workers)]
+    calls = [partial(tokenize, job, work.folder, encoder, task) for task in tasks]
+    run(calls, n_workers, label="tokenize", total_bytes=estimated_text_bytes(job.inputs))
+    if storage.is_remote(work.folder):
+        names = [Path(url).stem for url in storage.glob(work.path("block-*.bin"))]
+    else:
+        names = [Path(entry.path).stem for entry in os.scandir(work.folder) if entry.name.endswith(".bin")]
+    return sorted(name for name in names if name.startswith("block-"))
+
+
+def _file_tasks(job: Job, file: int, n_workers: int) -> list[FileTask]:
+    """How many workers share one file: by its part of all bytes."""
+    total = max(1, sum(size for _, size in job.inputs))
+    modulus = max(1, min(n_workers, round(2 * n_workers * job.inputs[file][1] / total)))
+    return [FileTask(file, residue, modulus) for residue in range(modulus)]
+
+
+def _runs(job: Job, work: Workplace, names: Sequence[str]) -> SortedRuns:
+    counts = [record["samples"] for record in work.records(names)]
+    runs = SortedRuns(work.folder, tuple(names), tuple(counts), job.sample_tokens, job.dtype.str)
+    if not sum(counts):
+        raise DataError(
+            f"--input-files: all text together makes less than one sample of {job.sample_tokens} tokens. "
+            "Give more text or a smaller --seqlen."
+        )
+    with storage.open_atomic(work.path("bins.npy")) as file:
+        np.save(file, runs.count_bins())
+    return runs
+
+
+def _write_all(
+    job: Job, work: Workplace, to: Destination, runs: SortedRuns, n_workers: int, run: RunTasks
+) -> list[dict[str, Any]]:
+    """Stage 2; the manifest's rows."""
+    n_shards = -(-sum(runs.counts) // job.shard_size)
+    if not storage.is_remote(to.shards):
+        os.makedirs(to.shards, exist_ok=True)
+    calls = [partial(make_shard, job, work.folder, to.shards, runs, number) for number in range(n_shards)]
+    run(calls, n_workers, label="write shards", total_bytes=runs.size_bytes)
+    return work.records([f"shard-{shard_name(number)}" for number in range(n_shards)])
+
+
+def _publish(to: Destination, rows: list[dict[str, Any]], ledger: dict[str, Any], overwrite: bool) -> None:
+    """Put ledger and manifest beside the shards; a local folder then takes its final name by one rename."""
+    storage.write_bytes(storage.join(to.shards, LEDGER), orjson.dumps(ledger, option=orjson.OPT_INDENT_2))
+    write_manifest(storage.join(to.shards, FILENAME), rows)
+    if storage.is_remote(to.folder):
+        return
+    if os.path.isdir(to.folder):
+        if overwrite:
+            os.replace(to.folder, os.path.join(to.workplace, "replaced"))
+        else:
+            os.rmdir(to.folder)
+    os.makedirs(os.path.dirname(to.folder), exist_ok=True)
+    os.replace(to.shards, to.folder)

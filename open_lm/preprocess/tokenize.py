@@ -1,0 +1,223 @@
+"""How text becomes shards: two stages of pure tasks, so that any of them may run anywhere, be killed, and run again.
+
+Stage 1 reads *blocks* of lines and writes for each one file of samples sorted by a random key; the tokens left over at
+the ends of blocks make one more such file. Stage 2 writes each shard from its range of keys in all these files: sorted
+by random keys is a true permutation. What a task writes depends on the job alone, not on who runs it or how often.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from open_lm import storage
+from open_lm.data.shards import check_ids
+from open_lm.data.tokenizer import Tokenizer
+from open_lm.errors import DataError
+from open_lm.preprocess.encoding import DocumentEncoder
+from open_lm.preprocess.input import document_of, read_documents
+from open_lm.preprocess.job import TAILS, Job, Workplace, block_name, file_and_block
+from open_lm.preprocess.jsonl import BAD_LINE_REASONS, TAR, Line, Rejected, is_packed, read_lines
+from open_lm.preprocess.packing import copies, keys_in_order, keys_of_copies, pack, shuffle_keys
+from open_lm.preprocess.shuffle import write_sorted
+
+_BATCH_CHARACTERS = 2 << 20
+_BATCH_DOCUMENTS = 1024
+
+
+@dataclass(frozen=True)
+class FileTask:
+    """Every `modulus`-th block of one input, from block `residue`: several workers can share one file."""
+
+    file: int
+    residue: int
+    modulus: int
+
+
+def tokenize(job: Job, folder: str, encoder: str, task: FileTask) -> Iterator[int]:
+    """Stage 1. Yields the text bytes of each block as it is finished; blocks finished before are passed over.
+
+    Raises:
+        DataError: the file is damaged, or holds a bad line and `on_bad_line` is `stop`.
+    """
+    work, (url, size) = Workplace(folder), job.inputs[task.file]
+    documents = _document_encoder(folder, job.tokenizer, job.eot_token, encoder, job.dtype.str)
+    last = -1
+    for block, lines in _blocks(job, url, size, task):
+        last = block
+        name = block_name(task.file, block)
+        record = work.done(name)
+        if not record:
+            record = _tokenize_block(job, work, name, lines, documents, url)
+        yield record["bytes"]
+    work.record(f"{block_name(task.file, 0)}-read-{task.residue}-{task.modulus}", {"last_block": last})
+
+
+def _blocks(job: Job, url: str, size: int, task: FileTask) -> Iterator[tuple[int, Iterator[Line]]]:
+    """The task's blocks and the lines that begin in them. A packed file is read once; others only where needed."""
+    step, limit = job.block_bytes, job.max_document_bytes
+    if not is_packed(url):
+        for block in range(task.residue, -(-size // step), task.modulus):
+            lines = read_lines(url, start=block * step, stop=(block + 1) * step, max_line_bytes=limit)
+            yield block, lines
+        return
+    every_line = read_documents(url, job.content_key, max_bytes=limit)
+    held = next(every_line, None)
+    while held is not None:
+        block = held.offset // step
+        state: list[Line | None] = [held]
+        lines = _lines_until(every_line, state, (block + 1) * step)
+        if block % task.modulus == task.residue:
+            yield block, lines
+        for _ in lines:
+            pass
+        held = state[0]
+
+
+def _lines_until(lines: Iterator[Line], state: list[Line | None], stop: int) -> Iterator[Line]:
+    """Lines that begin before `stop`; the first one after it is left in `state`."""
+    while state[0] is not None and state[0].offset < stop:
+        yield state[0]
+        state[0] = next(lines, None)
+
+
+def _tokenize_block(
+    job: Job, work: Workplace, name: str, lines: Iterable[Line], documents: DocumentEncoder, url: str
+) -> dict[str, Any]:
+    counts: Counter[str] = Counter()
+    rejected: Counter[str] = Counter()
+    pieces: list[np.ndarray] = []
+    holds_ids = url.endswith(TAR) and job.content_key == "npy"
+    for batch in _batches(_documents(job, lines, url, counts, rejected)):
+        pieces.append(_ended(job, batch) if holds_ids else documents.encode(batch))
+        counts["tokenized"] += len(batch)
+    samples, tail = pack(pieces, job.sample_tokens)
+    n_written = _write_block(job, work, name, samples, source=job.source(name))
+    record = {
+        "lines": counts["lines"],
+        "blank_lines": counts["blank"],
+        "bytes": counts["bytes"],
+        "tokenized": counts["tokenized"],
+        "rejected": dict(sorted(rejected.items())),
+        "tokens": sum(map(len, pieces)),
+        "packed": len(samples),
+        "samples": n_written,
+        "tail": tail.tolist(),
+    }
+    return work.record(name, record)
+
+
+def _write_block(job: Job, work: Workplace, name: str, samples: np.ndarray, *, source: int) -> int:
+    """Write a block's samples, as often as the source asks, with their keys; how many that are."""
+    n, seed = len(samples), job.seed
+    numbers, copy = copies(n, job.sampling[source][1] if job.sampling else 1, seed=seed, block=name)
+    if job.shuffle:
+        keys = (
+            keys_of_copies(numbers, copy, seed=seed, block=name)
+            if job.sampling
+            else shuffle_keys(n, seed=seed, block=name)
+        )
+    else:
+        file, block = (len(job.inputs), source) if name.startswith(TAILS) else file_and_block(name)
+        order = np.lexsort((numbers, copy))  # copies follow when the whole block has been
+        numbers, keys = numbers[order], keys_in_order(len(order), file=file, block=block, n_files=len(job.inputs))
+    write_sorted(work.path(f"{name}.bin"), samples, keys, numbers)
+    return len(numbers)
+
+
+def _ended(job: Job, documents: list[Any]) -> np.ndarray:
+    """Documents that are ids already, one after the other, an end-of-text id after each that has none."""
+    end = np.array([job.eot_id], job.dtype)
+    parts = [part for ids in documents for part in ((ids,) if ids[-1] == job.eot_id else (ids, end))]
+    return np.concatenate(parts).astype(job.dtype)
+
+
+def _documents(
+    job: Job, lines: Iterable[Line], url: str, counts: Counter[str], rejected: Counter[str]
+) -> Iterator[Any]:
+    """The texts, or vectors of ids, of the lines that hold one; all others are counted."""
+    for line in lines:
+        counts["lines"] += 1
+        if line.content is None:
+            rejected["too_long"] += 1
+            continue
+        counts["bytes"] += len(line.content) + 1
+        found = _document(job, line, url)
+        if found is None:
+            counts["blank"] += 1
+        elif isinstance(found, Rejected):
+            if found.reason in BAD_LINE_REASONS and job.on_bad_line == "stop":
+                raise _bad_line(job, url, line, found)
+            rejected[found.reason] += 1
+        else:
+            yield found
+
+
+def _document(job: Job, line: Line, url: str) -> Any:
+    found = document_of(url, line, job.content_key)
+    if not isinstance(found, np.ndarray):
+        return found
+    try:
+        return check_ids(found, job.vocab_size)
+    except ValueError:
+        return Rejected("not_ids")
+
+
+def _bad_line(job: Job, url: str, line: Line, rejected: Rejected) -> DataError:
+    what = {
+        "missing_key": f"no key {job.content_key!r}",
+        "not_text": f"{job.content_key!r} holds no text",
+        "not_ids": f"no vector of ids below {job.vocab_size}",
+    }
+    found = what.get(rejected.reason, rejected.reason.replace("_", " "))
+    if url.endswith(TAR):
+        return DataError(
+            f"{storage.shown(url)}, member at byte {line.offset}: {found}: {(line.content or b'')[:60]!r}. "
+            "Repair it, or leave such members out and counted with --on-bad-line skip."
+        )
+    before = sum(
+        1 for earlier in read_lines(url, max_line_bytes=job.max_document_bytes) if earlier.offset < line.offset
+    )
+    return DataError(
+        f"{storage.shown(url)}, line {before + 1}: {found}: {(line.content or b'')[:60]!r}. "
+        "Repair it, name the key with --content-key, or leave such lines out and counted with --on-bad-line skip."
+    )
+
+
+def _batches(documents: Iterable[Any]) -> Iterator[list[Any]]:
+    batch: list[Any] = []
+    held = 0
+    for document in documents:
+        batch.append(document)
+        held += len(document)
+        if held >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+@lru_cache(maxsize=2)
+def _document_encoder(folder: str, name: str, eot_token: str, encoder: str, dtype: str) -> DocumentEncoder:
+    """Loading a tokenizer takes a while; a process does it once."""
+    backend = tokenizers.Tokenizer.from_str(storage.read_text(storage.join(folder, "tokenizer.json")))
+    return DocumentEncoder(Tokenizer(backend, name, eot_token=eot_token), encoder, np.dtype(dtype))
+
+
+def join_tails(job: Job, folder: str, blocks: list[str]) -> None:
+    """The tokens left over at the ends of all blocks of each source, in their order, as one more block."""
+    work = Workplace(folder)
+    for source, name in enumerate(job.tail_blocks):
+        if work.done(name):
+            continue
+        mine = [block for block in blocks if job.source(block) == source]
+        tails = [np.array(record["tail"], job.dtype) for record in work.records(mine)]
+        samples, tail = pack(tails, job.sample_tokens)
+        n_written = _write_block(job, work, name, samples, source=source)
+        work.record(name, {"packed": len(samples), "samples": n_written, "tail": len(tail)})

@@ -1,0 +1,131 @@
+"""How the parts of a run are made from its configuration: the data, then the state that trains on them."""
+
+from __future__ import annotations
+
+import logging
+
+from open_lm.checkpoint.load_model import load_model
+from open_lm.checkpoint.read import architecture_named, stored_config
+from open_lm.data.loader import Loader, build_loader
+from open_lm.data.sources import named_tokenizer
+from open_lm.distributed import World
+from open_lm.errors import ConfigError
+from open_lm.model.config import ModelConfig, resolve
+from open_lm.params import RunConfig
+from open_lm.precision import Precision
+from open_lm.run.folder import newest_commit
+from open_lm.run.length import build_schedule, global_batch_size, run_length_of
+from open_lm.train.averagers import parse_averagers
+from open_lm.train.averaging import WeightAverage
+from open_lm.train.backends import prepare_backends
+from open_lm.train.init_model import build_wrapped
+from open_lm.train.optim import build_optimizers
+from open_lm.train.run_length import RunLength
+from open_lm.train.spike_guard import SpikeGuard
+from open_lm.train.state import TrainState
+from open_lm.train.tasks import Distillation, NextToken, Task
+
+
+def architecture_of(config: RunConfig) -> ModelConfig:
+    """The architecture of --model and its flags; without --model that of the checkpoint the run starts from.
+
+    Raises:
+        ConfigError: no such model.
+        CheckpointError: the checkpoint is missing or holds no architecture.
+    """
+    flags = config.checkpoint
+    path = flags.start[0] if flags.start else flags.resume
+    if config.model.model is not None or path is None:
+        return architecture_named(config.model)
+    if path != "latest":
+        return ModelConfig.from_dict(stored_config(path)["model"])
+    newest = newest_commit(config)
+    return ModelConfig.from_dict(newest.facts["config"]["model"]) if newest else resolve(config.model)
+
+
+def build_loader_and_length(
+    config: RunConfig, architecture: ModelConfig, world: World
+) -> tuple[Loader | None, RunLength]:
+    """The data, opened and checked to be enough, and the steps to take over them; none of both to evaluate only."""
+    if not config.trains:
+        return None, RunLength((0,), tokens_per_step=0)
+    batch = global_batch_size(config, world.size)
+    refuse_doc_mask(config, architecture)
+    loader = build_loader(
+        config.data,
+        vocab_size=architecture.vocab_size,
+        seq_len=architecture.seq_len,
+        global_batch=batch,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.train.seed,
+    )
+    steps = run_length_of(config, batch * architecture.seq_len, loader.n_sequences, architecture.seq_len)
+    loader.require(steps.last_step)
+    return loader, steps
+
+
+def refuse_doc_mask(config: RunConfig, architecture: ModelConfig) -> None:
+    """Raise ConfigError where --doc-mask is asked of a model that cannot keep documents apart."""
+    if config.data.doc_mask and not isinstance(architecture, ModelConfig):
+        kind = {"MambaConfig": "a Mamba", "HFConfig": "--hf-model"}.get(type(architecture).__name__, "this model")
+        raise ConfigError(f"--doc-mask: not with {kind}; only the transformers of --model keep documents apart.")
+
+
+def tokenizer_name(config: RunConfig, loader: Loader | None) -> str | None:
+    """The tokenizer of the run: --tokenizer, or the one that the manifests of its training data name, or None."""
+    return config.data.tokenizer or (named_tokenizer(loader.sources) if loader is not None else None)
+
+
+def build_task(config: RunConfig, architecture: ModelConfig, world: World, precision: Precision) -> Task:
+    """What the batches are trained to do.
+
+    Raises:
+        ConfigError: the teacher of --distill-pretrained has another vocabulary.
+        CheckpointError: it is missing or damaged, or states no architecture.
+    """
+    has_experts = any(map(architecture.has_experts, range(architecture.n_layers)))
+    next_token = NextToken(
+        config.train.z_loss_coefficient,
+        architecture.moe_loss_weight if has_experts else None,
+        config.tracking.log_logit_mean,
+        architecture.moe_num_experts or 0 if has_experts else 0,
+    )
+    flags = config.distillation
+    if flags.distill_pretrained is None:
+        return next_token
+    teacher = load_model(
+        flags.distill_pretrained, model=flags.distill_model, device=str(world.device), dtype=precision.weight_dtype
+    )
+    if teacher.config.vocab_size != architecture.vocab_size:
+        raise ConfigError(
+            f"--distill-pretrained {flags.distill_pretrained} has {teacher.config.vocab_size} tokens, the model "
+            f"{architecture.vocab_size}: teacher and student need the same tokenizer."
+        )
+    return Distillation(teacher.requires_grad_(False), flags.distill_weight, flags.distill_temperature, next_token)
+
+
+def build_state(config: RunConfig, architecture: ModelConfig, world: World, steps: RunLength) -> TrainState:
+    """The model with the weights of --seed, wrapped for the ranks, and what trains it."""
+    parallel = config.parallel
+    if parallel.preset_world_size not in (None, world.size):
+        logging.warning(
+            "--preset-world-size %d: the launcher started %d ranks, which the run uses.",
+            parallel.preset_world_size, world.size,
+        )  # fmt: skip
+    prepare_backends(parallel, world.device, architecture.seq_len, architecture.vocab_size)
+    precision = Precision(parallel.precision, world.device.type)
+    wrapped = build_wrapped(architecture, world, parallel, config.train.seed, precision.weight_dtype)
+    averages = [WeightAverage(spec, wrapped) for spec in parse_averagers(config.optimizer.averagers)]
+    sigma = config.optimizer.skip_step_sigma
+    return TrainState(
+        model=wrapped,
+        optimizers=build_optimizers(wrapped, config.optimizer, config.schedule.lr),
+        precision=precision,
+        lr_at=build_schedule(config.schedule, steps),
+        run_length=steps,
+        task=build_task(config, architecture, world, precision),
+        world=world,
+        averages=averages,
+        guard=SpikeGuard(sigma) if sigma else None,
+    )

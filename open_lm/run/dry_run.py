@@ -1,0 +1,75 @@
+"""What a run would do, without touching data, device or folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from open_lm import text
+from open_lm.checkpoint.save_policy import SaveSteps
+from open_lm.distributed import ranks_from_environment
+from open_lm.model.config import ModelConfig
+from open_lm.model.describe import ModelSize, model_size
+from open_lm.params import RunConfig
+from open_lm.run.build import architecture_of
+from open_lm.run.length import build_schedule, global_batch_size, run_length_of
+from open_lm.train.run_length import RunLength
+from open_lm.train.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A run as it would go."""
+
+    config: RunConfig
+    architecture: ModelConfig
+    size: ModelSize
+    steps: RunLength
+    lr_at: Schedule
+    world_size: int
+
+    def __str__(self) -> str:
+        steps, size = self.steps, self.size
+        ends = [end + d for end in self.lr_at.period_ends[:4] for d in (-1, 0)]
+        marks = sorted({0, self.lr_at.warmup_steps, steps.total_steps // 2, *ends, steps.total_steps - 1})
+        rates = ", ".join(f"step {s}: {self.lr_at(s):.3g}" for s in marks if s < steps.total_steps)
+        flops = size.flops_per_token * steps.total_tokens
+        flags = "".join(f"  {name}: {json.dumps(value)}\n" for name, value in self.config.as_flags().items())
+        return (
+            f"flags\n{flags}"
+            f"model         {json.dumps(self.architecture.to_dict())}\n"
+            f"parameters    {size.parameters:,} ({size.non_embedding_parameters:,} without embeddings)\n"
+            f"memory        {text.size(size.training_bytes)} for weights, gradients and optimizer over all ranks, "
+            "activations come on top\n"
+            f"compute       {text.count(size.flops_per_token)} FLOPs a token, {text.count(flops)} in all\n"
+            f"ranks         {self.world_size}\n"
+            f"steps         {steps.total_steps:,} of {steps.tokens_per_step:,} tokens: {steps.total_tokens:,} tokens\n"
+            f"{self._stop}"
+            f"checkpoints   after steps {', '.join(map(str, self._save_steps.all()))}\n"
+            f"learning rate {rates}"
+        )
+
+    @property
+    def _save_steps(self) -> SaveSteps:
+        return SaveSteps(self.config.checkpoint, self.steps.interval_ends, self.steps.last_step)
+
+    @property
+    def _stop(self) -> str:
+        steps = self.steps
+        if steps.last_step == steps.total_steps:
+            return ""
+        return f"stops         after step {steps.last_step:,}: {steps.last_step * steps.tokens_per_step:,} tokens\n"
+
+
+def forecast(config: RunConfig) -> Forecast:
+    """What `config` asks for, in numbers.
+
+    Raises:
+        ConfigError: the length is not known without the data, or the batch does not divide.
+    """
+    architecture = architecture_of(config)
+    world_size = config.parallel.preset_world_size or ranks_from_environment()[1]
+    tokens_per_step = global_batch_size(config, world_size) * architecture.seq_len
+    steps = run_length_of(config, tokens_per_step, None, architecture.seq_len)
+    lr_at = build_schedule(config.schedule, steps)
+    return Forecast(config, architecture, model_size(architecture), steps, lr_at, world_size)

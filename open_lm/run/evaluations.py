@@ -1,0 +1,94 @@
+"""What a run measures of its model while it trains and at its end: held-out losses, and scores on tasks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from open_lm.distributed import World
+from open_lm.errors import TrainingDiverged
+from open_lm.evaluate.bootstrap import Bootstrap
+from open_lm.evaluate.in_loop import InLoopEvaluator
+from open_lm.evaluate.validation import HeldOut, ValidationSet, evaluate
+from open_lm.params import RunConfig
+from open_lm.run.recorder import Recorder, append_json_line, result_rows
+from open_lm.train.state import TrainState
+
+
+class Evaluations:
+    """Decides when to evaluate, and keeps the last results. Rank 0 adds a line to `results_path` each time."""
+
+    recorder: Recorder
+
+    def __init__(self, config: RunConfig, world: World, results_path: str):
+        self.held_out: tuple[HeldOut, ...] = ()
+        self.scores: dict[str, float] = {}
+        self._config = config
+        self._world = world
+        self._results_path = results_path
+        self._val_sets: list[ValidationSet] = []
+        self._tasks: InLoopEvaluator | None = None
+        self._bootstrap = bootstrap_of(config)
+        self._validated_at: int | None = None
+        self._scored_at: int | None = None
+
+    def begin(self, recorder: Recorder, val_sets: list[ValidationSet], tasks: InLoopEvaluator | None) -> None:
+        """Take what there is to evaluate on."""
+        self.recorder, self._val_sets, self._tasks = recorder, val_sets, tasks
+
+    def if_due(self, state: TrainState) -> None:
+        """Measure held-out loss and scores at the ends of intervals, or every --val-every-steps, --icl-every-steps."""
+        flags = self._config.validation
+        if evaluation_due(state, flags.val_frequency, flags.val_every_steps):
+            self.validate(state)
+        if evaluation_due(state, flags.icl_frequency, flags.icl_every_steps):
+            self.score(state)
+
+    def validate(self, state: TrainState) -> None:
+        """Measure and record the held-out loss, unless this step has been measured."""
+        if not self._val_sets or self._validated_at == state.step:
+            return
+        results = self.recorder.untimed(
+            lambda: evaluate(state.model, self._val_sets, self._world, state.precision, self._bootstrap)
+        )
+        self.held_out, self._validated_at = tuple(results), state.step
+        self.recorder.write_held_out(state.step, results)
+        if self._world.is_master:
+            append_json_line(self._results_path, self.rows(state))
+        for result in results:
+            if not math.isfinite(result.loss):
+                raise TrainingDiverged(
+                    f"the held-out loss on {result.name} is {result.loss}: the weights are not usable."
+                )
+
+    def score(self, state: TrainState) -> None:
+        """Score the model on --icl-tasks and record it, unless that was done at this step."""
+        if self._tasks is None or self._scored_at == state.step:
+            return
+        self.scores, self._scored_at = self.recorder.untimed(self._tasks.score), state.step
+        self.recorder.write_scores(state.step, self.scores)
+
+    def rows(self, state: TrainState) -> list[dict[str, Any]]:
+        """The last held-out losses as results.jsonl and checkpoints keep them."""
+        path = " ".join(self._config.checkpoint.start) or self._config.checkpoint.resume
+        name = self._config.model.model or ""
+        return result_rows(self.held_out, step=state.step, tokens=state.tokens, model=name, checkpoint=path)
+
+
+def bootstrap_of(config: RunConfig) -> Bootstrap | None:
+    """The intervals of held-out losses that are asked for, if any."""
+    flags = config.validation
+    if not (flags.val_seq_ci or flags.val_tok_ci):
+        return None
+    return Bootstrap(
+        flags.val_seq_ci, flags.val_tok_ci, flags.val_iter_ci, flags.val_max_pop_ci, seed=config.train.seed
+    )
+
+
+def evaluation_due(state: TrainState, every_intervals: int, every_steps: int | None) -> bool:
+    """Whether to evaluate after this step: every so many steps and at the end, or else every so many intervals."""
+    steps = state.run_length
+    if every_steps:
+        return state.step % every_steps == 0 or state.step == steps.last_step
+    ends = state.step in steps.interval_ends and every_intervals > 0
+    return ends and steps.intervals_done(state.step) % every_intervals == 0

@@ -1,0 +1,279 @@
+"""A run while it is open: what is due after each step, and how everything is closed on any exit."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from open_lm.checkpoint.manager import Checkpoints, DataOrder
+from open_lm.checkpoint.remote_sync import RemoteSync
+from open_lm.checkpoint.save_policy import Kind, SaveClock, SaveSteps
+from open_lm.data.batch import Batch
+from open_lm.distributed import World, start_world
+from open_lm.errors import DeviceError, Preempted, StorageError
+from open_lm.evaluate.in_loop import InLoopEvaluator
+from open_lm.evaluate.validation import HeldOut, ValidationSet
+from open_lm.flags import parse_steps
+from open_lm.model.config import ModelConfig
+from open_lm.model.describe import model_size
+from open_lm.params import RunConfig
+from open_lm.run.evaluations import Evaluations
+from open_lm.run.folder import open_folder, remote_folder
+from open_lm.run.profiling import Observer
+from open_lm.run.recorder import Recorder, append_json_line, close_quietly
+from open_lm.run.signals import StopRequests, end_with_launcher
+from open_lm.run.watchdog import Watchdog, record_collectives
+from open_lm.tracking.log import text_log
+from open_lm.tracking.sink import RunFacts, Sink, open_sinks
+from open_lm.train.state import TrainState
+from open_lm.train.step import StepReport, average_losses
+from open_lm.train.timing import Timing
+
+PEER_LEFT = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "remote process exited",
+    "Timed out waiting",
+)
+"""How gloo and NCCL put it when another rank is gone or stuck."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run gives back: its folder, the steps taken, the last held-out losses and scores on tasks."""
+
+    folder: str
+    step: int
+    held_out: tuple[HeldOut, ...]
+    scores: dict[str, float]
+
+
+class Run:
+    """One open run on one rank. The loop calls it after every step, and it decides what is due."""
+
+    recorder: Recorder
+
+    def __init__(
+        self,
+        config: RunConfig,
+        architecture: ModelConfig,
+        world: World,
+        folder: str,
+        sinks: list[Sink],
+        watchdog: Watchdog,
+    ):
+        self.config = config
+        self.architecture = architecture
+        self.world = world
+        self.folder = folder
+        self.checkpoints = Checkpoints(
+            os.path.join(folder, "checkpoints"),
+            config.checkpoint,
+            name=os.path.basename(folder),
+            config={"model": architecture.to_dict(), "flags": config.as_flags()},
+        )
+        self.stop_requests = StopRequests(config.train.time_limit_minutes)
+        self._observer = Observer(
+            folder,
+            world.rank,
+            profile_steps=parse_steps(config.tracking.profile_steps, "--profile-steps"),
+            trace_steps=parse_steps(config.tracking.trace_steps, "--trace-steps"),
+        )
+        self._watchdog = watchdog
+        self._sinks = sinks
+        self._closing = contextlib.ExitStack()
+        self._closing.callback(self.checkpoints.close)
+        for sink in sinks:
+            self._closing.callback(close_quietly, sink)
+        self._loader: DataOrder | None = None
+        self.evaluations = Evaluations(config, world, os.path.join(self.checkpoints.folder, "results.jsonl"))
+        self._saved_at: int | None = None
+        self._due: tuple[int, Kind | None] = (-1, None)
+        self._save_clock = SaveClock(config.checkpoint.save_every_minutes)
+
+    def begin(
+        self,
+        state: TrainState,
+        loader: DataOrder | None,
+        val_sets: list[ValidationSet],
+        tasks: InLoopEvaluator | None = None,
+    ) -> None:
+        """Take what the run works on, once it is built and restored."""
+        self._loader = loader
+        self.recorder = Recorder(
+            self.world,
+            state,
+            self._sinks,
+            self._watchdog,
+            flops_per_token=model_size(self.architecture).flops_per_token,
+            peak_tflops=self.config.tracking.peak_tflops,
+        )
+        self._closing.callback(self.recorder.close)
+        self.evaluations.begin(self.recorder, val_sets, tasks)
+        if state.step > 0 and loader is not None:
+            self.recorder.rewind(state.step)
+        self._saved_at = state.step
+        self._save_clock.restart()
+        if loader is not None and state.step >= state.run_length.last_step:
+            logging.info("step %d of %d: nothing left to train", state.step, state.run_length.last_step)
+
+    def another(self, config: RunConfig, architecture: ModelConfig) -> Run:
+        """A run of `config` that writes where this one does, while this one is open."""
+        return Run(config, architecture, self.world, self.folder, self._sinks, self._watchdog)
+
+    def observe(self, state: TrainState) -> contextlib.AbstractContextManager[None]:
+        """Around the step that comes next: the profile and the traces that were asked for."""
+        return self._observer(state.model, state.step + 1)
+
+    def record(self, report: StepReport, state: TrainState, timing: Timing) -> None:
+        """Count one step; write the figures every --log-every-n-steps, before each save, and at the end."""
+        self.recorder.add(report, timing)
+        if not report.taken:
+            self._note_skipped(report, state)
+        every = self.config.tracking.log_every_n_steps
+        if state.step % every == 0 or state.step == state.run_length.last_step or self._save_due(state):
+            self.recorder.write(state, report.lr)
+
+    def _note_skipped(self, report: StepReport, state: TrainState) -> None:
+        loss, norm = self.world.sum(report.loss).item(), report.grad_norm.item()
+        logging.warning("step %d is left out: loss %.4f, gradient norm %.3g stand out.", state.step, loss, norm)
+        if self.world.is_master:
+            line = {"step": state.step, "loss": loss, "grad_norm": norm}
+            append_json_line(os.path.join(self.folder, "skipped_steps.jsonl"), line)
+
+    def score_averages_if_due(self, state: TrainState, batch: Batch) -> None:
+        """Every --log-avg-model-training-loss steps: the loss of each average on the batch just trained on."""
+        every = self.config.optimizer.log_avg_model_training_loss
+        if every and state.step % every == 0:
+            losses = self.recorder.untimed(lambda: average_losses(state, batch, accum=self.config.train.accum_freq))
+            self.recorder.log(state.step, {f"train/{name}_loss": loss for name, loss in losses.items()})
+
+    def validate_if_due(self, state: TrainState) -> None:
+        """Measure held-out loss and scores at the ends of intervals, or every --val-every-steps, --icl-every-steps."""
+        self.evaluations.if_due(state)
+
+    def save_if_due(self, state: TrainState) -> None:
+        """Write a checkpoint where the flags --save-* and --ephemeral-every-steps ask for one."""
+        kind = self._save_due(state)
+        if kind is not None:
+            self._save(state, kind)
+
+    def _save_due(self, state: TrainState) -> Kind | None:
+        """What is to be saved after this step; the same on every rank, however often it is asked."""
+        if self._due[0] != state.step:
+            clock = self._save_clock
+            time_is_up = clock.runs and self.world.any(self.world.is_master and clock.is_up())
+            steps = self._save_steps(state)
+            self._due = state.step, steps.kind_at(state.step, time_is_up=time_is_up)
+        return self._due[1]
+
+    def _save_steps(self, state: TrainState) -> SaveSteps:
+        return SaveSteps(self.config.checkpoint, state.run_length.interval_ends, state.run_length.last_step)
+
+    def _save(self, state: TrainState, kind: Kind, *, wait: bool = False) -> bool:
+        loader, is_last = self._loader, state.step == state.run_length.last_step
+        assert loader is not None
+        stats = {
+            "is_final_checkpoint": state.step == state.run_length.total_steps,
+            "evaluation_metrics": self.evaluations.rows(state),
+            "samples_seen": state.tokens // self.architecture.seq_len,
+            "percentage_of_data_seen": state.step / state.run_length.total_steps,
+            "shard_shuffle_seed": self.config.train.seed,
+            "train_data_string": " ".join((*self.config.data.train_data, *self.config.data.dataset_manifest)),
+            "next_shard_per_source": None,
+        }
+        label = self._save_steps(state).label(state.step)
+        wait = wait or is_last
+        saved = self.recorder.untimed(
+            lambda: self.checkpoints.save(state, loader, label=label, stats=stats, kind=kind, wait=wait)
+        )
+        if is_last and not saved:
+            raise StorageError(f"checkpoint {label} was not written: {self.checkpoints.problem} Then --resume latest.")
+        self._save_clock.restart()
+        self._saved_at = state.step if saved else self._saved_at
+        return saved
+
+    def stop_if_asked(self, state: TrainState) -> None:
+        """After a stop signal on any rank, or when a time limit leaves just twice the time of a save: save and leave.
+
+        Raises:
+            Preempted: the run stopped; the checkpoint just written holds everything.
+            StorageError: it stopped and could not be saved.
+            TrainingDiverged: it stopped, and what it would have saved is not finite.
+        """
+        self.checkpoints.wait_if_done()
+        asked = self.stop_requests.asked(2 * self.checkpoints.seconds + 1)
+        if not self.world.any(asked is not None) or state.step == state.run_length.last_step:
+            return
+        self.recorder.write(state, state.lr_at(state.step - 1))
+        reason = next(why for why in self.world.gather(asked) if why)
+        is_saved = self._saved_at == state.step and self.checkpoints.wait()
+        if not is_saved and not self._save(state, "ephemeral", wait=True):
+            raise StorageError(
+                f"stopped by {reason} after step {state.step}; not saved, see the log. Earlier ones are good."
+            )
+        raise Preempted(f"stopped by {reason} after step {state.step}, saved. Continue with --resume latest.")
+
+    def finish(self, state: TrainState) -> RunResult:
+        """The last validation and scores, where there is anything to evaluate on, and what the run came to."""
+        self.evaluations.validate(state)
+        self.evaluations.score(state)
+        logging.info("done: %s", self.folder)
+        return RunResult(self.folder, state.step, self.evaluations.held_out, self.evaluations.scores)
+
+    def close(self) -> None:
+        """Close what writes."""
+        self._closing.close()
+
+
+@contextlib.contextmanager
+def start_run(config: RunConfig, architecture: ModelConfig, command: str) -> Iterator[Run]:
+    """Open the run that `config` describes, of a model of `architecture`; whatever happens, all is closed.
+
+    Raises:
+        ConfigError: the run's folder holds a run and --resume is not given.
+        StorageError: the folder cannot be written.
+    """
+    flags, tracking = config.parallel, config.tracking
+    with contextlib.ExitStack() as stack:
+        end_with_launcher()
+        record_collectives()
+        world = stack.enter_context(
+            start_world(
+                flags.device,
+                flags.dist_backend,
+                init_method=flags.dist_url,
+                timeout_seconds=flags.dist_timeout,
+                device_by_rank=not flags.no_set_device_rank,
+                force_group=flags.force_distributed,
+            )
+        )
+        folder = open_folder(config, world)
+        stack.enter_context(text_log(folder, world.rank, every_rank=tracking.log_local, debug=tracking.debug))
+        logging.info("%s", command)
+        copy = remote_folder(config) if config.trains and world.is_master else None
+        if copy is not None:
+            stack.enter_context(RemoteSync(folder, copy, config.checkpoint.remote_sync_frequency))
+        facts = RunFacts(os.path.basename(folder), folder, config.as_flags(), tracking)
+        sinks = open_sinks(facts) if world.is_master else []
+        watchdog = stack.enter_context(Watchdog(folder, world.rank, flags.hang_timeout or 0.8 * flags.dist_timeout))
+        run = Run(config, architecture, world, folder, sinks, watchdog)
+        stack.callback(run.close)
+        try:
+            yield run
+        except BaseException as error:
+            logging.error("the run ended with %s: %s", type(error).__name__, error)
+            if lost_contact(error):
+                logging.debug("", exc_info=error)
+                raise DeviceError(
+                    f"lost contact with the other ranks ({error}); see which of them failed first."
+                ) from None
+            raise
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Whether an error says that another rank has left, which then has a reason of its own to report."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in PEER_LEFT)

@@ -1,0 +1,82 @@
+"""Recomputing activations changes what is kept, not what is computed."""
+
+import pytest
+import torch
+from runs import flags, metrics, run_command, write_data
+from torch.utils.flop_counter import FlopCounterMode
+
+from open_lm.errors import ConfigError
+from open_lm.model import create_model
+from open_lm.model.config import ModelConfig
+from open_lm.train.activation_checkpointing import recompute
+from open_lm.train.config import ParallelConfig
+from open_lm.train.parallel import blocks
+
+ARCHITECTURE = ModelConfig(hidden_dim=64, n_layers=4, n_heads=4, seq_len=128, vocab_size=61)
+
+
+def kept_and_gradients(mode):
+    """Bytes that autograd keeps of the activations of one forward pass, and the gradients."""
+    torch.manual_seed(0)
+    model = create_model(ARCHITECTURE)
+    recompute(list(blocks(model)), ParallelConfig(grad_checkpointing_mode=mode))
+    ids = torch.randint(0, 61, (2, 128))
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(ids)[0].square().mean()
+        n_bytes = sum(kept.values())
+    loss.backward()
+    return n_bytes, [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("mode", ["full", "every-2", "every-3", "selective"])
+def test_gradients_stay_the_same_to_the_bit(mode):
+    torch.testing.assert_close(kept_and_gradients(mode)[1], kept_and_gradients(None)[1], rtol=0, atol=0)
+
+
+def test_more_recomputation_keeps_less():
+    kept = {mode: kept_and_gradients(mode)[0] for mode in (None, "every-2", "every-4", "full")}
+    assert kept["full"] < kept["every-2"] < kept["every-4"] < kept[None]
+
+
+def test_selective_recomputation_repeats_no_product_and_no_attention():
+    def flops(mode):
+        torch.manual_seed(0)
+        model = create_model(ARCHITECTURE)
+        recompute(list(blocks(model)), ParallelConfig(grad_checkpointing_mode=mode))
+        loss = model(torch.randint(0, 61, (2, 128)))[0].square().mean()
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        return counter.get_total_flops()
+
+    assert flops("selective") == flops(None) < flops("full")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "extra"),
+    [
+        (2, ["--fsdp", "--grad-checkpointing-mode", "every-2", "--fsdp-forward-prefetch", "2"]),
+        (4, ["--fsdp", "--grad-checkpointing-mode", "selective", "--experimental-meta-device"]),
+    ],
+)
+def test_ranks_with_recomputation_train_as_one_process_does(tmp_path, ranks, extra):
+    manifest = write_data(tmp_path / "data")
+    for name, arguments, n in (("one", [], 1), ("many", extra, ranks)):
+        done = run_command(flags(tmp_path, manifest, *arguments, name=name), ranks=n)
+        assert done.returncode == 0, done.stderr
+    one, many = metrics(tmp_path, "one"), metrics(tmp_path, "many")
+    assert list(many.values()) == pytest.approx(list(one.values()), abs=1e-5)
+    assert len(one) == 12
+
+
+def test_a_mode_that_does_not_exist_is_refused():
+    for mode in ("every-0", "some", "every-"):
+        with pytest.raises(ConfigError, match="--grad-checkpointing-mode"):
+            ParallelConfig(grad_checkpointing_mode=mode)

@@ -1,4 +1,4 @@
-"""How OpenLM is installed: `pip install -e .`, with extras for what a plain install leaves out."""
+"""Installation: `pip install -e .`, with extras for what a plain install leaves out."""
 
 from pathlib import Path
 

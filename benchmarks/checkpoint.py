@@ -1,4 +1,4 @@
-"""How long does a save stop the training? Blocked and whole time against torch.save, interleaved.
+"""Checkpoint benchmark: blocked and total time of a save against torch.save, interleaved.
 
 python benchmarks/checkpoint.py                       # open_lm_160m with AdamW's moments: 1.9 GB
 """

@@ -1,4 +1,4 @@
-"""How fast text becomes shards and shards become batches, beside what others do; interleaved, so that ratios hold.
+"""Data benchmark: text to shards and shards to batches, beside the peers, interleaved so that ratios hold.
 
     python benchmarks/data.py [--input-files raw/*.jsonl.zst --tokenizer tokenizer.json] [--rounds 3] [--json data.json]
         [--peers-python VENV/bin/python]

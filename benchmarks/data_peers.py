@@ -1,4 +1,4 @@
-"""What the peers of benchmarks/data.py run: dolma's tokenizer, MosaicML streaming, litdata, OpenLM's own make_2048.
+"""Peers of benchmarks/data.py: dolma's tokenizer, MosaicML streaming, litdata, OpenLM's own make_2048.
 
 They are run by `--peers-python`, an environment of their own, because their pins are not ours; see README.md.
 """

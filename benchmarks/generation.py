@@ -1,4 +1,4 @@
-"""How fast does a model write, beside transformers with the same weights?
+"""Generation benchmark: tokens per second beside transformers with the same weights.
 
     python benchmarks/generation.py --model open_lm_160m --dtype bfloat16
 

@@ -1,4 +1,4 @@
-"""How fast is a training step, beside others?  Each contestant in its own process, taking turns; ratios with spread.
+"""Training-step benchmark beside peers, each in its own process, in turns; ratios with spread.
 
     python benchmarks/train_step.py [--model open_lm_11m] [--rounds 7] [--precision amp_bf16] [--json FILE]
         [--contestants NAME…] [--peers-python /tmp/peers/bin/python] [--nanogpt DIR] [--loss-steps 50]

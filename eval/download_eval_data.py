@@ -1,4 +1,4 @@
-"""Where do the benchmark files come from? LLM Foundry's public local_data, fetched by name, resumed, and checked."""
+"""Download of the benchmark files: LLM Foundry's public local_data, fetched by name, resumed, and checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How good is a checkpoint? Benchmark tasks of an LLM Foundry YAML in; results.json, .csv, .md and a table out."""
+"""Benchmark evaluation of checkpoints: an LLM Foundry YAML in; results.json, .csv, .md and a table out."""
 
 from __future__ import annotations
 

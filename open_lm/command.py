@@ -1,4 +1,4 @@
-"""How a command ends: one line for an expected error, a traceback only for a bug."""
+"""Exit of a command: one line for an expected error, a traceback only for a bug."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Who takes part in the run: the `World` of ranks, its devices, and the few things ranks tell each other."""
+"""The `World` of ranks: its devices, and the few things ranks tell each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can go wrong, by kind: every error OpenLM raises on purpose is one of these."""
+"""Error types: every error OpenLM raises on purpose is one of these."""
 
 
 class OpenLMError(Exception):

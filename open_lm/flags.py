@@ -1,4 +1,4 @@
-"""How a frozen dataclass becomes a group of command-line flags, and flags become the dataclass again."""
+"""Flags from frozen dataclasses: one argparse group each, parsed back into the dataclass."""
 
 import difflib
 import math

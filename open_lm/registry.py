@@ -1,4 +1,4 @@
-"""What variants exist: names mapped to the code that implements them, imported only when used."""
+"""Registries: names mapped to the code that implements them, imported only when used."""
 
 import importlib
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""How numbers are written for people."""
+"""Numbers formatted for people."""
 
 _COUNT_UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 _BYTE_UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))

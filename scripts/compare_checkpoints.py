@@ -1,4 +1,4 @@
-"""Which parameter is the first to differ between two checkpoints?"""
+"""Comparison of two checkpoints: the first parameter that differs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which step is the first to differ between the losses of two runs that should agree?"""
+"""Comparison of two runs' losses: the first step that differs."""
 
 from __future__ import annotations
 

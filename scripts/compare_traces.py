@@ -1,4 +1,4 @@
-"""Which module is the first to differ between two runs that should agree? From the traces of --trace-steps."""
+"""Comparison of two runs' traces (--trace-steps): the first module that differs."""
 
 from __future__ import annotations
 

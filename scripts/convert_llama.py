@@ -1,4 +1,4 @@
-"""How do Llama's original weights (params.json, consolidated.*.pth) become a checkpoint of ours?"""
+"""Conversion of Llama's original weights (params.json, consolidated.*.pth) to a checkpoint of ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which flags does the training command have? Writes docs/flags.md from the flags themselves (`make flags`)."""
+"""docs/flags.md, generated from the training command's flags (`make flags`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What does a model write? Prompts in, text out, from any checkpoint."""
+"""Text generation from any checkpoint: prompts in, text out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which real text does every machine have? The sources and documentation of Python and its installed packages.
+"""A corpus that every machine has: sources and documentation of Python and its installed packages.
 
 The same environment gives the same bytes: neither its place on disk nor times of files matter.
 """

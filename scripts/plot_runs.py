@@ -1,4 +1,4 @@
-"""How did runs go? Loss, learning rate and throughput of several runs in one picture."""
+"""Plot of several runs: loss, learning rate and throughput in one picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How do scores grow with training? One panel a task, one line a run, drawn from results.json files."""
+"""Plot of task scores over training from results.json files: one panel a task, one line a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What came of a run? One self-contained HTML page: curves, counts at each stage, scores, texts, and the commands."""
+"""Report of a run as one self-contained HTML page: curves, counts at each stage, scores, texts, commands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from open_lm.evaluate.records import read_results, short
 from open_lm.flags import Parser, add_group, flag, read_group
 from open_lm.report import page
 from open_lm.report.charts import Rule, Series, line_chart
-from open_lm.report.facts import RunFacts, read_json, read_json_lines, read_run, smoothed
+from open_lm.report.facts import RunSummary, read_json, read_json_lines, read_run, smoothed
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,14 @@ def build(config: ReportConfig) -> str:
     return page.page(config.title or facts.name, lead(facts), sections, footer(facts))
 
 
-def lead(facts: RunFacts) -> str:
+def lead(facts: RunSummary) -> str:
     """What the page is about, in one sentence."""
     model = facts.config.get("model", {})
     shape = f" {model['n_layers']} layers, {model['hidden_dim']} wide, context {model['seq_len']}." if model else ""
     return f"A language model trained from scratch on {text.count(facts.last('train/tokens') or 0)} tokens.{shape}"
 
 
-def headline(facts: RunFacts) -> list[tuple[str, str]]:
+def headline(facts: RunSummary) -> list[tuple[str, str]]:
     """The figures to see first."""
     held_out, uniform = facts.last("valid/loss"), facts.uniform_loss
     cards = []
@@ -100,13 +100,13 @@ def headline(facts: RunFacts) -> list[tuple[str, str]]:
     return cards
 
 
-def explain_loss(facts: RunFacts) -> str:
+def explain_loss(facts: RunSummary) -> str:
     """What the loss chart shows."""
     known = "The dashed line is the loss of a model that knows nothing. " if facts.uniform_loss else ""
     return f"{known}Held-out documents are never trained on; each of their tokens is scored once."
 
 
-def loss_figure(facts: RunFacts) -> str:
+def loss_figure(facts: RunSummary) -> str:
     """Training and held-out loss over tokens."""
     raw, held_out = facts.over_tokens("train/loss"), facts.over_tokens("valid/loss")
     series = [
@@ -125,7 +125,7 @@ def loss_figure(facts: RunFacts) -> str:
     return page.figure("Loss, nats a token", keys, chart)
 
 
-def rate_figure(facts: RunFacts) -> str:
+def rate_figure(facts: RunSummary) -> str:
     """The learning rate over tokens."""
     series = [Series("learning rate", facts.over_tokens("train/lr"), "third")]
     chart = line_chart(
@@ -135,7 +135,7 @@ def rate_figure(facts: RunFacts) -> str:
     return page.figure("Learning rate", [], chart)
 
 
-def speed_figure(facts: RunFacts) -> str:
+def speed_figure(facts: RunSummary) -> str:
     """Throughput over tokens."""
     series = [Series("tokens a second", facts.over_tokens("train/tokens_per_second"), "train")]
     chart = line_chart(
@@ -145,7 +145,7 @@ def speed_figure(facts: RunFacts) -> str:
     return page.figure("Throughput, tokens a second", [], chart)
 
 
-def stages(facts: RunFacts, corpus: Any, ledgers: Sequence[Any]) -> list[tuple[str, str, list[str]]]:
+def stages(facts: RunSummary, corpus: Any, ledgers: Sequence[Any]) -> list[tuple[str, str, list[str]]]:
     """What went in and came out at each stage, from files of text to tokens trained on."""
     found = []
     if corpus:
@@ -217,7 +217,7 @@ def timing_table(path: str | None) -> str:
     return page.table(("step", "time"), [*rows, ("all steps", text.duration(sum(seconds.values())))] if rows else [])
 
 
-def footer(facts: RunFacts) -> str:
+def footer(facts: RunSummary) -> str:
     """Where the figures come from."""
     return f"From {facts.folder}, by Python {platform.python_version()} on {platform.machine()}."
 

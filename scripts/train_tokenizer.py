@@ -1,4 +1,4 @@
-"""How is a tokenizer made from one's own text? Byte-level BPE over jsonl files, into a folder transformers can load."""
+"""Tokenizer training: byte-level BPE over jsonl files, saved for transformers."""
 
 from __future__ import annotations
 

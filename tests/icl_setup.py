@@ -7,7 +7,7 @@ import torch
 
 from open_lm.data.tokenizer import Tokenizer, load_tokenizer
 from open_lm.evaluate.tasks.suite import data_path
-from open_lm.evaluate.tasks.task import Task, read_task
+from open_lm.evaluate.tasks.task import EvalTask, read_task
 from open_lm.model import create_model
 from open_lm.model.config import ModelConfig
 
@@ -56,7 +56,7 @@ def write_checkpoint(path: Path, model: torch.nn.Module, tokenizer: str | None =
     return str(path)
 
 
-def task_of(path: Path | str, kind: str, **settings) -> Task:
+def task_of(path: Path | str, kind: str, **settings) -> EvalTask:
     entry = {"label": "task", "dataset_uri": str(path), "icl_task_type": kind, "num_fewshot": [0]}
     return read_task({**entry, **settings}, "test.yaml")
 

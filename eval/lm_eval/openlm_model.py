@@ -1,4 +1,4 @@
-"""How lm_eval's own command comes to know `--model openlm`: openlm.yaml beside this file names the class below."""
+"""Registers `--model openlm` with lm_eval's own command: openlm.yaml beside this file names the class below."""
 
 import sys
 from pathlib import Path

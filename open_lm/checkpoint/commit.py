@@ -1,4 +1,4 @@
-"""When a checkpoint exists: its commit file, written last, names every file with size and hash.
+"""Commit files: written last, they name every file of a checkpoint with size and hash.
 
 A checkpoint labelled K is `epoch_K.pt`, `optimizer_K.pt`, `stats_K.pt` (OpenLM's names), or a folder of shards,
 `epoch_K.sharded-XXXXXXXX`, and `epoch_K.commit.json`.

@@ -1,4 +1,4 @@
-"""When checkpoints are written, which are kept, and from which one a run starts."""
+"""Checkpoint flags: when to save, what to keep, where to start from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a model comes out of a file: `load_model` takes a checkpoint or a run folder."""
+"""`load_model`: a model from a checkpoint file, a run folder, a transformers folder or the Hub."""
 
 from __future__ import annotations
 

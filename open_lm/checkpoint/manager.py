@@ -1,4 +1,4 @@
-"""How a run's checkpoints are written and thinned out; every rank calls the same methods at the same steps."""
+"""Checkpoint manager: writes a run's checkpoints and prunes old ones; called by every rank at the same steps."""
 
 from __future__ import annotations
 

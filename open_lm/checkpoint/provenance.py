@@ -1,4 +1,4 @@
-"""What a checkpoint says of its making: programs, commit of the code, tokenizer, data."""
+"""Provenance stored in a checkpoint: program versions, git commit, tokenizer, data."""
 
 from __future__ import annotations
 

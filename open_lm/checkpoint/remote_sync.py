@@ -1,4 +1,4 @@
-"""How a run folder is copied to a remote place while the run goes on, and brought back to another machine."""
+"""Remote sync: copies a run folder to a remote place while the run trains, and back to another machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From where a run goes on: the checkpoint that --resume, --pretrained or --average names, the same on every rank."""
+"""Restoring a run from --resume, --pretrained or --average, identically on every rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one checkpoint holds: the state of a run at one step, taken from all ranks, before it becomes files."""
+"""Snapshot of a run at one step, gathered from all ranks before it is written."""
 
 from __future__ import annotations
 

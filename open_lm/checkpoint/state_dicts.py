@@ -1,4 +1,4 @@
-"""What of a run goes into its checkpoint files, whole tensors by name however the model is spread over ranks."""
+"""State dicts with whole tensors by name, however the model is sharded over ranks."""
 
 from __future__ import annotations
 

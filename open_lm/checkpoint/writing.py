@@ -1,4 +1,4 @@
-"""How a snapshot becomes files and then a checkpoint: consolidated files from rank 0, or shards from every rank."""
+"""Checkpoint files from a snapshot: consolidated from rank 0, or shards from every rank."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""From text to batches: shards, the plan of their order, and the loader."""
+"""Reading data: shards, the plan of their order, and the loader."""

@@ -1,4 +1,4 @@
-"""What the loader hands to the trainer: token ids in, token ids to predict.  Shapes: B samples, T positions."""
+"""Batches: input token ids and target token ids.  Shapes: B samples, T positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where batches lie in the stream: which positions a rank's share of a step holds, and the plan the flags ask for."""
+"""Batch positions: which part of the sample stream each rank reads at each step."""
 
 from __future__ import annotations
 

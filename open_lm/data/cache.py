@@ -1,4 +1,4 @@
-"""Where remote shards are kept on local disk: whole, up to a limit, fetched ahead, shared by a machine's processes."""
+"""Disk cache of remote shards: whole files up to a size limit, prefetched, shared by a machine's processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which data a run reads, and how: the flags of the loader. Nothing heavy is imported here."""
+"""Data flags of the trainer. Imports nothing heavy."""
 
 from __future__ import annotations
 

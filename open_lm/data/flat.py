@@ -1,4 +1,4 @@
-"""What a flat token array is (OLMo, dolma): ids in a `.npy` without header, where documents lie in a `.csv.gz`."""
+"""Flat token arrays (OLMo, dolma): ids in a `.npy` without header, document boundaries in a `.csv.gz`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the token ids of one sample become the bytes of one member of a shard, and back: one object per extension.
+"""Sample formats: the token ids of one sample as the bytes of a shard member, and back; one object per extension.
 
 To add a format: an object with `encode` and `decode` here, its name in `open_lm.data.config.SAMPLE_FORMATS`.
 """

@@ -1,4 +1,4 @@
-"""What a data set holds: samples as text, counts, whether all is sound, and which samples a training step used."""
+"""Data set inspection: samples as text, counts, integrity, and the samples a training step used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run trains on: batch k is a function of the data, the weights, the seed and k, whoever reads it."""
+"""Training loader: batch k is a function of the data, the weights, the seed and k, on any number of ranks."""
 
 from __future__ import annotations
 

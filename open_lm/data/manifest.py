@@ -1,4 +1,4 @@
-"""What a manifest says: which shards there are, how many samples each holds, and how to find them inside."""
+"""Manifests: the shards of a set, their sample counts, and where samples lie inside them."""
 
 from __future__ import annotations
 

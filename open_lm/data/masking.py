@@ -1,4 +1,4 @@
-"""Which targets are not trained on: left of a marker, and padding.  Shapes: B samples, S tokens, T positions."""
+"""Target masks: left of a marker, and padding.  Shapes: B samples, S tokens, T positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How planned steps become batches: a webdataset pipeline in each worker; the main process joins their parts."""
+"""Loader pipeline: a webdataset pipeline in each worker, joined in the main process."""
 
 from __future__ import annotations
 

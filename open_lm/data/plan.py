@@ -1,4 +1,4 @@
-"""Which sample stands at which place of the training stream: a pure function of manifests, weights and seed.
+"""Data order: which sample stands at which position of the stream; a pure function of manifests, weights, seed.
 
 Words: a *source* is a list of shards; its stream runs through all its samples (one *pass*), then through all of
 them again in another order, for ever. A *lane* is a stretch of a pass that one reader walks through; a *window* is

@@ -1,4 +1,4 @@
-"""How samples get from shards into a table of ids: read by offset, decoded, checked; a bad one becomes a hole."""
+"""Sample reader: planned samples read from shards by offset, decoded and checked; bad ones are masked."""
 
 from __future__ import annotations
 

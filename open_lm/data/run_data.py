@@ -1,4 +1,4 @@
-"""Which data a training run read, and in which batches: found again from its folder."""
+"""Data settings of an existing run, recovered from its folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a shard is: a tar of samples, read by offset and written deterministically. No other file knows tar's layout."""
+"""Tar shards: samples read by offset and written deterministically. The only file that knows tar's layout."""
 
 from __future__ import annotations
 

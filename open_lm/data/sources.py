@@ -1,4 +1,4 @@
-"""Which shards the data flags mean: urls, braces, globs and manifests turned into sources with known counts."""
+"""Data sources: URLs, braces, globs and manifests resolved to sources with known sample counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many bytes of text each token stands for: what turns a loss per token into one per byte."""
+"""UTF-8 bytes per token: turns loss per token into bits per byte."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How text becomes token ids and back: any Hugging Face tokenizer, exactly, in bounded memory."""
+"""Tokenizers: text to ids and back with any Hugging Face tokenizer, in bounded memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model is scored on: each held-out sequence exactly once, spread over the ranks in equally many batches."""
+"""Validation loader: each sequence exactly once, in equally many batches on every rank."""
 
 from __future__ import annotations
 

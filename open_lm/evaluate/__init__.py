@@ -1,1 +1,1 @@
-"""How good a model is: held-out loss and downstream tasks."""
+"""Evaluation: validation loss and downstream tasks."""

@@ -1,4 +1,4 @@
-"""How task scores become one number: the gauntlet averages of an LLM Foundry YAML."""
+"""Gauntlet averages of task scores, as an LLM Foundry YAML defines them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How sure a mean is: its bootstrap interval (Efron 1979), drawn in large blocks.  Shapes: R resamples, N values."""
+"""Bootstrap confidence intervals (Efron 1979), drawn in large blocks.  Shapes: R resamples, N values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the evaluation command does: every checkpoint on every task, each result kept as soon as it is there."""
+"""The evaluation command: every checkpoint on every task, each result stored as soon as it exists."""
 
 from __future__ import annotations
 

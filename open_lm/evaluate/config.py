@@ -1,4 +1,4 @@
-"""On what and how often a model is evaluated while it trains."""
+"""Evaluation flags of the trainer: validation sets and downstream tasks, and how often."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is evaluated: a checkpoint with its tokenizer, and what is known of its training."""
+"""Models under evaluation: a checkpoint with its tokenizer and training facts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an evaluation can be told: the flags of eval/eval_openlm_ckpt.py."""
+"""Flags of the evaluation command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a model that is being trained is scored on tasks: read and encoded before the first step, then only asked."""
+"""Downstream tasks scored while a model trains; read and encoded once, before the first step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from open_lm.evaluate.averages import gauntlet_averages, means_of_categories
 from open_lm.evaluate.engine.icl import IclEngine, JobResult
 from open_lm.evaluate.eval_model import require_same_vocabulary
 from open_lm.evaluate.records import short
-from open_lm.evaluate.tasks.jobs import Job, JobBook
+from open_lm.evaluate.tasks.jobs import EvalJob, JobBook
 from open_lm.evaluate.tasks.suite import Suite, read_suite, require_data
 
 
@@ -99,5 +99,5 @@ def metrics_of(results: list[JobResult]) -> dict[str, float]:
     return means_of_categories((f"{_name(job)}/{metric}", value) for job, metric, value in values) | single
 
 
-def _name(job: Job) -> str:
+def _name(job: EvalJob) -> str:
     return job.task.label if len(job.task.num_fewshot) == 1 else f"{job.task.label}/{job.n_shots}-shot"

@@ -1,4 +1,4 @@
-"""What is kept of an evaluation: one record per metric, in results.json, results.csv and results.md."""
+"""Evaluation records: one per metric, in results.json, results.csv and results.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How well a model predicts text it was not trained on: the mean loss over every token of a set, each counted once.
+"""Validation loss: the mean over every token of a set, each counted once.
 
 Shapes: B sequences, T positions, N = B*T, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""How the likeliest text is searched with several candidates at once.
+"""Beam search.
 
 Shapes: B prompts, N beams of each, V vocabulary; a row is one beam of one prompt, B*N of them.
 """

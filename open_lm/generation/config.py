@@ -1,4 +1,4 @@
-"""How text is drawn from a model: the flags of generation."""
+"""Generation flags."""
 
 from __future__ import annotations
 

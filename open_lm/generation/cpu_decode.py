@@ -1,4 +1,4 @@
-"""How a model is made ready to write: on a CPU a decoding step goes through few, large operators.
+"""Decoding on a CPU: few, large operators per step.
 
 Shapes: B batch, T positions, D model width, H heads, G heads of keys and values, K head width.
 """

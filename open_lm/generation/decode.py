@@ -1,4 +1,4 @@
-"""How a model writes: prompts in, tokens out, one position at a time.  Shapes: B batch, T positions, V vocabulary."""
+"""Decoding: prompts in, tokens out, one position at a time.  Shapes: B batch, T positions, V vocabulary."""
 
 from __future__ import annotations
 

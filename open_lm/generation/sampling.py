@@ -1,4 +1,4 @@
-"""Which token comes next, given the logits.  Shapes: B batch, V vocabulary."""
+"""Sampling of the next token from logits.  Shapes: B batch, V vocabulary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How tokens become text while they are written: whole characters only, and nothing after a stop string."""
+"""Streaming of generated text: whole characters only, nothing after a stop string."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a batch of texts is kept while a model writes them.  Shapes: B batch, T positions, V vocabulary."""
+"""A batch of texts being generated.  Shapes: B batch, T positions, V vocabulary."""
 
 from __future__ import annotations
 

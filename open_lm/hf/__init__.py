@@ -1,1 +1,1 @@
-"""Between OpenLM and Hugging Face: `python -m open_lm.hf.export` and `python -m open_lm.hf.import_`."""
+"""Hugging Face transformers: `python -m open_lm.hf.export` and `python -m open_lm.hf.import_`."""

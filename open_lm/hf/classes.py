@@ -1,4 +1,4 @@
-"""How a model becomes one of transformers: its own class where it has the architecture, else ours that travels."""
+"""Transformers models from ours: its own class where it has the architecture, else ours, shipped with the weights."""
 
 from __future__ import annotations
 

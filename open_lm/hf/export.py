@@ -1,4 +1,4 @@
-"""How does a checkpoint become a folder that transformers, vLLM, llama.cpp and lm-eval can load?"""
+"""Export of a checkpoint to a folder that transformers, vLLM, llama.cpp and lm-eval load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How does a model of transformers become a checkpoint of ours, to train on, score or export again?"""
+"""Import of a transformers model as a checkpoint of ours, to train, score or export again."""
 
 from __future__ import annotations
 

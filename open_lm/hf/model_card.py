@@ -1,4 +1,4 @@
-"""What does the page of an exported model say? The facts its checkpoint holds, and how to load it."""
+"""Model card of an exported model: the facts its checkpoint holds, and how to load it."""
 
 from __future__ import annotations
 

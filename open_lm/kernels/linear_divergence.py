@@ -1,4 +1,4 @@
-"""How far a student's next-token distributions are from a teacher's, without the logits of a whole batch in memory.
+"""Divergence of a student's next-token distributions from a teacher's, without the logits of a whole batch.
 
 Shapes: N positions, D and E the widths of student and teacher, V vocabulary.
 """

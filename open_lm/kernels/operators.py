@@ -1,4 +1,4 @@
-"""What torch knows of the C++ operators before any is compiled: signatures, shapes, gradients."""
+"""Declarations of the C++ operators to torch: signatures, shapes, gradients."""
 
 from __future__ import annotations
 

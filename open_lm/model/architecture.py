@@ -1,4 +1,4 @@
-"""What an architecture is: every number and variant of a transformer, or of a Mamba, checked."""
+"""Architecture of a transformer or a Mamba: every number and variant, checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How queries mix values: the attention back ends by name.
+"""Attention back ends by name: how queries mix values.
 
 Shapes: B batch, T queries, S keys, H heads, G heads of keys and values (H is a multiple of G), K head width.
 Every back end has the signature `attend(q_BTHK, k_BSGK, v_BSGK, mask) -> mixed_BTHK`. `mask` is true where a query sees

@@ -1,4 +1,4 @@
-"""What a model looks like: its architecture, from a registered name or a JSON file, completed by flags."""
+"""Model flags: an architecture from a registered name or a JSON file, completed by flags."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How large is a model? Parameters, compute per token and training memory of any architecture, without building it."""
+"""Model size: parameters, compute per token and training memory of an architecture, without building it."""
 
 from __future__ import annotations
 

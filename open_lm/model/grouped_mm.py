@@ -1,4 +1,4 @@
-"""How each expert's rows are multiplied with that expert's matrix: one kernel where there is one, else a loop.
+"""Grouped matrix product of experts: one kernel where there is one, else a loop.
 
 Shapes: A rows, those of expert 0 first; E experts, D and F widths of inputs and outputs.
 Every back end has the signature `product(x_AD, weights_EFD, ends_E) -> out_AF`: rows `ends[e-1]` to `ends[e]` of `x`

@@ -1,4 +1,4 @@
-"""Which architecture of transformers is trained: `--hf-model`, resolved to a config that a checkpoint keeps."""
+"""`--hf-model`: a transformers architecture, resolved to a config that a checkpoint keeps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How activations are normalised: the six norms by name.  Shapes: D width of what is normalised."""
+"""Norms: the six variants by name.  Shapes: D width of what is normalised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How positions enter attention.  Shapes: B batch, T positions, H heads, K head width.
+"""Rotary position embeddings.  Shapes: B batch, T positions, H heads, K head width.
 
 Angles are computed in fp32 whatever the type of the activations: in bf16 they would be off by radians at position 2047.
 """

@@ -1,4 +1,4 @@
-"""Which variants of each part a model can have: one line each; adding one here adds it to flags, help and checks."""
+"""Registries of model parts: a line here adds a variant to flags, help and checks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where every document and token went: the books of a data set, which must balance."""
+"""Ledger of preprocessing: every document and token accounted for; its sums must balance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a conversation becomes samples: one for each answer, what comes before it left of a marker, padding after it."""
+"""Conversations as samples: one for each answer, its context left of a marker, padding after it."""
 
 from __future__ import annotations
 

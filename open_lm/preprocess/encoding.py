@@ -1,4 +1,4 @@
-"""How many documents become one array of ids: by the fastest encoder that proves itself exact, huge ones in pieces."""
+"""Encoding of documents in bulk, by the fastest encoder that proves itself exact; huge ones in pieces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a data set of the Hugging Face Hub becomes .jsonl.zst: file by file, streamed, nothing of it executed."""
+"""Hugging Face data sets as .jsonl.zst: file by file, streamed, none of their code executed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What documents any raw file holds: the lines of JSON files, and the members of tars (texts, JSON, ids)."""
+"""Raw input files: the lines of JSON files, and the members of tars (texts, JSON, ids)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What making a data set depends on, byte for byte, and the folder where its unfinished work lies."""
+"""Preprocessing jobs: everything their output depends on, and the folder of unfinished work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What documents a raw file holds: unpacked, split into lines, read as JSON; what is no document has a reason."""
+"""JSON lines: decompressed, split, parsed; rejected lines carry a reason."""
 
 from __future__ import annotations
 

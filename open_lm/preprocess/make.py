@@ -1,4 +1,4 @@
-"""What happens, in order, when raw files become a data set: plan, tokenize, shuffle, balance, publish."""
+"""Making a data set, in order: plan, tokenize, shuffle, balance, publish."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How documents' tokens become samples of equal length, none lost, and how samples get their place in the shuffle."""
+"""Packing of documents into samples of equal length, none lost, with a random sort key each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who runs the tasks on a cluster: Ray, which starts a task again elsewhere when its worker or node dies.
+"""Ray executor of preprocessing tasks; Ray retries a task elsewhere when its worker or node dies.
 
 Nothing but small records passes through Ray: tasks read and write files that every node can reach.
 """

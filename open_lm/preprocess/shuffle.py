@@ -1,4 +1,4 @@
-"""How samples are shuffled on disk: files sorted by random keys, any part of their merged order read alone."""
+"""Shuffle on disk: files sorted by random keys; any part of their merged order can be read alone."""
 
 from __future__ import annotations
 

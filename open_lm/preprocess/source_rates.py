@@ -1,4 +1,4 @@
-"""How often each source of a corpus is written: sources told by marks in paths, frequencies from a yaml file."""
+"""Sampling rates of sources: told apart by markers in paths, with frequencies from a YAML file."""
 
 from __future__ import annotations
 

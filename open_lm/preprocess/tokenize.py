@@ -1,4 +1,4 @@
-"""How text becomes shards: two stages of pure tasks, so that any of them may run anywhere, be killed, and run again.
+"""Stage 1 of preprocessing: text to sorted blocks of samples, in pure tasks that may run anywhere and again.
 
 Stage 1 reads *blocks* of lines and writes for each one file of samples sorted by a random key; the tokens left over at
 the ends of blocks make one more such file. Stage 2 writes each shard from its range of keys in all these files: sorted

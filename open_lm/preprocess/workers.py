@@ -1,4 +1,4 @@
-"""Who runs the tasks: processes that report progress and die with their parent; their death is an error, no hang."""
+"""Local executor of preprocessing tasks: processes that report progress and die with their parent."""
 
 from __future__ import annotations
 

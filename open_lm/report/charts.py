@@ -1,4 +1,4 @@
-"""How are figures drawn? Lines over tokens as an SVG of a few kilobytes, coloured by the page's style sheet."""
+"""Charts of the report: lines over tokens as a small SVG, coloured by the page's style sheet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where two things that should be equal first differ: tensors by name, or figures by step."""
+"""Comparison of two runs or checkpoints: the first tensor or step that differs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of a run? Its folder and the files of the stages before and after it, read without torch."""
+"""Facts of a run for its report: its folder and the files around it, read without torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Points = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class RunSummary:
     """The figures of one run: `metrics` maps a metric to its value by step; `config` is its newest checkpoint's."""
 
     name: str
@@ -50,7 +50,7 @@ class RunFacts:
         return math.log(self.vocab_size) if self.vocab_size else None
 
 
-def read_run(folder: str) -> RunFacts:
+def read_run(folder: str) -> RunSummary:
     """The facts in a run folder; a step logged twice, by a run and its resumption, counts as last logged.
 
     Raises:
@@ -67,7 +67,7 @@ def read_run(folder: str) -> RunFacts:
     commits = _commits(folder)
     config = commits[-1]["facts"].get("config", {}) if commits else {}
     name = folder.rstrip("/").rpartition("/")[2]
-    return RunFacts(name, folder, metrics, config, tuple(commit["step"] for commit in commits))
+    return RunSummary(name, folder, metrics, config, tuple(commit["step"] for commit in commits))
 
 
 def _commits(folder: str) -> list[dict]:

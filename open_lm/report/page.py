@@ -1,4 +1,4 @@
-"""How does the report look? Pieces of one HTML page that needs nothing from outside: no script, no font, no link."""
+"""HTML of the report: one page that loads nothing from outside."""
 
 from __future__ import annotations
 

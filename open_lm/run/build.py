@@ -1,4 +1,4 @@
-"""How the parts of a run are made from its configuration: the data, then the state that trains on them."""
+"""Construction of a run's parts from its configuration: the loader, then the training state."""
 
 from __future__ import annotations
 

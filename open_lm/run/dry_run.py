@@ -1,4 +1,4 @@
-"""What a run would do, without touching data, device or folder."""
+"""Dry run: model size, memory and steps of a run, without touching data, device or folder."""
 
 from __future__ import annotations
 

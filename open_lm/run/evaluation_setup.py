@@ -1,4 +1,4 @@
-"""How what a run evaluates on is made from its configuration: the held-out sets and the tasks."""
+"""Construction of a run's evaluations: validation sets and downstream tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run measures of its model while it trains and at its end: held-out losses, and scores on tasks."""
+"""Evaluations of a run while it trains and at its end: validation losses and task scores."""
 
 from __future__ import annotations
 

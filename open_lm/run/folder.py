@@ -1,4 +1,4 @@
-"""Where a run lives on disk: `<logs>/<name>/` with params.txt, out.log and checkpoints/."""
+"""Run folder: `<logs>/<name>/` with params.txt, out.log and checkpoints/."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a run is: its batches, steps and intervals, and the learning rate of each step, from the flags."""
+"""Length of a run from its flags: batch size, steps, intervals, and the learning rate of each step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be seen of single steps from inside: a profile of their operators, the tensors of every module."""
+"""Profiles and traces of selected steps."""
 
 from __future__ import annotations
 

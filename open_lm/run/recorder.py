@@ -1,4 +1,4 @@
-"""What is written down about a run while it trains: the progress line, every sink, results.jsonl."""
+"""Metrics of a run while it trains: the progress line, every sink, results.jsonl."""
 
 from __future__ import annotations
 

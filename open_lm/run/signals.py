@@ -1,4 +1,4 @@
-"""How a running program is told to stop: signals become a question that the loop asks at a step's end."""
+"""Signal handling: stop requests, polled after each step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind when it hangs: the stacks of every rank, and what its ranks last said to each other."""
+"""Watchdog: when a run hangs, the stacks of every rank and their last collectives are written down."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Where figures go: one file per sink."""
+"""Metric sinks, one per file."""

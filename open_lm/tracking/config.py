@@ -1,4 +1,4 @@
-"""Where the figures of a run go."""
+"""Tracking flags: the run's name, folder, log and metric sinks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast a device can multiply at best: what the utilisation of a run is measured against."""
+"""Peak compute of known devices, for model FLOPs utilisation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the figures of the steps since the last report add up to."""
+"""Running totals of step metrics since the last report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sink is: a place that metrics are written to, opened for one run folder."""
+"""Metric sinks: opened for one run folder, written at each report."""
 
 from __future__ import annotations
 

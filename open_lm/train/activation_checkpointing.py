@@ -1,4 +1,4 @@
-"""Which activations are computed again in the backward pass instead of being kept (arXiv:1604.06174)."""
+"""Activation (gradient) checkpointing: full, every k-th block, or selective (arXiv:1604.06174)."""
 
 from __future__ import annotations
 

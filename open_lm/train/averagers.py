@@ -1,4 +1,4 @@
-"""Which share of a running average the newest weights get: pure functions of how many have been added."""
+"""Averaging schedules: the share the newest weights get, a pure function of how many have been added."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process computes with, made ready before its model is built."""
+"""Compute back ends of a process: C++ kernels and the memory allocator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training run is asked to do: how long, how fast, in which numbers and on how many devices."""
+"""Training flags: length, learning rate, precision and parallelism."""
 
 from __future__ import annotations
 

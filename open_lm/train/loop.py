@@ -1,4 +1,4 @@
-"""What happens while a model trains, in order."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from open_lm.train.step import StepReport, train_step
 from open_lm.train.timing import Timing
 
 
-class Run(Protocol):
-    """What the loop asks of the run it trains in; each method decides by itself whether anything is due."""
+class RunHooks(Protocol):
+    """The run around the loop; each method decides itself whether anything is due."""
 
     def observe(self, state: TrainState) -> AbstractContextManager[None]: ...
 
@@ -28,7 +28,7 @@ class Run(Protocol):
     def stop_if_asked(self, state: TrainState) -> None: ...
 
 
-def train(state: TrainState, batches: Iterable[Batch], run: Run, *, accum: int, clip: float | None) -> None:
+def train(state: TrainState, batches: Iterable[Batch], run: RunHooks, *, accum: int, clip: float | None) -> None:
     """Train on `batches`, one optimizer step each, from `state.step` on."""
     state.model.train()
     timing = Timing(state.world.device)

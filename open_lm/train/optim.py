@@ -1,4 +1,4 @@
-"""How the weights are updated: the optimizers by name and which parameters decay."""
+"""Optimizers by name, and which parameters decay."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is put around a plain model to train it: activation checkpointing, compilation, and the ranks."""
+"""Parallelism around a plain model: activation checkpointing, compilation, DDP and FSDP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many steps a run takes and at which of them a checkpoint interval ends."""
+"""Run length: the number of steps and the steps at which checkpoint intervals end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which learning rate a step has: a pure function of the step, so that a resumed run follows the same curve."""
+"""Learning-rate schedules: pure functions of the step, so that a resumed run follows the same curve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which steps are left out: those whose loss or gradient norm stands out from the steps before."""
+"""Spike guard: skips steps whose loss or gradient norm is an outlier."""
 
 from __future__ import annotations
 

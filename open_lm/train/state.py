@@ -1,4 +1,4 @@
-"""What a training run is made of, and all of it that must survive a restart."""
+"""Training state: all that must survive a restart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How one optimizer step is computed: one path for every accumulation count, precision and task."""
+"""The optimizer step, with gradient accumulation: one path for every precision and task."""
 
 from __future__ import annotations
 

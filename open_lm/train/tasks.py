@@ -1,4 +1,4 @@
-"""What a batch is trained to do: a task turns a model and a batch into a summed loss."""
+"""Training tasks: a model and a batch in, a summed loss out."""
 
 from __future__ import annotations
 

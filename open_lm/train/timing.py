@@ -1,4 +1,4 @@
-"""Where the time of a step goes: named stretches, measured without making the GPU wait."""
+"""Timed sections of a step, measured without making the GPU wait."""
 
 from __future__ import annotations
 

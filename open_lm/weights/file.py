@@ -1,4 +1,4 @@
-"""How weight files are read: only data, never code, whatever wrappers left their prefixes in them."""
+"""Weight files, read as data, never as code, without the name prefixes that wrappers leave."""
 
 from __future__ import annotations
 

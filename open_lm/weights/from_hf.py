@@ -1,4 +1,4 @@
-"""How models of transformers become ours: Llama, OLMo, OLMoE, StableLM, GPT-NeoX and Mamba configs and weights.
+"""Weights and configs of transformers converted to ours: Llama, OLMo, OLMoE, StableLM, GPT-NeoX, Mamba.
 
 Pure: dicts in, dicts out; `natives.py` goes the other way.
 """

@@ -1,4 +1,4 @@
-"""How a folder of transformers is read: its config.json and weights become ours, without running any code of it."""
+"""Folders of transformers models, read without running any of their code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How models come from and go to the Hugging Face Hub: `hf://owner/name[@revision]`."""
+"""Models on the Hugging Face Hub: `hf://owner/name[@revision]`."""
 
 from __future__ import annotations
 

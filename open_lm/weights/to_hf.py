@@ -1,4 +1,4 @@
-"""How our architectures map to classes that transformers has: which one computes the same, its config and weights.
+"""Our architectures in transformers' terms: the class that computes the same, its config and weights.
 
 Pure: dicts in, dicts out; `families.py` goes the other way. Shapes: H heads, K head width, D model width.
 """

@@ -1,4 +1,4 @@
-"""Which sequences share a forward pass: by length, so that little or nothing is padding."""
+"""Batching of sequences by length, with little or no padding."""
 
 from __future__ import annotations
 

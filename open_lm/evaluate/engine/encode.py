@@ -1,4 +1,4 @@
-"""How prompts become token ids: each question as contexts and the continuations to be scored after them."""
+"""Encoding of prompts: each question as contexts and the continuations to score after them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model answers when it writes itself: texts judged by exact match with any alias, as LLM Foundry does.
+"""Generated answers, scored by exact match with any alias, as LLM Foundry does.
 
 Shapes: B prompts, T positions, V vocabulary.
 """
@@ -21,7 +21,7 @@ from open_lm.evaluate.engine.encode import PromptEncoder
 from open_lm.evaluate.engine.sampling import Sampling
 from open_lm.evaluate.engine.scoring import ContextCache, Scorer
 from open_lm.evaluate.tasks.prompts import Prompt
-from open_lm.evaluate.tasks.task import Task
+from open_lm.evaluate.tasks.task import EvalTask
 
 COT_ROOM = 10
 """Tokens that an answer may be longer than the longest in the file, where it is to be found behind a delimiter."""
@@ -36,7 +36,7 @@ class EncodedPrompt:
     truncated: bool
 
 
-def longest_answer(task: Task, rows: Sequence[dict[str, Any]], encoder: PromptEncoder) -> int:
+def longest_answer(task: EvalTask, rows: Sequence[dict[str, Any]], encoder: PromptEncoder) -> int:
     """How many tokens the model may write: those of the longest answer in the file."""
     with_thought = any("chain_of_thought" in row for row in rows)
     texts = [
@@ -144,7 +144,7 @@ class Writer:
         return text if self.encoder.prefix_space else " " + text
 
 
-def is_right(text: str, aliases: Sequence[str], task: Task) -> bool:
+def is_right(text: str, aliases: Sequence[str], task: EvalTask) -> bool:
     """Whether an answer begins with one of its aliases, after the clean-up the task asks for."""
     if task.early_stopping_criteria:
         text = re.split("|".join(task.early_stopping_criteria), text)[0]

@@ -1,4 +1,4 @@
-"""How a model is scored on tasks: every question once over all ranks, the same numbers at any world size."""
+"""In-context learning engine: every question scored once over all ranks, with the same numbers at any world size."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from open_lm.evaluate.engine.generation import (
 from open_lm.evaluate.engine.metrics import Metric, mean_of, measure
 from open_lm.evaluate.engine.sampling import Sampling, sampling_of
 from open_lm.evaluate.engine.scoring import Score, Scorer
-from open_lm.evaluate.tasks.jobs import Job, JobBook
+from open_lm.evaluate.tasks.jobs import EvalJob, JobBook
 from open_lm.evaluate.tasks.prompts import Prompt, prompts
-from open_lm.evaluate.tasks.task import EXACT_MATCH, Task
+from open_lm.evaluate.tasks.task import EXACT_MATCH, EvalTask
 from open_lm.precision import Precision
 
 CPU_BATCH_TOKENS = 4096
@@ -40,7 +40,7 @@ Progress = Callable[[int], None]
 class JobResult:
     """The metrics of one job, and what they were measured on."""
 
-    job: Job
+    job: EvalJob
     metrics: dict[str, Metric]
     n_truncated: int
     seconds: float
@@ -50,7 +50,7 @@ class JobResult:
 class LoglikelihoodRequest:
     """A job whose possible continuations are scored, as ids."""
 
-    job: Job
+    job: EvalJob
     questions: list[Question]
 
     @property
@@ -63,7 +63,7 @@ class LoglikelihoodRequest:
 class GenerationRequest:
     """A job whose answers the model writes itself: `n_new` tokens at most, right when they begin with an alias."""
 
-    job: Job
+    job: EvalJob
     asked: list[EncodedPrompt]
     aliases: list[Sequence[str]]
     n_new: int
@@ -98,13 +98,13 @@ class IclEngine:
         on_gpu = self.world.device.type == "cuda"
         self.batch_tokens = batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS)
 
-    def run(self, job: Job, book: JobBook, progress: Progress = lambda n_questions: None) -> JobResult:
+    def run(self, job: EvalJob, book: JobBook, progress: Progress = lambda n_questions: None) -> JobResult:
         """Score `job`; `progress` is told of questions as they are done on this rank."""
         began = time.perf_counter()
         result = self.ask(self.prepare(job, book), progress)
         return replace(result, seconds=time.perf_counter() - began)
 
-    def prepare(self, job: Job, book: JobBook) -> LoglikelihoodRequest | GenerationRequest:
+    def prepare(self, job: EvalJob, book: JobBook) -> LoglikelihoodRequest | GenerationRequest:
         """The questions of `job` as ids, which may be asked any number of times.
 
         Raises:
@@ -151,7 +151,7 @@ class IclEngine:
         right = [is_right(texts[prompt.number], prepared.aliases[prompt.number], task) for prompt in prepared.asked]
         return {EXACT_MATCH: mean_of(right)}
 
-    def _prompts(self, job: Job, book: JobBook) -> list[Prompt]:
+    def _prompts(self, job: EvalJob, book: JobBook) -> list[Prompt]:
         """The questions `job` asks, as text."""
         asked = prompts(job.task, book.rows(job), job.n_shots, prefix_space=self.encoder.prefix_space)
         return list(itertools.islice(asked, book.n_questions(job)))
@@ -182,7 +182,7 @@ def _most_forwards(batches: Sequence[ScoringBatch], n_ranks: int) -> int:
 def evaluate_icl(
     model: nn.Module,
     tokenizer: Tokenizer,
-    tasks: Iterable[Task],
+    tasks: Iterable[EvalTask],
     *,
     world: World,
     max_seq_len: int,

@@ -1,4 +1,4 @@
-"""What the scores of a task add up to: LLM Foundry's metrics, and the standard error of each."""
+"""EvalTask metrics: LLM Foundry's, with a standard error each."""
 
 from __future__ import annotations
 

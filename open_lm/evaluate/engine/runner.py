@@ -1,4 +1,4 @@
-"""How the native engine serves the evaluation command: jobs by key, records out."""
+"""Native engine for the evaluation command: jobs by key in, records out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from open_lm.evaluate.engine.icl import IclEngine
 from open_lm.evaluate.engine.metrics import Metric
 from open_lm.evaluate.eval_model import EvalModel
 from open_lm.evaluate.records import Record, identity_of
-from open_lm.evaluate.tasks.jobs import Job, JobBook
+from open_lm.evaluate.tasks.jobs import EvalJob, JobBook
 from open_lm.evaluate.tasks.suite import Suite
 
 Progress = Callable[[int], None]
@@ -50,7 +50,7 @@ class Runner:
         raise NotImplementedError
 
     def records(
-        self, job: Job, metrics: Mapping[str, Metric], *, truncated: int | None, seconds: float
+        self, job: EvalJob, metrics: Mapping[str, Metric], *, truncated: int | None, seconds: float
     ) -> list[Record]:
         """One record for each metric of a job."""
         shared: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Which token an answer goes on with: the likeliest, or one drawn as a task's generation_kwargs say.
+"""Next-token choice in generated answers: greedy, or sampled as a task's generation_kwargs say.
 
 Shapes: B prompts, V vocabulary.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from open_lm.errors import ConfigError
-from open_lm.evaluate.tasks.task import Task
+from open_lm.evaluate.tasks.task import EvalTask
 from open_lm.generation.sampling import keep_min_p, keep_top_k, keep_top_p
 
 DRAWING = ("temperature", "top_k", "top_p", "min_p")
@@ -50,7 +50,7 @@ class Sampling:
         return random.Random(f"{self.seed} {number} {step}").random()
 
 
-def sampling_of(task: Task) -> Sampling:
+def sampling_of(task: EvalTask) -> Sampling:
     """How `task` wants its answers written.
 
     Raises:

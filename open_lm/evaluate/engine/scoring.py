@@ -1,4 +1,4 @@
-"""How likely a model finds continuations.
+"""Log-likelihoods of continuations.
 
 Shapes: B contexts, R continuations, T positions, N scored tokens, V vocabulary.
 """

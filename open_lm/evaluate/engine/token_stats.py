@@ -1,4 +1,4 @@
-"""What the output layer says of given tokens: likelihood and rank, without ever holding the logits of many positions.
+"""Likelihood and rank of given tokens, computed without holding the logits of many positions.
 
 Shapes: M positions, R positions of one chunk, D model width, V vocabulary, C columns of one tile, N tokens.
 """

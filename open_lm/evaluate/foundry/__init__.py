@@ -1,1 +1,1 @@
-"""How good a model is on in-context learning tasks by LLM Foundry's own library, run beside current torch."""
+"""LLM Foundry's own evaluators, run beside current torch."""

@@ -1,4 +1,4 @@
-"""How LLM Foundry comes in: its imports with the shims current torch needs, or the line that installs it."""
+"""Imports of LLM Foundry, with the shims current torch needs, or the command that installs it."""
 
 from __future__ import annotations
 

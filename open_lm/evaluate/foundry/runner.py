@@ -1,4 +1,4 @@
-"""How LLM Foundry's own evaluators serve the evaluation command: jobs by key, records out."""
+"""LLM Foundry engine for the evaluation command: jobs by key in, records out."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from open_lm.evaluate.engine.metrics import Metric, mean_of
 from open_lm.evaluate.engine.runner import Runner
 from open_lm.evaluate.foundry.imports import require_llm_foundry
 from open_lm.evaluate.records import Record
-from open_lm.evaluate.tasks.jobs import Job
-from open_lm.evaluate.tasks.task import Task
+from open_lm.evaluate.tasks.jobs import EvalJob
+from open_lm.evaluate.tasks.task import EvalTask
 
 COMPOSER_PRECISION = {"fp32": "fp32", "amp_bf16": "amp_bf16", "fp16": "amp_fp16", "bf16": "fp32"}
 TASK_KEYS = ("label", "icl_task_type", "prompt_string", "example_delimiter", "continuation_delimiter", "prelimiter",
@@ -69,7 +69,7 @@ class FoundryRunner(Runner):
         progress(self.n_questions(key))
         return self.records(job, metrics, truncated=None, seconds=time.perf_counter() - began)
 
-    def _evaluator(self, job: Job) -> Any:
+    def _evaluator(self, job: EvalJob) -> Any:
         """LLM Foundry's evaluator of `job`; those of all categories are built together and kept."""
         from llmfoundry.utils.builders import build_icl_evaluators
 
@@ -87,7 +87,7 @@ class FoundryRunner(Runner):
         return self._built[1][job.key]
 
 
-def task_entry(task: Task, n_shots: int) -> dict[str, Any]:
+def task_entry(task: EvalTask, n_shots: int) -> dict[str, Any]:
     """`task` as LLM Foundry's `icl_tasks` want it: only keys its constructors know."""
     entry: dict[str, Any] = {key: getattr(task, key) for key in TASK_KEYS}
     entry |= {"dataset_uri": task.data_path or task.dataset_uri, "num_fewshot": [n_shots]}

@@ -1,4 +1,4 @@
-"""How a model of ours looks to Composer: a transformers model around it, without a copy of its weights."""
+"""A transformers model around one of ours for Composer, sharing its weights."""
 
 from __future__ import annotations
 

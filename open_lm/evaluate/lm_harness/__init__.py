@@ -1,1 +1,1 @@
-"""How good a model is by EleutherAI's lm-evaluation-harness: our models as its models."""
+"""EleutherAI's lm-evaluation-harness, with our models as its models."""

@@ -1,4 +1,4 @@
-"""How the harness sees a model of ours: `openlm`, with the log-likelihoods of the native engine.
+"""`openlm`, our models in the harness, with the log-likelihoods of the native engine.
 
 `python -m open_lm.evaluate.lm_harness --model openlm --model_args checkpoint=RUN …` is its command with this model.
 """

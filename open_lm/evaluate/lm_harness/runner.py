@@ -1,4 +1,4 @@
-"""How the harness serves the evaluation command: its tasks by name, records out."""
+"""lm-evaluation-harness engine for the evaluation command: its tasks by name in, records out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `${…}` in a YAML stands for: another key of the same file, or an environment variable, as OmegaConf reads it."""
+"""`${…}` in a YAML: another key of the same file or an environment variable, as OmegaConf reads it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an evaluation has to do: every task at every number of examples, category by category, from checked files."""
+"""Evaluation jobs: every task at every number of few-shot examples, by category, from checked files."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from open_lm.evaluate.tasks.rows import TaskFile, read_rows
-from open_lm.evaluate.tasks.task import Task
+from open_lm.evaluate.tasks.task import EvalTask
 
 
 @dataclass(frozen=True)
-class Job:
+class EvalJob:
     """One task asked in one way: with a number of examples before each question, about one category or all."""
 
-    task: Task
+    task: EvalTask
     n_shots: int
     category: str | None = None
 
@@ -31,35 +31,35 @@ class JobBook:
     Foundry counts them.
     """
 
-    def __init__(self, tasks: Iterable[Task], *, subset_batches: int | None = None, batch_size: int = 8):
+    def __init__(self, tasks: Iterable[EvalTask], *, subset_batches: int | None = None, batch_size: int = 8):
         self._subset_batches, self._batch_size = subset_batches, batch_size
         self._files: dict[str, TaskFile] = {}
         self.jobs = [
-            Job(task, n_shots, category)
+            EvalJob(task, n_shots, category)
             for task in tasks
             for n_shots in task.num_fewshot
             for category in self._categories(task)
         ]
 
-    def file(self, task: Task) -> TaskFile:
+    def file(self, task: EvalTask) -> TaskFile:
         """The checked file of `task`."""
         path = f"{task.data_path or task.dataset_uri} {task.label}"
         if path not in self._files:
             self._files[path] = read_rows(task)
         return self._files[path]
 
-    def rows(self, job: Job) -> Sequence[dict[str, Any]]:
+    def rows(self, job: EvalJob) -> Sequence[dict[str, Any]]:
         """The rows `job` draws on, those beyond its subset included: examples may come from them."""
         rows = self.file(job.task).rows
         return rows if job.category is None else [row for row in rows if row["category"] == job.category]
 
-    def names(self, job: Job) -> list[str]:
+    def names(self, job: EvalJob) -> list[str]:
         """Where each of the rows stands, as messages say it: file:line."""
         file = self.file(job.task)
         places = zip(file.rows, file.lines, strict=True)
         return [f"{file.path}:{line}" for row, line in places if job.category in (None, row.get("category"))]
 
-    def n_questions(self, job: Job) -> int:
+    def n_questions(self, job: EvalJob) -> int:
         """How many questions `job` asks."""
         n_rows = len(self.rows(job))
         if self._subset_batches is None or job.category is not None:
@@ -70,7 +70,7 @@ class JobBook:
             size = max(n_choices, size) // n_choices
         return min(n_rows, self._subset_batches * size)
 
-    def _categories(self, task: Task) -> Sequence[str | None]:
+    def _categories(self, task: EvalTask) -> Sequence[str | None]:
         if not task.has_categories:
             return [None]
         return sorted({row["category"] for row in self.file(task).rows})

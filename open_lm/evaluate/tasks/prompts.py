@@ -1,4 +1,4 @@
-"""How a row becomes the text a model reads: examples, delimiters and spaces exactly as LLM Foundry sets them."""
+"""Prompts from rows: examples, delimiters and spaces exactly as LLM Foundry sets them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from open_lm.evaluate.tasks.task import Task
+from open_lm.evaluate.tasks.task import EvalTask
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Prompt:
     gold: int
 
 
-def prompts(task: Task, rows: Sequence[dict[str, Any]], n_shots: int, *, prefix_space: bool) -> Iterator[Prompt]:
+def prompts(task: EvalTask, rows: Sequence[dict[str, Any]], n_shots: int, *, prefix_space: bool) -> Iterator[Prompt]:
     """The prompt of every row, in order.
 
     The examples of a row are drawn with one generator that runs through the rows in order, so all rows must be asked.
@@ -50,7 +50,7 @@ def sample_shots(n_rows: int, n_shots: int, index: int, generator: random.Random
     return shots
 
 
-def _shot(task: Task, row: dict[str, Any], preceding: str) -> str:
+def _shot(task: EvalTask, row: dict[str, Any], preceding: str) -> str:
     """A row with its right answer, as it stands before another question."""
     delimiter = task.example_delimiter if preceding else ""
     if task.icl_task_type == "schema":  # LLM Foundry puts the two delimiters in this order here, and only here
@@ -60,7 +60,7 @@ def _shot(task: Task, row: dict[str, Any], preceding: str) -> str:
     return context + answer_text(task, row)
 
 
-def answer_text(task: Task, row: dict[str, Any]) -> str:
+def answer_text(task: EvalTask, row: dict[str, Any]) -> str:
     """The right answer of a row; with its chain of thought where the file has one."""
     if task.icl_task_type == "multiple_choice":
         return row[task.choices_key][row["gold"]]
@@ -69,7 +69,7 @@ def answer_text(task: Task, row: dict[str, Any]) -> str:
     return row[task.answer_key]
 
 
-def _prompt(task: Task, row: dict[str, Any], preamble: str, prefix_space: bool) -> Prompt:
+def _prompt(task: EvalTask, row: dict[str, Any], preamble: str, prefix_space: bool) -> Prompt:
     if task.icl_task_type == "schema":
         return Prompt(
             preamble, _schema_contexts(task, row, preamble), (_spaced(row["continuation"], prefix_space),), row["gold"]
@@ -86,7 +86,7 @@ def _prompt(task: Task, row: dict[str, Any], preamble: str, prefix_space: bool) 
     return Prompt(preamble, (context,), (), 0)
 
 
-def _schema_contexts(task: Task, row: dict[str, Any], preamble: str) -> tuple[str, ...]:
+def _schema_contexts(task: EvalTask, row: dict[str, Any], preamble: str) -> tuple[str, ...]:
     options = row[task.choices_key]
     if not preamble:
         return tuple(f"{task.prelimiter}{option}" for option in options)

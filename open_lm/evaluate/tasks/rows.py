@@ -1,4 +1,4 @@
-"""What stands in a task's file: its rows, each checked, with the line it came from."""
+"""Rows of a task's file, each checked, with its line number."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from open_lm import storage
 from open_lm.errors import DataError
-from open_lm.evaluate.tasks.task import Task
+from open_lm.evaluate.tasks.task import EvalTask
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class TaskFile:
     sha256: str
 
 
-def read_rows(task: Task) -> TaskFile:
+def read_rows(task: EvalTask) -> TaskFile:
     """The questions of `task`, checked row by row.
 
     Raises:
@@ -42,7 +42,7 @@ def read_rows(task: Task) -> TaskFile:
     return TaskFile(path, rows, places, hashlib.sha256(content).hexdigest())
 
 
-def _row(line: str, task: Task, where: str) -> dict[str, Any]:
+def _row(line: str, task: EvalTask, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:
@@ -59,22 +59,22 @@ def _row(line: str, task: Task, where: str) -> dict[str, Any]:
     return row
 
 
-def _check_multiple_choice(row: dict[str, Any], task: Task, where: str) -> None:
+def _check_multiple_choice(row: dict[str, Any], task: EvalTask, where: str) -> None:
     _text(row, task.context_key, where)
     _gold(row, _texts(row, task.choices_key, where, at_least=2), where)
 
 
-def _check_language_modeling(row: dict[str, Any], task: Task, where: str) -> None:
+def _check_language_modeling(row: dict[str, Any], task: EvalTask, where: str) -> None:
     _text(row, task.context_key, where)
     _text(row, task.answer_key, where, empty=False)
 
 
-def _check_schema(row: dict[str, Any], task: Task, where: str) -> None:
+def _check_schema(row: dict[str, Any], task: EvalTask, where: str) -> None:
     _text(row, "continuation", where, empty=False)
     _gold(row, _texts(row, task.choices_key, where, at_least=2), where)
 
 
-def _check_generation(row: dict[str, Any], task: Task, where: str) -> None:
+def _check_generation(row: dict[str, Any], task: EvalTask, where: str) -> None:
     _text(row, "context", where)
     _text(row, "answer", where)
     if row.get("aliases") is not None:

@@ -1,4 +1,4 @@
-"""Which tasks an evaluation asks: an LLM Foundry YAML (or OpenLM's old one), read and checked."""
+"""EvalTask suites: an LLM Foundry YAML (or OpenLM's old one), read and checked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from open_lm import storage
 from open_lm.errors import ConfigError
 from open_lm.evaluate.tasks.interpolation import resolved
-from open_lm.evaluate.tasks.task import Task, read_task
+from open_lm.evaluate.tasks.task import EvalTask, read_task
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 PRECISIONS = {"fp32": "fp32", "amp_bf16": "amp_bf16", "amp_bfloat16": "amp_bf16", "amp_fp16": "fp16", "bf16": "bf16"}
@@ -35,7 +35,7 @@ NOT_NEEDED_HERE = (
 class Suite:
     """The tasks of an evaluation and how they are run. `gauntlet` is the YAML's eval_gauntlet, as it stands there."""
 
-    tasks: tuple[Task, ...]
+    tasks: tuple[EvalTask, ...]
     gauntlet: Mapping[str, Any] | None = None
     max_seq_len: int | None = None
     batch_size: int = 8
@@ -126,7 +126,7 @@ def _beside(name: str, path: str) -> str:
     return data_path(name, path)
 
 
-def _chosen(tasks: list[Task], only: tuple[str, ...], path: str) -> list[Task]:
+def _chosen(tasks: list[EvalTask], only: tuple[str, ...], path: str) -> list[EvalTask]:
     labels = {task.label for task in tasks}
     if unknown := [label for label in only if label not in labels]:
         raise ConfigError(f"--tasks {unknown[0]}: not in {path}. It has {', '.join(sorted(labels))}.")

@@ -1,4 +1,4 @@
-"""What one task is: its settings, as LLM Foundry's YAML spells them, checked."""
+"""Settings of one task, as LLM Foundry's YAML spells them, checked."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KEYS_READ_ELSEWHERE = ("random_baseline",)
 
 
 @dataclass(frozen=True)
-class Task:
+class EvalTask:
     """One entry of `icl_tasks`: a file of questions and how they are asked. Defaults are LLM Foundry's."""
 
     label: str
@@ -62,7 +62,7 @@ class Task:
         return self.random_baseline
 
 
-def read_task(entry: Any, origin: str) -> Task:
+def read_task(entry: Any, origin: str) -> EvalTask:
     """The task that one mapping of a YAML file describes; `origin` says where it stands, for messages.
 
     Raises:
@@ -72,7 +72,7 @@ def read_task(entry: Any, origin: str) -> Task:
         raise ConfigError(f"{origin}: found {entry!r}, need a mapping with label, dataset_uri, icl_task_type …")
     values = {OLD_KEYS.get(str(key), str(key)): value for key, value in entry.items()}
     origin = f"{origin} ({values.get('label', 'without label')})"
-    known = {f.name: f for f in fields(Task) if f.name != "data_path"}
+    known = {f.name: f for f in fields(EvalTask) if f.name != "data_path"}
     for key in values:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
@@ -84,7 +84,7 @@ def read_task(entry: Any, origin: str) -> Task:
     kinds = {name: _kind(f.type) for name, f in known.items()}
     values = {key: _converted(value, kinds[key], f"{origin}: {key}") for key, value in values.items()}
     values["icl_task_type"] = OLD_TYPES.get(values["icl_task_type"], values["icl_task_type"])
-    return _checked(Task(**{**_keys_of(values["icl_task_type"], origin), **values}), origin)
+    return _checked(EvalTask(**{**_keys_of(values["icl_task_type"], origin), **values}), origin)
 
 
 def _keys_of(task_type: str, origin: str) -> dict[str, str]:
@@ -101,7 +101,7 @@ def _keys_of(task_type: str, origin: str) -> dict[str, str]:
     raise ConfigError(f"{origin}: icl_task_type {task_type!r} is unknown. Choose one of {', '.join(METRICS_OF)}.")
 
 
-def _checked(task: Task, origin: str) -> Task:
+def _checked(task: EvalTask, origin: str) -> EvalTask:
     possible = METRICS_OF[task.icl_task_type]
     names = task.metric_names or possible[:1]
     for name in names:
@@ -111,7 +111,7 @@ def _checked(task: Task, origin: str) -> Task:
     for n_shots in task.num_fewshot:
         if n_shots < 0:
             raise ConfigError(f"{origin}: num_fewshot {n_shots} is below 0.")
-    return Task(**{**vars(task), "metric_names": tuple(names)})
+    return EvalTask(**{**vars(task), "metric_names": tuple(names)})
 
 
 def _kind(annotation: Any) -> str:

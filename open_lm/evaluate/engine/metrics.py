@@ -1,4 +1,4 @@
-"""EvalTask metrics: LLM Foundry's, with a standard error each."""
+"""Task metrics: LLM Foundry's, with a standard error each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""EvalTask suites: an LLM Foundry YAML (or OpenLM's old one), read and checked."""
+"""Task suites: an LLM Foundry YAML (or OpenLM's old one), read and checked."""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ FLOORS = [
         "dry_run",
     },
     {"main", "utils"},
+    {"ladder"},
 ]
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 ALLOWED_WITHIN_A_FLOOR = {

@@ -14,7 +14,7 @@ from open_lm.data.batch import IGNORED, Batch
 from open_lm.data.cache import ShardCache
 from open_lm.data.config import DataConfig
 from open_lm.data.geometry import Geometry, make_geometry, make_plan
-from open_lm.data.masking import masked_batch
+from open_lm.data.masking import batch_of
 from open_lm.data.pipeline import Filled, StepSource, run_pipeline
 from open_lm.data.plan import ORDER, Plan, key, mix
 from open_lm.data.reader import SampleReader, mark_of
@@ -167,7 +167,7 @@ class Loader:
 
     def _masked(self, tokens_BS: torch.Tensor, holes: list[tuple[int, str]], step: int) -> Batch:
         """The batch; the rows of holes are masked, or end the run."""
-        batch = self._with_masks(tokens_BS)
+        batch = batch_of(tokens_BS, self._config, self._document_end)
         if not holes:
             return batch
         if not self._config.ignore_parse_errors:
@@ -181,16 +181,6 @@ class Loader:
             self.holes.append({"step": step, "position": position, "reason": reason})
             log.warning("step %d: %s It is masked; %d so far on this rank.", step, reason, len(self.holes))
         return replace(batch, inputs_BT=inputs_BT, targets_BT=targets_BT)
-
-    def _with_masks(self, tokens_BS: torch.Tensor) -> Batch:
-        config = self._config
-        batch = masked_batch(
-            tokens_BS,
-            left_of=config.target_mask_left,
-            individual=config.target_mask_individual,
-            squash=config.squash_mask_left,
-        )
-        return batch if self._document_end is None else batch.with_documents(self._document_end)
 
 
 def _differs(what: str, before: object, now: object) -> str:

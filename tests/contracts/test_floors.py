@@ -15,6 +15,7 @@ FLOORS = [
     {"model", "data", "tracking"},
     {"train", "checkpoint"},
     {"evaluate", "generate", "hf", "loading"},
+    {"post_training"},
     {
         "params",
         "run",

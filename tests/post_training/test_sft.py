@@ -1,5 +1,6 @@
 """Fine-tuning: the loss over marked samples, and the noise of NEFTune, against what they are defined as."""
 
+import itertools
 import json
 import math
 
@@ -47,7 +48,7 @@ def mean_loss(model, rows):
     losses = []
     for row in rows:
         begins = [*np.flatnonzero(row["marks"] & START), len(row)]
-        for start, stop in zip(begins, begins[1:], strict=False):
+        for start, stop in itertools.pairwise(begins):
             ids, marks = torch.tensor(row["ids"][start:stop].astype("int64")), row["marks"][start:stop]
             kept = np.flatnonzero(marks[1:] == 0)
             logits = model(ids[None, :-1])[0][0]

@@ -21,9 +21,12 @@ test:  ## The whole test suite
 flags:  ## Write docs/flags.md anew from the flags in the code
 	$(PYTHON) scripts/flags_page.py
 
+house:  ## Count modules, floors and arrows
+	$(PYTHON) scripts/house.py
+
 smoke:  ## Train 20 steps on the CPU on synthetic data
 	rm -rf /tmp/open_lm_smoke
 	$(PYTHON) -m open_lm.main --dataset-type synthetic --model open_lm_test_tiny --device cpu --precision fp32 \
 	  --global-batch-size 4 --train-tokens 1280 --warmup 5 --log-every-n-steps 5 --logs /tmp/open_lm_smoke --name smoke
 
-.PHONY: help install install-eval check test flags smoke
+.PHONY: help install install-eval check test flags house smoke

@@ -204,8 +204,8 @@ def _checked_one(action: Any, value: Any, origin: str) -> Any:
     return converted
 
 
-def parse_steps(words: Iterable[str], spelled: str) -> frozenset[int]:
-    """The steps that a flag names: numbers and ranges (`5-7` is 5, 6, 7), with commas or spaces between.
+def parse_steps(words: Iterable[str], spelled: str, *, least: int = 1) -> frozenset[int]:
+    """Steps that a flag names: numbers from `least` on and ranges (`5-7` is 5, 6, 7), with commas or spaces between.
 
     Raises:
         ConfigError: a word is neither; `spelled` is the flag it came from.
@@ -213,7 +213,9 @@ def parse_steps(words: Iterable[str], spelled: str) -> frozenset[int]:
     numbers: set[int] = set()
     for word in (word.strip() for part in words for word in part.split(",") if word.strip()):
         first, dash, last = word.partition("-")
-        if not (first.isdigit() and (last.isdigit() if dash else True)) or not 1 <= int(first) <= int(last or first):
-            raise ConfigError(f"{spelled} {word}: give steps, counted from 1, such as 5, or ranges such as 5-7.")
+        if not (first.isdigit() and (last.isdigit() if dash else True)) or not least <= int(first) <= int(
+            last or first
+        ):
+            raise ConfigError(f"{spelled} {word}: give steps, counted from {least}, such as 5, or ranges such as 5-7.")
         numbers |= set(range(int(first), int(last or first) + 1))
     return frozenset(numbers)

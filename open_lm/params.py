@@ -16,6 +16,7 @@ from open_lm.errors import ConfigError
 from open_lm.evaluate.config import ValidationConfig
 from open_lm.flags import Parser
 from open_lm.model.config import ModelFlags
+from open_lm.post_training.config import TaskConfig
 from open_lm.tracking.config import TrackingConfig
 from open_lm.train.config import DistillationConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, TrainConfig
 
@@ -27,6 +28,7 @@ class RunConfig:
     data: DataConfig
     validation: ValidationConfig
     model: ModelFlags
+    task: TaskConfig
     train: TrainConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
@@ -49,6 +51,7 @@ GROUPS: dict[str, type] = {
     "data": DataConfig,
     "validation": ValidationConfig,
     "model": ModelFlags,
+    "task": TaskConfig,
     "train": TrainConfig,
     "optimizer": OptimizerConfig,
     "schedule": ScheduleConfig,

@@ -42,8 +42,8 @@ class CheckpointConfig:
     )
     save_at_steps: tuple[str, ...] = flag(
         (),
-        "Also write a checkpoint after these steps (100,1000 or 100 1000), which is never deleted and not counted by "
-        "--keep-last.",
+        "Also write a checkpoint after these steps (100,1000 or 100 1000; 0 is before the first), which is never "
+        "deleted and not counted by --keep-last.",
         metavar="STEPS",
     )
     ephemeral_every_steps: int | None = flag(
@@ -93,8 +93,8 @@ class CheckpointConfig:
         self._check_coefficients()
         if self.save_frequency < 0:
             raise ConfigError(f"--save-frequency {self.save_frequency} must not be negative.")
-        if not all(word.strip().isdigit() and int(word) for word in self._at_steps_words()):
-            raise ConfigError(f"--save-at-steps {' '.join(self.save_at_steps)}: give steps, counted from 1: 100,1000.")
+        if not all(word.strip().isdigit() for word in self._at_steps_words()):
+            raise ConfigError(f"--save-at-steps {' '.join(self.save_at_steps)}: give steps, as in 100,1000.")
 
     def _check_coefficients(self) -> None:
         given, total = self.average_coefficients, sum(self.average_coefficients)

@@ -41,8 +41,13 @@ class SaveSteps:
         return None
 
     def label(self, step: int) -> str:
-        """The K of epoch_K.pt: the number of the interval that ends here, or `<intervals done>-step<step>`."""
+        """The K of epoch_K.pt: the number of the interval that ends here, or `<intervals done>-step<step>`.
+
+        0 before the first step.
+        """
         done = self._intervals_done(step)
+        if step == 0:
+            return "0"
         return str(done) if step in self.interval_ends else f"{done}-step{step}"
 
     def all(self) -> list[int]:

@@ -94,9 +94,20 @@ def live(state: Saved) -> dict[str, Any]:
     """The state itself, by name: tensors are not copied, and sharded ones stay so. Every rank must call this."""
     return {
         "weights": get_model_state_dict(state.model),
-        "optimizer": get_optimizer_state_dict(state.model, state.optimizers),
+        "optimizer": _optimizer_state(state),
         "companions": {name: part.state_dict() for name, part in state.companions.items()},
     }
+
+
+def _optimizer_state(state: Saved) -> dict[str, Any]:
+    """Moments by name. torch makes missing ones by a step with zero gradients, which must not count as one."""
+    is_new = [not optimizer.state for optimizer in state.optimizers]
+    found = get_optimizer_state_dict(state.model, state.optimizers)
+    for optimizer in (o for o, new in zip(state.optimizers, is_new, strict=True) if new):
+        for moments in optimizer.state.values():
+            if isinstance(moments.get("step"), Tensor):
+                moments["step"].zero_()
+    return found
 
 
 def n_bytes(tree: Mapping[str, Any]) -> int:

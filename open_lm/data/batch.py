@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,12 +17,16 @@ class Batch:
     """One rank's share of a global batch.
 
     `inputs_BT` are token ids; `targets_BT` the ids that follow them, or `IGNORED`. `documents_BT`, where attention must
-    not cross documents, numbers the document of each input within its sample.
+    not cross documents, numbers the document of each input within its sample. `group` consecutive rows belong together
+    (2: the chosen and the rejected side of a pair). `extras` are further tensors by name, one entry for each row:
+    log-probabilities, advantages, scores.
     """
 
     inputs_BT: Tensor  # noqa: N815
     targets_BT: Tensor  # noqa: N815
     documents_BT: Tensor | None = None  # noqa: N815
+    group: int = 1
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def from_samples(cls, samples_BS: Tensor) -> Batch:
@@ -52,8 +56,8 @@ class Batch:
         return self.inputs_BT.shape[0]
 
     def split(self, n_parts: int) -> Iterator[Batch]:
-        """`n_parts` micro-batches of equal size, in order."""
-        assert len(self) % n_parts == 0, (len(self), n_parts)
+        """`n_parts` micro-batches of equal size, in order; groups of rows stay whole."""
+        assert len(self) % (n_parts * self.group) == 0, (len(self), n_parts, self.group)
         size = len(self) // n_parts
         for start in range(0, len(self), size):
             yield self._each(lambda tensor: tensor[start : start + size])  # noqa: B023
@@ -69,4 +73,5 @@ class Batch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         documents_BT = None if self.documents_BT is None else change(self.documents_BT)
-        return Batch(change(self.inputs_BT), change(self.targets_BT), documents_BT)
+        extras = {name: change(tensor) for name, tensor in self.extras.items()}
+        return Batch(change(self.inputs_BT), change(self.targets_BT), documents_BT, self.group, extras)

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 import orjson
 
+from open_lm.data.marks import FIELDS
+
 MAX_MEMBER_BYTES = 64 << 20
 """No sample is larger; what claims to be is damage or a bomb."""
 
@@ -115,7 +117,7 @@ with contextlib.suppress(ImportError):  # three times as fast
 
 
 class _Npy:
-    """numpy's own file format, one vector of integers; uint16 where the ids fit."""
+    """numpy's own file format: one vector of integers, uint16 where the ids fit, or of the two fields of marks.py."""
 
     extension = "npy"
 
@@ -131,7 +133,8 @@ class _Npy:
 
 def npy_header(dtype: np.dtype, length: int) -> bytes:
     """The header of a .npy file that holds one vector."""
-    text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({length},), }}".encode()
+    described = np.lib.format.dtype_to_descr(dtype)
+    text = f"{{'descr': {described!r}, 'fortran_order': False, 'shape': ({length},), }}".encode()
     padding = -(10 + len(text) + 1) % 64
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text) + padding + 1) + text + b" " * padding + b"\n"
 
@@ -153,7 +156,7 @@ def _read_npy_header(head: bytes) -> tuple[np.dtype, int, int]:
         dtype, shape = np.dtype(described["descr"]), described["shape"]
     except (ValueError, SyntaxError, KeyError, TypeError):
         raise ValueError(f"an npy header (version {major}) that cannot be read") from None
-    if dtype.kind not in "iu" or len(shape) != 1:
+    if (dtype.kind not in "iu" and dtype.names != FIELDS) or len(shape) != 1:
         raise ValueError(f"an npy array of {dtype} and shape {shape}, not a vector of integers")
     if start == 128 and len(_headers) < 1000:
         _headers[bytes(head[:128])] = dtype, shape[0], start

@@ -14,7 +14,7 @@ from open_lm.data.batch import IGNORED, Batch
 from open_lm.data.batch_positions import BatchPositions, make_batch_positions, make_plan
 from open_lm.data.cache import ShardCache
 from open_lm.data.config import DataConfig
-from open_lm.data.masking import masked_batch
+from open_lm.data.masking import batch_of
 from open_lm.data.pipeline import Filled, StepSource, run_pipeline
 from open_lm.data.plan import ORDER, Plan, key, mix
 from open_lm.data.reader import SampleReader, mark_of
@@ -42,9 +42,11 @@ class Loader:
         config: DataConfig,
         seed: int,
         n_sequences: int | None,
+        rows: int = 1,
     ):
+        """`rows` are the sequences that one sample holds; they stay together in batches."""
         self.plan, self.sources, self.geometry = plan, sources, geometry
-        self.n_sequences = n_sequences
+        self.n_sequences, self._rows = n_sequences, rows
         self.holes: list[dict[str, Any]] = []
         self._fill, self._config, self._seed = fill, config, seed
         self._planned_batch = geometry.global_batch
@@ -167,7 +169,9 @@ class Loader:
 
     def _masked(self, tokens_BS: torch.Tensor, holes: list[tuple[int, str]], step: int) -> Batch:
         """The batch; the rows of holes are masked, or end the run."""
-        batch = self._with_masks(tokens_BS)
+        n_rows = self._rows
+        batch = batch_of(tokens_BS.view(len(tokens_BS) * n_rows, -1), self._config, self._document_end)
+        batch = batch if n_rows == 1 else replace(batch, group=n_rows)
         if not holes:
             return batch
         if not self._config.ignore_parse_errors:
@@ -175,22 +179,13 @@ class Loader:
                 f"{holes[0][1]} Repair the shard, or go on without such samples with --ignore-parse-errors."
             )
         inputs_BT, targets_BT = batch.inputs_BT.clone(), batch.targets_BT.clone()
-        for row, reason in holes:
-            inputs_BT[row], targets_BT[row] = 0, IGNORED
-            position = int(self.geometry.positions_of(step)[row])
+        for number, reason in holes:
+            rows = slice(number * n_rows, (number + 1) * n_rows)
+            inputs_BT[rows], targets_BT[rows] = 0, IGNORED
+            position = int(self.geometry.positions_of(step)[number])
             self.holes.append({"step": step, "position": position, "reason": reason})
             log.warning("step %d: %s It is masked; %d so far on this rank.", step, reason, len(self.holes))
         return replace(batch, inputs_BT=inputs_BT, targets_BT=targets_BT)
-
-    def _with_masks(self, tokens_BS: torch.Tensor) -> Batch:
-        config = self._config
-        batch = masked_batch(
-            tokens_BS,
-            left_of=config.target_mask_left,
-            individual=config.target_mask_individual,
-            squash=config.squash_mask_left,
-        )
-        return batch if self._document_end is None else batch.with_documents(self._document_end)
 
 
 def _differs(what: str, before: object, now: object) -> str:
@@ -210,25 +205,32 @@ def build_loader(
     world_size: int,
     seed: int,
     n_steps: int | None = None,
+    form: str = "samples",
+    rows: int = 1,
 ) -> Loader:
     """The loader of one rank. `n_steps`, when given, is checked against the data now, not in the middle of the run.
 
+    `form` is that of the samples, which manifests state, and `rows` the sequences of `seq_len` + 1 tokens in each.
+
     Raises:
-        ConfigError: no data was named, or the batch does not divide among the ranks.
+        ConfigError: no data was named, they are of another form, or the batch does not divide among the ranks.
         DataError: a shard or manifest is damaged, or there are fewer sequences than `n_steps` need.
     """
     if config.data_tolerate_error_p != 0.09 or config.data_tolerate_num_ckpts:
         log.warning("--data-tolerate-*: ignored, every step gets its whole batch. See --ignore-parse-errors.")
     if config.squash_mask_left:
         seq_len += 1
+    sample_tokens = rows * (seq_len + 1)
     geometry = make_batch_positions(config, global_batch=global_batch, rank=rank, world_size=world_size)
     if config.dataset_type == "synthetic":
-        random_ids = SyntheticSamples(vocab_size, seq_len, seed)
-        nowhere = [Source(f"synthetic {vocab_size} {seq_len}", ())]
-        return Loader(Plan((random_ids,)), nowhere, random_ids, geometry, config=config, seed=seed, n_sequences=None)
+        random_ids = SyntheticSamples(vocab_size, sample_tokens - 1, seed)
+        nowhere = [Source(f"synthetic {vocab_size} {sample_tokens - 1}", ())]
+        endless: dict[str, Any] = {"config": config, "seed": seed, "n_sequences": None, "rows": rows}
+        return Loader(Plan((random_ids,)), nowhere, random_ids, geometry, **endless)
     if not (config.train_data or config.dataset_manifest):
         raise ConfigError("--train-data or --dataset-manifest: neither was given. Name the training shards.")
-    sources = open_sources(config, vocab_size=vocab_size, sample_tokens=seq_len + 1)
+    sources = open_sources(config, vocab_size=vocab_size, sample_tokens=sample_tokens)
+    require_form(sources, form)
     plan = make_plan(sources, config, seed=seed, global_batch=global_batch)
     if len(sources) > 1:
         shares = ", ".join(f"{source.name} {share:.4f}" for source, share in zip(sources, plan.shares, strict=True))
@@ -238,16 +240,28 @@ def build_loader(
         [source.shards for source in sources],
         data_key=config.data_key,
         vocab_size=vocab_size,
-        seq_len=seq_len,
+        seq_len=sample_tokens - 1,
         seed=seed,
         cache=ShardCache(config.data_cache, config.data_cache_gb * 1e9) if config.data_cache else None,
     )
-    loader = Loader(
-        plan, sources, PlannedSamples(plan, reader), geometry, config=config, seed=seed, n_sequences=n_sequences
-    )
+    options: dict[str, Any] = {"config": config, "seed": seed, "n_sequences": n_sequences, "rows": rows}
+    loader = Loader(plan, sources, PlannedSamples(plan, reader), geometry, **options)
     if n_steps is not None:
         loader.require(n_steps)
     return loader
+
+
+def require_form(sources: list[Source], form: str) -> None:
+    """Refuse samples of another form than the task trains on.
+
+    Raises:
+        ConfigError: a manifest states another one.
+    """
+    for shard in (shard for source in sources for shard in source.shards):
+        if shard.form != form:
+            raise ConfigError(
+                f"shard {shard.name} holds {shard.form}, --task needs {form}. Name data made for this task."
+            )
 
 
 @dataclass(frozen=True)

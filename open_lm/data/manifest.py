@@ -28,6 +28,8 @@ class Shard:
     crc32: str | None = None
     tokenizer: str | None = None
     eot_id: int | None = None
+    form: str = "samples"
+    """What a sample is: one sequence, or `pairs`, a chosen and a rejected one."""
 
 
 def read_manifest(url: str) -> list[Shard]:
@@ -77,6 +79,7 @@ def _shard(line: bytes, folder: str, where: str) -> Shard:
         crc32=_typed(row, "crc32", str),
         tokenizer=_typed(row, "tokenizer", str),
         eot_id=_typed(row, "eot_id", int),
+        form=_typed(row, "form", str) or "samples",
     )
 
 

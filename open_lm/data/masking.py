@@ -1,11 +1,58 @@
-"""Target masks: left of a marker, and padding.  Shapes: B samples, S tokens, T positions."""
+"""Targets that are not trained on: those with a mark, left of a marker token, padding; and where documents begin.
+
+Shapes: B samples, S tokens, T positions.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from open_lm.data.batch import IGNORED, Batch
+from open_lm.data.config import DataConfig
+from open_lm.data.marks import ID_BITS, IDS, PADDING, START
+from open_lm.errors import ConfigError
+
+
+def batch_of(samples_BS: Tensor, config: DataConfig, document_end: int | None) -> Batch:
+    """Inputs and targets of samples, masked as their marks and the flags --target-mask-* say.
+
+    `document_end` is the id after which attention starts anew, None where it does not. Unreadable samples are rows
+    of -1.
+
+    Raises:
+        ConfigError: --squash-mask-left with samples that carry marks.
+    """
+    are_marked = bool((samples_BS > IDS).any())
+    if are_marked and config.squash_mask_left:
+        raise ConfigError("--squash-mask-left: these samples say themselves what is trained on. Leave the flag out.")
+    batch = masked_batch(
+        torch.where(samples_BS < 0, samples_BS, samples_BS & IDS) if are_marked else samples_BS,
+        left_of=config.target_mask_left,
+        individual=config.target_mask_individual,
+        squash=config.squash_mask_left,
+    )
+    if document_end is not None:
+        batch = batch.with_documents(document_end)
+    return with_marks(batch, samples_BS) if are_marked else batch
+
+
+def with_marks(batch: Batch, samples_BS: Tensor) -> Batch:
+    """`batch`, made of the ids of `samples_BS`, with targets, documents and counts as their marks say.
+
+    A document's first token is no target: nothing before it in the sample predicts it. `extras["n_real"]` counts the
+    inputs of each row that are no padding.
+    """
+    marks_BS = torch.where(samples_BS < 0, PADDING, samples_BS >> ID_BITS)
+    begins_BT = (marks_BS[:, :-1] & START) != 0
+    documents_BT = batch.documents_BT
+    if documents_BT is None and bool(begins_BT[:, 1:].any()):
+        documents_BT = begins_BT.cumsum(1, dtype=torch.int32)
+    targets_BT = batch.targets_BT.masked_fill(marks_BS[:, 1:] != 0, IGNORED)
+    n_real_B = ((marks_BS[:, :-1] & PADDING) == 0).sum(1)
+    return replace(batch, targets_BT=targets_BT, documents_BT=documents_BT, extras={"n_real": n_real_B})
 
 
 def masked_batch(samples_BS: Tensor, *, left_of: int | None, individual: int | None, squash: bool) -> Batch:

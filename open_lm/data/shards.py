@@ -13,6 +13,7 @@ import numpy as np
 from open_lm import storage
 from open_lm.data.config import SAMPLE_FORMATS
 from open_lm.data.formats import MAX_MEMBER_BYTES, SampleFormat, npy_header
+from open_lm.data.marks import joined
 from open_lm.errors import DataError
 
 BLOCK = 512
@@ -225,7 +226,12 @@ def decode_member(payload: bytes, key: str) -> np.ndarray:
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
-    """`tokens` with negative ids counted from the end of the vocabulary; ValueError when one is outside it."""
+    """`tokens` with negative ids counted from the end of the vocabulary; ValueError when one is outside it.
+
+    A sample with marks becomes ids and marks in one number each (data/marks.py).
+    """
+    if tokens.dtype.names:
+        return joined(check_ids(tokens["ids"], vocab_size), tokens["marks"])
     low, high = (int(tokens.min()), int(tokens.max())) if tokens.size else (0, 0)
     if low < -vocab_size or high >= vocab_size:
         raise ValueError(f"token id {high if high >= vocab_size else low} is outside a vocabulary of {vocab_size}")
@@ -233,7 +239,7 @@ def check_ids(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
 
 
 def read_samples(url: str, *, key: str = "auto", vocab_size: int | None = None) -> Iterator[tuple[str, np.ndarray]]:
-    """(member name, ids) of every sample of one shard, in order.
+    """(member name, ids) of every sample of one shard, in order; marks are left out.
 
     Raises:
         DataError: the shard or a member is damaged, or an id is outside the vocabulary.
@@ -244,6 +250,7 @@ def read_samples(url: str, *, key: str = "auto", vocab_size: int | None = None) 
         name = _name(content[offset - BLOCK : offset])
         try:
             tokens = decode_member(content[offset : offset + size], index.key)
+            tokens = tokens["ids"] if tokens.dtype.names else tokens
             yield name, tokens if vocab_size is None else check_ids(tokens, vocab_size)
         except ValueError as error:
             raise DataError(f"shard {storage.shown(url)}, member {name}: {error}.") from None

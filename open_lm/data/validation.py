@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from open_lm.data.batch import IGNORED, Batch
 from open_lm.data.config import DataConfig
+from open_lm.data.masking import batch_of
 from open_lm.data.reader import SampleReader
 from open_lm.data.sources import document_end, open_source
 from open_lm.errors import DataError
@@ -30,7 +32,7 @@ def validation_batches(
 
     Every rank gets the same number of batches; places without a sequence are rows whose targets are all IGNORED.
     `urls` is one validation set: a --val-data value (with `::`, braces, globs), or several taken as one set. `config`
-    says whether attention stays inside documents.
+    says which targets are masked and whether attention stays inside documents, as in training.
 
     Raises:
         DataError: the set is empty, or a sequence cannot be read.
@@ -41,8 +43,10 @@ def validation_batches(
     n_sequences = int(ends[-1]) if max_sequences is None else min(int(ends[-1]), max_sequences)
     if n_sequences < 1:
         raise DataError(f"--val-data {source.name}: no sequences to score. Check the path and --val-num-samples.")
-    end_of_text = document_end(config or DataConfig(), [source])
-    reader = SampleReader([source.shards], data_key=key, vocab_size=vocab_size, seq_len=seq_len)
+    config = config or DataConfig()
+    end_of_text = document_end(config, [source])
+    n_tokens = seq_len + 1 + config.squash_mask_left
+    reader = SampleReader([source.shards], data_key=key, vocab_size=vocab_size, seq_len=n_tokens - 1)
     for start in range(rank * batch, n_sequences + rank * batch, world_size * batch):
         places = np.arange(start, min(start + batch, n_sequences))
         shard = np.searchsorted(ends, places, side="right")
@@ -50,14 +54,14 @@ def validation_batches(
         tokens, holes, _ = reader.read(np.zeros_like(places), shard, index, places)
         if holes:
             raise DataError(f"--val-data: {holes[0][1]} Repair the shard, or leave it out.")
-        filled = _filled(torch.from_numpy(tokens).long(), batch, seq_len)
-        yield filled if end_of_text is None else filled.with_documents(end_of_text)
+        samples_BS = torch.full((batch, n_tokens), -1)
+        samples_BS[: len(tokens)] = torch.from_numpy(tokens)
+        found = batch_of(samples_BS, config, end_of_text)
+        yield found if len(tokens) == batch else _without_rows(found, len(tokens))
 
 
-def _filled(samples_NS: torch.Tensor, batch: int, seq_len: int) -> Batch:
-    """A batch of `batch` rows, those after the samples masked."""
-    inputs_BT = torch.zeros((batch, seq_len), dtype=torch.int64)
-    targets_BT = torch.full((batch, seq_len), IGNORED)
-    inputs_BT[: len(samples_NS)] = samples_NS[:, :-1]
-    targets_BT[: len(samples_NS)] = samples_NS[:, 1:]
-    return Batch(inputs_BT, targets_BT)
+def _without_rows(batch: Batch, n_filled: int) -> Batch:
+    """The batch; its rows after the first `n_filled` have no targets."""
+    inputs_BT, targets_BT = batch.inputs_BT.clone(), batch.targets_BT.clone()
+    inputs_BT[n_filled:], targets_BT[n_filled:] = 0, IGNORED
+    return replace(batch, inputs_BT=inputs_BT, targets_BT=targets_BT)

@@ -35,6 +35,11 @@ class ValidationConfig:
         "Evaluate these, one after the other, without training: weights files, globs, or run folders (all their "
         "checkpoints, in order of steps). A line of results.jsonl each.",
     )
+    eval_at_steps: tuple[str, ...] = flag(
+        (),
+        "Also validate, and score --icl-tasks, after these steps (100,1000 or 100 1000; 0 is before the first).",
+        metavar="STEPS",
+    )
     icl_tasks: str | None = flag(
         None, "YAML of tasks (as eval/yamls/light.yaml) to score the model on while it trains: icl/TASK/METRIC."
     )

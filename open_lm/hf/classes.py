@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,9 @@ import torch
 from torch import Tensor
 
 from open_lm.model.architecture import MambaConfig, ModelConfig
-from open_lm.model.feed_forward import default_width
 from open_lm.model.hf_config import HFConfig
-from open_lm.model.moe import expert_width
+from open_lm.weights.openlm_names import to_openlm
 from open_lm.weights.to_hf import native_family, to_native
-
-MODELING = Path(__file__).with_name("modeling_openlm.py")
 
 
 def to_transformers(config: ModelConfig | MambaConfig | HFConfig, weights: dict[str, Tensor]) -> Any:
@@ -33,10 +29,9 @@ def to_transformers(config: ModelConfig | MambaConfig | HFConfig, weights: dict[
         values, named = to_native(config, weights)
         their_config = AutoConfig.for_model(values.pop("model_type"), **values, bos_token_id=None, eos_token_id=None)
     else:
-        from open_lm.hf.modeling_openlm import OpenLMConfig, OpenLMForCausalLM
+        from open_lm.hf import OpenLMConfig, OpenLMForCausalLM
 
-        named = {name: tensor for name, tensor in weights.items() if not name.endswith(".inv_freq")}
-        their_config, build = OpenLMConfig(**own_values(config)), OpenLMForCausalLM
+        their_config, build, named = OpenLMConfig(**own_values(config)), OpenLMForCausalLM, own_names(config, weights)
     their_config.eos_token_id = their_config.pad_token_id = None
     with torch.device("meta"):
         model = build(their_config)
@@ -45,24 +40,33 @@ def to_transformers(config: ModelConfig | MambaConfig | HFConfig, weights: dict[
     return model
 
 
+OWN_KEYS = (
+    "n_layers", "n_heads", "seq_len", "vocab_size", "norm_eps", "rotary_base", "ffn_type", "ffn_dim",
+    "positional_embedding_type", "post_embed_norm", "weight_tying", "attn_activation", "attn_seq_scalar",
+    "attn_seq_scalar_alpha", "moe_freq", "moe_num_experts", "moe_top_k", "moe_expert_type", "moe_capacity_factor",
+    "moe_loss_weight",
+)  # fmt: skip
+"""Keys of an architecture that OpenLMConfig spells alike."""
+
+
 def own_values(config: ModelConfig) -> dict[str, Any]:
-    """What OpenLMConfig of the travelling file needs."""
-    values = config.to_dict()
-    known = ("hidden_dim", "n_layers", "n_heads", "seq_len", "vocab_size", "norm_eps", "rotary_base", "model_norm",
-             "ffn_type", "positional_embedding_type", "qk_norm", "post_embed_norm", "attn_activation",
-             "attn_seq_scalar", "attn_seq_scalar_alpha", "moe_freq", "moe_num_experts", "moe_top_k",
-             "moe_expert_type", "moe_capacity_factor", "moe_loss_weight")  # fmt: skip
+    """The keys of OpenLMConfig for an architecture of ours."""
     return {
-        **{name: values[name] for name in known},
+        **{name: getattr(config, name) for name in OWN_KEYS},
+        "dim": config.hidden_dim,
+        "norm_type": config.model_norm,
+        "apply_qk_norm": config.qk_norm,
         "n_kv_heads": config.kv_heads,
-        "ffn_width": config.ffn_dim or default_width(config.ffn_type, config.hidden_dim),
-        "expert_width": expert_width(config),
-        "tie_word_embeddings": config.weight_tying,
-        "auto_map": {
-            "AutoConfig": "modeling_openlm.OpenLMConfig",
-            "AutoModelForCausalLM": "modeling_openlm.OpenLMForCausalLM",
-        },
+        "attn_name": "custom_attn" if config.attn_name == "custom_attn" else "auto",
     }
+
+
+def own_names(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under the names of OpenLM's published folders, each once."""
+    if config.moe_expert_type == "megablocks":
+        weights = to_openlm(weights)
+    names = (name for name in weights if not name.endswith(".inv_freq") and "._ff_w" not in name)
+    return {f"model.{name}": weights[name] for name in names}
 
 
 def name_rotary_as_before(path: Path) -> None:
@@ -79,8 +83,6 @@ def name_rotary_as_before(path: Path) -> None:
 
 
 def save(model: Any, folder: Path) -> None:
-    """Write config and sharded safetensors, and the travelling file where it is needed."""
+    """Write config and sharded safetensors; save_pretrained adds the files of our own class where it is the class."""
     model.save_pretrained(folder, max_shard_size="5GB")
     name_rotary_as_before(folder / "config.json")
-    if type(model).__module__.endswith("modeling_openlm"):
-        shutil.copyfile(MODELING, folder / MODELING.name)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+from torch import nn
+
 from open_lm.checkpoint.load_model import load_model
 from open_lm.checkpoint.read import architecture_named, stored_config
 from open_lm.data.loader import Loader, build_loader
@@ -12,6 +14,8 @@ from open_lm.distributed import World
 from open_lm.errors import ConfigError
 from open_lm.model.config import ModelConfig, resolve
 from open_lm.params import RunConfig
+from open_lm.post_training.config import TASKS
+from open_lm.post_training.tasks import TaskKind, TaskParts
 from open_lm.precision import Precision
 from open_lm.run.folder import newest_commit
 from open_lm.run.length import build_schedule, global_batch_size, run_length_of
@@ -51,16 +55,20 @@ def build_loader_and_length(
         return None, RunLength((0,), tokens_per_step=0)
     batch = global_batch_size(config, world.size)
     refuse_doc_mask(config, architecture)
+    kind: TaskKind = TASKS.load(config.task.task)
     loader = build_loader(
         config.data,
         vocab_size=architecture.vocab_size,
         seq_len=architecture.seq_len,
+        form=kind.form,
+        rows=kind.rows,
         global_batch=batch,
         rank=world.rank,
         world_size=world.size,
         seed=config.train.seed,
     )
-    steps = run_length_of(config, batch * architecture.seq_len, loader.n_sequences, architecture.seq_len)
+    sample_len = kind.rows * architecture.seq_len
+    steps = run_length_of(config, batch * sample_len, loader.n_sequences, sample_len)
     loader.require(steps.last_step)
     return loader, steps
 
@@ -77,12 +85,14 @@ def tokenizer_name(config: RunConfig, loader: Loader | None) -> str | None:
     return config.data.tokenizer or (named_tokenizer(loader.sources) if loader is not None else None)
 
 
-def build_task(config: RunConfig, architecture: ModelConfig, world: World, precision: Precision) -> Task:
-    """What the batches are trained to do.
+def build_task(
+    config: RunConfig, architecture: ModelConfig, world: World, precision: Precision, model: nn.Module
+) -> Task:
+    """The objective of --task over `model`.
 
     Raises:
-        ConfigError: the teacher of --distill-pretrained has another vocabulary.
-        CheckpointError: it is missing or damaged, or states no architecture.
+        ConfigError: the teacher of --distill-pretrained has another vocabulary, or the task cannot train this model.
+        CheckpointError: a further model that it needs is missing or damaged, or states no architecture.
     """
     has_experts = any(map(architecture.has_experts, range(architecture.n_layers)))
     next_token = NextToken(
@@ -91,9 +101,19 @@ def build_task(config: RunConfig, architecture: ModelConfig, world: World, preci
         config.tracking.log_logit_mean,
         architecture.moe_num_experts or 0 if has_experts else 0,
     )
+    objective = next_token if config.distillation.distill_pretrained is None else distillation(
+        config, architecture, world, precision, next_token
+    )  # fmt: skip
+    kind: TaskKind = TASKS.load(config.task.task)
+    return kind.build(TaskParts(config, model, objective, world, precision))
+
+
+def distillation(
+    config: RunConfig, architecture: ModelConfig, world: World, precision: Precision, next_token: NextToken
+) -> Distillation:
+    """The objective with the teacher of --distill-pretrained."""
     flags = config.distillation
-    if flags.distill_pretrained is None:
-        return next_token
+    assert flags.distill_pretrained is not None
     teacher = load_model(
         flags.distill_pretrained, model=flags.distill_model, device=str(world.device), dtype=precision.weight_dtype
     )
@@ -124,7 +144,7 @@ def build_state(config: RunConfig, architecture: ModelConfig, world: World, step
         precision=precision,
         lr_at=build_schedule(config.schedule, steps),
         run_length=steps,
-        task=build_task(config, architecture, world, precision),
+        task=build_task(config, architecture, world, precision, wrapped),
         world=world,
         averages=averages,
         guard=SpikeGuard(sigma) if sigma else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 
 from open_lm import text
@@ -31,7 +32,7 @@ class Forecast:
     def __str__(self) -> str:
         steps, size = self.steps, self.size
         ends = [end + d for end in self.lr_at.period_ends[:4] for d in (-1, 0)]
-        marks = sorted({0, self.lr_at.warmup_steps, steps.total_steps // 2, *ends, steps.total_steps - 1})
+        marks = sorted({0, math.ceil(self.lr_at.warmup_steps), steps.total_steps // 2, *ends, steps.total_steps - 1})
         rates = ", ".join(f"step {s}: {self.lr_at(s):.3g}" for s in marks if s < steps.total_steps)
         flops = size.flops_per_token * steps.total_tokens
         flags = "".join(f"  {name}: {json.dumps(value)}\n" for name, value in self.config.as_flags().items())

@@ -10,6 +10,7 @@ from open_lm.errors import TrainingDiverged
 from open_lm.evaluate.bootstrap import Bootstrap
 from open_lm.evaluate.in_loop import InLoopEvaluator
 from open_lm.evaluate.validation import HeldOut, ValidationSet, evaluate
+from open_lm.flags import parse_steps
 from open_lm.params import RunConfig
 from open_lm.run.recorder import Recorder, append_json_line, result_rows
 from open_lm.train.state import TrainState
@@ -29,6 +30,7 @@ class Evaluations:
         self._val_sets: list[ValidationSet] = []
         self._tasks: InLoopEvaluator | None = None
         self._bootstrap = bootstrap_of(config)
+        self._at_steps = parse_steps(config.validation.eval_at_steps, "--eval-at-steps", least=0)
         self._validated_at: int | None = None
         self._scored_at: int | None = None
 
@@ -38,10 +40,16 @@ class Evaluations:
 
     def if_due(self, state: TrainState) -> None:
         """Measure held-out loss and scores at the ends of intervals, or every --val-every-steps, --icl-every-steps."""
-        flags = self._config.validation
-        if evaluation_due(state, flags.val_frequency, flags.val_every_steps):
+        flags, named = self._config.validation, state.step in self._at_steps
+        if named or evaluation_due(state, flags.val_frequency, flags.val_every_steps):
             self.validate(state)
-        if evaluation_due(state, flags.icl_frequency, flags.icl_every_steps):
+        if named or evaluation_due(state, flags.icl_frequency, flags.icl_every_steps):
+            self.score(state)
+
+    def before_training(self, state: TrainState) -> None:
+        """Measure the model as it begins, where --eval-at-steps names step 0."""
+        if 0 in self._at_steps:
+            self.validate(state)
             self.score(state)
 
     def validate(self, state: TrainState) -> None:

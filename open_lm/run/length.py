@@ -68,12 +68,12 @@ def build_schedule(config: ScheduleConfig, steps: RunLength) -> Schedule:
         ConfigError: the periods of wsd-s are longer than the run.
     """
 
-    def n_steps(tokens: int) -> int:
-        return round(tokens / max(steps.tokens_per_step, 1))
+    def n_steps(tokens: int) -> float:
+        return tokens / max(steps.tokens_per_step, 1)
 
     warmup = config.warmup if config.warmup_tokens is None else n_steps(config.warmup_tokens)
     if warmup >= steps.total_steps and not config.skip_scheduler:
-        logging.warning("a warm-up of %d steps: the run has %d, so --lr is never reached.", warmup, steps.total_steps)
+        logging.warning("a warm-up of %g steps: the run has %d, so --lr is never reached.", warmup, steps.total_steps)
     decays_apart = config.lr_scheduler in ("wsd", "wsd-s")
     cooldown = n_steps(config.lr_decay_tokens or 0) if decays_apart else steps.cooldown_steps(config.epochs_cooldown)
     return Schedule(
@@ -87,6 +87,7 @@ def build_schedule(config: ScheduleConfig, steps: RunLength) -> Schedule:
         cooldown_fraction=config.lr_decay_fraction if decays_apart else 0.0,
         period_ends=period_ends(config, steps) if config.lr_scheduler == "wsd-s" else (),
         floor=config.force_min_lr,
+        at_end=config.lr_read_at == "end",
     )
 
 

@@ -117,6 +117,10 @@ class Run:
             self.recorder.rewind(state.step)
         self._saved_at = state.step
         self._save_clock.restart()
+        if loader is not None and state.step == 0:
+            self.evaluations.before_training(state)
+            if 0 in self.config.checkpoint.fixed_steps:
+                self._save(state, "fixed")
         if loader is not None and state.step >= state.run_length.last_step:
             logging.info("step %d of %d: nothing left to train", state.step, state.run_length.last_step)
 

@@ -32,6 +32,7 @@ IGNORED = (
     "use_bnb_linear",
 )
 RECOMPUTED = r"full|selective|every-[1-9][0-9]*"
+DECAY_RULES = ("matrices", "all-but-embedding", "all")
 PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "fp32")
 
 
@@ -43,8 +44,14 @@ class OptimizerConfig:
     beta1: float = flag(0.9, "Decay of the running mean of the gradients.")
     beta2: float = flag(0.95, "Decay of the running mean of the squared gradients.")
     eps: float = flag(1.0e-8, "Added to the root of the squared-gradient mean.", above=0)
-    wd: float = flag(0.2, "Weight decay (decoupled, times the learning rate), of matrices only.", least=0)
-    wd_all: bool = flag(False, "Let weight decay also act on norms, biases and embeddings, as OpenLM did.")
+    wd: float = flag(0.2, "Weight decay (decoupled, times the learning rate) of what --wd-rule says.", least=0)
+    wd_rule: str = flag(
+        "matrices",
+        "Parameters that weight decay acts on: matrices (no embeddings, norms or biases); all-but-embedding, as in "
+        "OLMo-core; or all.",
+        choices=DECAY_RULES,
+    )
+    wd_all: bool = flag(False, "The same as --wd-rule all, as OpenLM did.")
     grad_clip_norm: float | None = flag(
         None, "Largest global gradient norm; a larger one is scaled down. None: no clipping.", above=0
     )
@@ -67,6 +74,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.log_avg_model_training_loss and not parse_averagers(self.averagers):
             raise ConfigError("--log-avg-model-training-loss measures averages of the weights: name some, --averagers.")
+        if self.wd_all and self.wd_rule == "all-but-embedding":
+            raise ConfigError("--wd-all and --wd-rule all-but-embedding contradict each other: leave one out.")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"--{name} {getattr(self, name)} is not in [0, 1).")
@@ -78,7 +87,7 @@ class ScheduleConfig:
 
     lr: float = flag(5.0e-4, "Peak learning rate.", above=0)
     warmup: int = flag(10_000, "Optimizer steps of linear warm-up from 0 to --lr.", least=0)
-    warmup_tokens: int | None = flag(None, "Warm-up in tokens; wins over --warmup.", least=0)
+    warmup_tokens: int | None = flag(None, "Warm-up in tokens, not rounded to steps; wins over --warmup.", least=0)
     lr_scheduler: str = flag("cosine", "Shape of the learning rate after warm-up.", choices=SCHEDULES)
     lr_cooldown_end: float = flag(0.0, "Learning rate that the schedule comes down to when the run ends.", least=0)
     lr_cooldown_power: float = flag(
@@ -90,6 +99,12 @@ class ScheduleConfig:
     lr_decay_tokens: int | None = flag(None, "Tokens that wsd, or each period of wsd-s, decays over.", least=1)
     lr_period_tokens: tuple[int, ...] = flag(
         (), "Tokens in each period of wsd-s, in order; the last reaches to the end. None: the checkpoint intervals."
+    )
+    lr_read_at: str = flag(
+        "start",
+        "Point of a step at which the decay is read: start, so that the last step stays one short of "
+        "--lr-cooldown-end, as in OpenLM; end, so that it reaches it, as in OLMo-core.",
+        choices=("start", "end"),
     )
     epochs_cooldown: int | None = flag(
         None, "Checkpoint intervals that const-cooldown decays over, counted from the end.", least=1

@@ -19,15 +19,21 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig, lr: float) -> li
     return OPTIMIZERS.load(config.optimizer)(named, config, lr)
 
 
-def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay acts on a parameter: on matrices, not on embeddings, norms, biases or a Mamba's A."""
+def decays(name: str, parameter: nn.Parameter, rule: str = "matrices") -> bool:
+    """Whether weight decay acts on a parameter. `matrices` excludes embeddings, norms, biases and a Mamba's A."""
+    if rule == "all":
+        return True
+    is_embedding = "embedding" in name and name.endswith(".weight") and parameter.ndim == 2
+    if rule == "all-but-embedding":
+        return not is_embedding
     return parameter.ndim >= 2 and "embedding" not in name and not name.endswith("A_log")
 
 
 def decay_groups(named: Named, config: OptimizerConfig) -> list[dict]:
     """Parameter groups with and without weight decay, neither of them empty."""
-    decayed = [p for name, p in named if config.wd_all or decays(name, p)]
-    kept = [p for name, p in named if not (config.wd_all or decays(name, p))]
+    rule = "all" if config.wd_all else config.wd_rule
+    decayed = [p for name, p in named if decays(name, p, rule)]
+    kept = [p for name, p in named if not decays(name, p, rule)]
     groups = [{"params": decayed, "weight_decay": config.wd}, {"params": kept, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

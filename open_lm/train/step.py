@@ -22,8 +22,8 @@ T = TypeVar("T")
 class StepReport:
     """One step's figures. The tensors stay on the device, so that no step waits to be read.
 
-    `parts` are this rank's shares of means over all ranks' targets, one for each of the task's `names`: sum them over
-    ranks to read them.
+    `parts` are this rank's shares of means over what the task counts on all ranks, one for each of the task's `names`:
+    sum them over ranks to read them.
     """
 
     parts: Tensor
@@ -34,49 +34,52 @@ class StepReport:
 
     @property
     def loss(self) -> Tensor:
-        """This rank's share of the mean cross-entropy."""
+        """This rank's share of the mean loss."""
         return self.parts[0]
 
 
 def train_step(state: TrainState, batch: Batch, *, accum: int, clip: float | None, timing: Timing) -> StepReport:
     """Take one optimizer step on this rank's `batch`, computed in `accum` micro-batches.
 
-    The loss is the mean over the unmasked targets of all ranks, so neither `accum` nor the world size changes it.
+    The loss is the mean over what the task counts (tokens, pairs, sequences) on all ranks and in all micro-batches, so
+    neither `accum` nor the world size changes it.
     """
     lr = set_lr(state.optimizers, state.lr_at(state.step))
     with timing("sync"):
-        n_targets = state.world.sum(batch.n_targets).clamp(min=1)
+        count = state.world.sum(state.task.count(batch)).clamp(min=1)
+    batch = state.task.prepare(state, batch, accum)
     parts = torch.zeros(len(state.task.names), device=batch.device)
     for micro, is_last in with_last(batch.split(accum)):
         with grad_sync(state.model, enabled=is_last):
             with timing("forward"), state.precision.autocast():
                 losses = state.task.loss_sums(state.model, micro)
             with timing("backward"):  # DDP and FSDP average gradients over ranks: undo that, the loss is a sum
-                state.precision.backward(losses.total / n_targets * state.world.size)
+                state.precision.backward(losses.total / count * state.world.size)
         parts += losses.parts
     with timing("optim_step"):
         grad_norm, taken = state.precision.step(
             state.model,
             state.optimizers,
             clip=lambda model: clip_grad_norm(model, clip),
-            accept=lambda norm: state.accept(parts[0] / n_targets, norm),
+            accept=lambda norm: state.accept(parts[0] / count, norm),
         )
     state.step += 1
     state.tokens += state.run_length.tokens_per_step
     for average in state.averages:
         average.update(state.step)
-    return StepReport(parts / n_targets, grad_norm, lr, taken)
+    return StepReport(parts / count, grad_norm, lr, taken)
 
 
 @torch.no_grad()
 def average_losses(state: TrainState, batch: Batch, *, accum: int) -> dict[str, float]:
     """The loss of each running average on this rank's `batch`, over all ranks; every rank must call this."""
-    n_targets = state.world.sum(batch.n_targets).clamp(min=1)
+    count = state.world.sum(state.task.count(batch)).clamp(min=1)
+    batch = state.task.prepare(state, batch, accum)
     losses: dict[str, float] = {}
     for average in state.averages:
         with average.in_place(), state.precision.autocast():
             shares = [state.task.loss_sums(state.model, micro).parts[0] for micro in batch.split(accum)]
-        losses[average.name] = (state.world.sum(torch.stack(shares).sum()) / n_targets).item()
+        losses[average.name] = (state.world.sum(torch.stack(shares).sum()) / count).item()
     return losses
 
 

@@ -1,9 +1,9 @@
-"""Training tasks: a model and a batch in, a summed loss out."""
+"""Training tasks: a model and a batch become a summed loss, and the count that it is divided by."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from open_lm.kernels.linear_divergence import linear_divergence
 
 
 class Losses(NamedTuple):
-    """Sums over the unmasked targets of one micro-batch."""
+    """Sums over what the task counts in one micro-batch."""
 
     total: Tensor
     """What is minimised, with gradients."""
@@ -22,21 +22,29 @@ class Losses(NamedTuple):
     """What is reported, without gradients: one sum for each of the task's `names`."""
 
 
-class Task(Protocol):
-    """Pretraining, fine-tuning and preference training differ in this."""
+class Task:
+    """An objective: pretraining, fine-tuning, preference training and reinforcement learning differ in this."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """What `Losses.parts` are, as they are called in metrics; the first is `loss`."""
-        ...
+        raise NotImplementedError
+
+    def count(self, batch: Batch) -> Tensor:
+        """What the losses of `batch` are a mean over, a scalar on its device: by default the unmasked targets."""
+        return batch.n_targets
+
+    def prepare(self, state: Any, batch: Batch, accum: int) -> Batch:
+        """`batch` with what the loss needs to know of the whole of it, computed before its first micro-batch."""
+        return batch
 
     def loss_sums(self, model: nn.Module, batch: Batch) -> Losses:
-        """Losses summed (not averaged) over the unmasked targets of `batch`."""
-        ...
+        """Losses summed (not averaged) over what `count` counts in `batch`."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class NextToken:
+class NextToken(Task):
     """Predict each token from those before it.
 
     `z_loss` weighs the squared log-normaliser of the output; `balance_loss` the load-balancing loss of a model with
@@ -88,7 +96,7 @@ def sum_of_mean_logits(hidden_ND: Tensor, weight_VD: Tensor, counted_N: Tensor) 
 
 
 @dataclass(frozen=True)
-class Distillation:
+class Distillation(Task):
     """Predict the next token and what a teacher thinks of it: `(1 - weight) * cross-entropy + weight * divergence`
     (Hinton et al., arXiv:1503.02531)."""
 

@@ -19,8 +19,14 @@ from open_lm.weights.from_hf import from_native
 INNER_KEYS = ("params_args_dict", "params")
 """Where folders on the Hub keep OpenLM's parameters: DCLM's, and those of PyTorchModelHubMixin."""
 
-OPENLM_NAMES = {"dim": "hidden_dim", "apply_qk_norm": "qk_norm"}
+OPENLM_NAMES = {"dim": "hidden_dim", "apply_qk_norm": "qk_norm", "norm_type": "model_norm"}
 """Names of OpenLM's parameters that its JSON files call otherwise."""
+
+WHOLE = ("model.safetensors", "pytorch_model.bin")
+"""Names of transformers for a file with all weights; what lies beside it is something else."""
+
+EXPERT_KEYS = ("moe_num_experts", "moe_top_k", "moe_expert_type", "moe_capacity_factor", "moe_loss_weight")
+"""Parameters that a model without experts may state all the same."""
 
 
 def from_transformers(folder: Path) -> tuple[ModelConfig | None, dict[str, Tensor]]:
@@ -69,13 +75,17 @@ def openlm_values(values: Mapping[str, Any]) -> dict[str, Any]:
     inner = next((values[name] for name in INNER_KEYS if isinstance(values.get(name), Mapping)), values)
     if "dim" not in inner:
         return dict(values)
-    out = {OPENLM_NAMES.get(name, name): value for name, value in inner.items() if value is not None}
+    given = {name: value for name, value in inner.items() if value is not None}
+    out = {OPENLM_NAMES.get(name, name): value for name, value in given.items()} | given
+    out["weight_tying"] = bool(given.get("weight_tying") or given.get("tie_word_embeddings"))
+    if out.get("n_kv_heads") == out.get("n_heads"):
+        out.pop("n_kv_heads", None)
     if out.get("attn_name") != "custom_attn":  # how attention was computed there says nothing about the weights
         for name in ("attn_name", "attn_activation", "attn_seq_scalar", "attn_seq_scalar_alpha"):
             out.pop(name, None)
     if out.get("moe_freq"):
-        out.setdefault("moe_expert_type", "megablocks")
-    return out
+        return {"moe_expert_type": "megablocks", **out}
+    return {name: value for name, value in out.items() if name not in EXPERT_KEYS}
 
 
 def mamba_config(values: Mapping[str, Any], origin: str) -> MambaConfig:
@@ -109,6 +119,7 @@ def weight_files(folder: Path) -> list[Path]:
         indexes = sorted(folder.glob(f"{pattern}.index.json"))
         if indexes:
             return _shards(indexes[0])
+        found = [path for path in found if path.name in WHOLE] or found
         if len(found) > 1:
             names = ", ".join(path.name for path in found)
             raise CheckpointError(f"{folder}: several files of weights ({names}). Name one of them.")

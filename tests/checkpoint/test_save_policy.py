@@ -54,7 +54,7 @@ def test_the_clock_runs_from_the_last_checkpoint(monkeypatch):
     assert not SaveClock(None).runs
 
 
-@pytest.mark.parametrize("words", [("0",), ("5,x",), ("-3",)])
+@pytest.mark.parametrize("words", [("5,x",), ("-3",)])
 def test_steps_that_are_no_steps_are_refused(words):
     with pytest.raises(ConfigError, match="--save-at-steps"):
         CheckpointConfig(save_at_steps=words)

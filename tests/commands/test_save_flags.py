@@ -62,3 +62,21 @@ def test_ranks_decide_together_that_time_is_up(tmp_path, manifest):
     done = run_command(arguments, ranks=2)
     assert done.returncode == 0, done.stderr
     assert checkpoints_of(tmp_path) == {"0-step1": 1, "0-step2": 2, "1": 3}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_checkpoint_before_the_first_step_changes_nothing_and_can_be_resumed(tmp_path, manifest, optimizer):
+    extra = ["--optimizer", optimizer]
+    run(tmp_path, manifest, *extra, name="straight")
+    fixed = ["--save-at-steps", "0,5", "--keep-last", "1", *extra]
+    evaluated = ["--val-data", manifest, "--eval-at-steps", "0", "5"]
+    run(tmp_path, manifest, *fixed, *evaluated)
+    assert checkpoints_of(tmp_path) == {"0": 0, "0-step5": 5, "1": 12}
+    losses = metrics(tmp_path, key="valid/loss")
+    assert sorted(losses) == [0, 5, 12]
+    assert losses[0] > losses[5] > losses[12]
+    for label in ("1", "0-step5"):
+        (folder_of(tmp_path) / "checkpoints" / f"epoch_{label}.commit.json").unlink()
+    run(tmp_path, manifest, *fixed, "--resume", "latest")
+    assert checkpoints_of(tmp_path) == {"0": 0, "0-step5": 5, "1": 12}
+    assert all((weights(tmp_path)[k] == v).all() for k, v in weights(tmp_path, "straight").items())

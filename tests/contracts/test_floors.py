@@ -1,67 +1,36 @@
 """Imports go down the floors of CONTRIBUTING.md, between rooms and inside them; files and functions stay short."""
 
 import ast
-import re
+import importlib.util
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "open_lm"
-FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 
 
-def read_floors(text: str) -> dict[str, dict[str, int]]:
-    """`{folder: {name: floor}}` from the block of CONTRIBUTING.md: `folder/: lowest < … < highest`, names by spaces."""
-    (block,) = re.findall(r"```floors\n(.*?)```", text, re.S)
-    floors: dict[str, dict[str, int]] = {}
-    for line in block.replace("\n  ", " ").strip().splitlines():
-        folder, _, order = line.partition(": ")
-        names = [(name, floor) for floor, names in enumerate(order.split(" < ")) for name in names.split()]
-        assert len(dict(names)) == len(names), f"{folder} names a room twice"
-        floors[folder.strip("/").replace("/", ".")] = dict(names)
-    return floors
+def load_house():
+    spec = importlib.util.spec_from_file_location("house", ROOT / "scripts" / "house.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-FLOORS = read_floors((ROOT / "CONTRIBUTING.md").read_text())
-
-
-def module_of(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-
-
-MODULES = {module_of(path) for path in FILES}
-
-
-def imported(path: Path, *, registered: bool) -> set[str]:
-    """The modules of open_lm that a file imports; with `registered` also those it names in registry strings
-    ("open_lm.x:Y"), which load on use: a registry may name plug-ins of its own room."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif registered and isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found |= {node.value.partition(":")[0]} if ":" in node.value else set()
-    return found & MODULES
-
-
-def floor_pair(here: str, there: str) -> tuple[str, str, str] | None:
-    """The folder that two modules share and their names in it; None where one is the other's own folder."""
-    a, b = here.split("."), there.split(".")
-    k = next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
-    return None if k is None else (".".join(a[:k]), a[k], b[k])
+HOUSE = load_house()
+FILES, MODULES = HOUSE.FILES, HOUSE.MODULES
+FLOORS = HOUSE.read_floors((ROOT / "CONTRIBUTING.md").read_text())
 
 
 def problems(path: Path) -> list[str]:
-    here, found = module_of(path), []
-    for there in sorted(imported(path, registered=True)):
-        pair = floor_pair(here, there)
-        is_plugin = pair and pair[0] != "open_lm" and there not in imported(path, registered=False)
-        if pair is None or is_plugin:
+    """Imports of a file that do not go down; a registry may name plug-ins of its own room."""
+    here, found = HOUSE.module_of(path), []
+    plain = HOUSE.imported(path)
+    for there in sorted(HOUSE.imported(path, registered=True)):
+        shared = HOUSE.shared_folder(here, there)
+        if shared is None or (shared[0] != "open_lm" and there not in plain):
             continue
-        folder, mine, other = pair
+        folder, mine, other = shared
         if FLOORS[folder][other] >= FLOORS[folder][mine]:
             found.append(f"{here} imports {there}: {mine} is not above {other} in {folder}/")
     return found

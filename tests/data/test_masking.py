@@ -1,12 +1,24 @@
 """Masks, against tables worked by hand and a loop over single positions."""
 
+import io
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from open_lm.data.batch import IGNORED as X
-from open_lm.data.masking import masked_batch
+from open_lm.data.config import DataConfig
+from open_lm.data.marks import ID_BITS, IDS, marked_dtype
+from open_lm.data.marks import PADDING as P
+from open_lm.data.marks import START as S
+from open_lm.data.marks import UNTRAINED as U
+from open_lm.data.masking import batch_of, masked_batch
+from open_lm.data.reader import SampleReader
+from open_lm.data.shards import check_ids, read_samples, write_shard
+from open_lm.data.sources import open_source
+from open_lm.errors import ConfigError
 
 SAMPLES = torch.tensor([[5, 6, 9, 7, 8, 1], [5, 6, 7, 8, 1, 1], [9, 5, 9, 6, 1, 7], [5, 5, 5, 5, 5, 9]])
 
@@ -71,3 +83,64 @@ def test_the_loader_masks_what_the_flags_say(data_set):
     assert sorted((one.targets_BT == X).sum(1).tolist()) == [3] * 7 + [4]
     squashed = batch(3, target_mask_left=7, squash_mask_left=True)
     assert squashed.inputs_BT.shape == (8, 3) and (squashed.targets_BT == 7).any()
+
+
+def marked(rows, marks):
+    return torch.tensor(rows) | torch.tensor(marks) << ID_BITS
+
+
+def test_marks_say_what_is_trained_on_and_where_documents_begin():
+    rows = [[5, 6, 7, 8, 9, 1, 1], [5, 6, 7, 8, 9, 2, 3]]
+    marks = [[S | U, U, 0, S, 0, P, P], [0] * 7]
+    batch = batch_of(marked(rows, marks), DataConfig(), None)
+    assert batch.inputs_BT.tolist() == [row[:-1] for row in rows]
+    assert batch.targets_BT.tolist() == [[X, 7, X, 9, X, X], rows[1][1:]]
+    documents = [[1, 1, 1, 2, 2, 2], [0] * 6]
+    assert batch.documents_BT.tolist() == documents
+    assert batch.extras["n_real"].tolist() == [5, 6]
+
+
+def test_one_document_a_sample_needs_no_document_mask():
+    assert batch_of(marked([[5, 6, 7, 8]], [[S | U, U, 0, P]]), DataConfig(), None).documents_BT is None
+
+
+def test_marks_and_masks_by_token_hold_together():
+    config = DataConfig(target_mask_left=6, target_mask_individual=8)
+    batch = batch_of(marked([[5, 6, 7, 8, 9, 4]], [[0, 0, 0, 0, 0, U]]), config, None)
+    assert batch.targets_BT.tolist() == [[X, 7, X, 9, X]]
+
+
+def test_taking_tokens_out_of_marked_samples_is_refused():
+    config = DataConfig(target_mask_left=6, squash_mask_left=True)
+    with pytest.raises(ConfigError, match="--squash-mask-left"):
+        batch_of(marked([[5, 6, 7, 8]], [[0, 0, 0, U]]), config, None)
+
+
+@pytest.mark.parametrize("ids", ["<u2", "<u4"])
+def test_marked_samples_survive_a_shard(tmp_path, ids):
+    rows = np.zeros((3, 5), marked_dtype(np.dtype(ids)))
+    rows["ids"], rows["marks"] = np.arange(15).reshape(3, 5), [[S | U, U, 0, 0, P]] * 3
+    rows["ids"][0, 0] = np.iinfo(ids).max if ids == "<u2" else (1 << 28) - 1
+    with open(tmp_path / "00000000.tar", "wb") as file:
+        write_shard(file, rows, "npy")
+    source = open_source(str(tmp_path / "00000000.tar"))
+    read = SampleReader([source.shards], data_key="auto", vocab_size=1 << 28, seq_len=4).read
+    zero = np.zeros(3, np.int64)
+    tokens, holes, _ = read(zero, zero, np.arange(3), zero)
+    assert not holes
+    assert (tokens & IDS).tolist() == rows["ids"].tolist()
+    assert (tokens >> ID_BITS).tolist() == rows["marks"].tolist()
+    numpys_own = np.load(io.BytesIO((tmp_path / "00000000.tar").read_bytes()[512:]))
+    assert (numpys_own == rows[0]).all()
+    shown = [ids.tolist() for _, ids in read_samples(str(tmp_path / "00000000.tar"))]
+    assert shown == rows["ids"].tolist()
+
+
+def test_a_marked_id_beyond_the_vocabulary_is_an_error():
+    row = np.zeros(2, marked_dtype(np.dtype("<u4")))
+    row["ids"] = [3, 300]
+    with pytest.raises(ValueError, match="token id 300 is outside a vocabulary of 100"):
+        check_ids(row, 100)
+    row["ids"], row["marks"] = 3, 8
+    with pytest.raises(ValueError, match="mark 8"):
+        check_ids(row, 100)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from runs import folder_of, metrics, run, weights, write_data
 
-from open_lm.train.config import OPTIMIZERS
-from open_lm.train.optim import Lion
+from open_lm.errors import ConfigError
+from open_lm.train.config import OPTIMIZERS, OptimizerConfig
+from open_lm.train.optim import Lion, decays
 from open_lm.train.step import train_step
 from open_lm.train.timing import Timing
 
@@ -60,3 +61,25 @@ def test_a_resumed_run_is_the_same_run_with_every_optimizer(tmp_path, name):
     run(tmp_path, manifest, *extra, "--resume", "latest", name="broken")
     assert metrics(tmp_path, "broken") == metrics(tmp_path, "straight")
     torch.testing.assert_close(weights(tmp_path, "broken", "2"), weights(tmp_path, "straight", "2"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "kept"),
+    [
+        ("matrices", {"tok_embeddings.weight", "norm.weight", "layers.0.attention_norm.weight"}),
+        ("all-but-embedding", {"tok_embeddings.weight"}),
+        ("all", set()),
+    ],
+)
+def test_a_decay_rule_says_what_weight_decay_spares(tiny, rule, kept):
+    make_state, _, _ = tiny
+    named = dict(make_state().model.named_parameters())
+    spared = {name for name, p in named.items() if not decays(name, p, rule)}
+    assert kept <= spared
+    assert "output.weight" not in spared
+    assert spared == kept if rule != "matrices" else all(named[n].ndim < 2 or "embedding" in n for n in spared)
+
+
+def test_wd_all_contradicts_a_narrower_rule():
+    with pytest.raises(ConfigError, match="--wd-all"):
+        OptimizerConfig(wd_all=True, wd_rule="all-but-embedding")

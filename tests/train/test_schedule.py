@@ -1,6 +1,7 @@
 """Learning rates against hand-worked tables, and the arithmetic of intervals."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -94,7 +95,7 @@ def test_wsd_s_of_one_period_is_wsd():
 def test_lengths_in_tokens_are_turned_into_steps():
     config = ScheduleConfig(lr_scheduler="wsd-s", warmup_tokens=250, lr_decay_tokens=200, lr_period_tokens=(600, 400))
     lr = build_schedule(config, RunLength((4, 10), tokens_per_step=100))
-    assert (lr.warmup_steps, lr.cooldown_steps, lr.period_ends) == (2, 2, (6, 10))
+    assert (lr.warmup_steps, lr.cooldown_steps, lr.period_ends) == (2.5, 2, (6, 10))
 
 
 @pytest.mark.parametrize("tokens", [(600, 600), (10, 900)])
@@ -102,3 +103,37 @@ def test_periods_that_do_not_fit_the_run_are_refused(tokens):
     config = ScheduleConfig(lr_scheduler="wsd-s", lr_period_tokens=tokens)
     with pytest.raises(ConfigError, match="lr-period-tokens"):
         build_schedule(config, RunLength((10,), tokens_per_step=100))
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (1, 5.3583e-6), (363, 0.00194507), (364, 0.00194546), (3267, 0.00194546), (3268, 0.00194492),
+        (3630, 5.36e-6), (3631, 0.0), (3632, 0.00194546),
+    ],
+)  # fmt: skip
+def test_wsd_s_in_tokens_has_the_rates_that_olmo_core_gives_a_190m_model(step, expected):
+    n_params, batch = 190_354_176, 524_288
+    ends = [round(20 * n_params * multiple / batch) for multiple in (0.5, 1, 2, 4)]
+    periods = tuple((end - start) * batch for start, end in pairwise([0, *ends]))
+    peak = 0.0047 * (n_params / 108e6) ** (-1 / 3) / 2
+    config = ScheduleConfig(
+        lr=peak, warmup_tokens=n_params, lr_scheduler="wsd-s", lr_period_tokens=periods, lr_read_at="end"
+    )
+    lr = build_schedule(config, RunLength((ends[-1],), tokens_per_step=batch))
+    assert lr(step - 1) == pytest.approx(
+        expected, abs=0.51 * 10.0 ** (-8 if expected > 1e-5 else -10 if step == 1 else -8)
+    )
+    tokens, decay = step * batch, 0.1 * periods[0]
+    by_hand = min(peak * tokens / n_params, peak * (periods[0] - tokens) / decay, peak) if step <= ends[0] else peak
+    assert lr(step - 1) == pytest.approx(by_hand, abs=1e-12)
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine", "wsd", "wsd-s", "const-cooldown"])
+def test_a_schedule_read_at_the_end_of_steps_reaches_its_end_rate_with_the_last_step(shape):
+    at_end = Schedule(shape, 1.0, 0.1, 2.5, 20, cooldown_steps=4.5, at_end=True)
+    at_start = Schedule(shape, 1.0, 0.1, 2.5, 20, cooldown_steps=4.5)
+    assert at_end(19) == pytest.approx(0.1)
+    assert at_start(19) > 0.1
+    assert max(map(at_start, range(20))) <= 1
+    assert at_end(1) == at_start(1) == pytest.approx(2 / 2.5)

@@ -1,6 +1,7 @@
 """One optimizer step against a hand-written reference in fp64, and what must not change it."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from open_lm.errors import ConfigError
 from open_lm.train.activation_checkpointing import recompute_in_backward
 from open_lm.train.optim import decays
 from open_lm.train.step import train_step, with_last
+from open_lm.train.tasks import Losses, Task
 from open_lm.train.timing import Timing
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -56,6 +58,53 @@ def test_accumulation_does_not_change_the_loss_curve(tiny):
         curves.append([step(state, make_batch(k), accum).loss.item() for k in range(10)])
     assert curves[1] == pytest.approx(curves[0], abs=1e-5)
     assert curves[2] == pytest.approx(curves[0], abs=1e-5)
+
+
+class MeanOfPairs(Task):
+    """A task that counts pairs: the squared difference of the first logits of both rows."""
+
+    names = ("loss",)
+
+    def count(self, batch):
+        return torch.tensor(len(batch) // 2)
+
+    def prepare(self, state, batch, accum):
+        self.prepared = (len(batch), accum)
+        return replace(batch, extras={"weight": torch.arange(len(batch)) // 2 + 1.0})
+
+    def loss_sums(self, model, batch):
+        assert batch.group == 2 and len(batch) % 2 == 0
+        first = model(batch.inputs_BT)[0][:, 0, 0].view(-1, 2)
+        total = (batch.extras["weight"].view(-1, 2)[:, 0] * (first[:, 0] - first[:, 1]) ** 2).sum()
+        return Losses(total, total.detach()[None])
+
+
+@pytest.mark.parametrize("accum", [1, 2, 4])
+def test_a_task_says_what_its_loss_is_a_mean_of(tiny, accum):
+    make_state, make_batch, _ = tiny
+    state = make_state(dtype=torch.float64)
+    state.task = MeanOfPairs()
+    batch = replace(make_batch(), group=2)
+    first = state.model(batch.inputs_BT)[0][:, 0, 0].view(-1, 2)
+    expected = (torch.arange(1, 5) * (first[:, 0] - first[:, 1]) ** 2).sum() / 4
+    gradients = dict(zip(
+        dict(state.model.named_parameters()),
+        torch.autograd.grad(expected, list(state.model.parameters()), allow_unused=True), strict=True,
+    ))  # fmt: skip
+    report, got = gradients_of(state, batch, accum)
+    assert state.task.prepared == (8, accum)
+    assert report.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, gradients[name], rtol=1e-6, atol=1e-12)
+
+
+def test_a_micro_batch_never_parts_a_pair():
+    batch = Batch(torch.arange(12).view(6, 2), torch.arange(12).view(6, 2), group=2, extras={"row": torch.arange(6)})
+    parts = list(batch.split(3))
+    assert [part.extras["row"].tolist() for part in parts] == [[0, 1], [2, 3], [4, 5]]
+    assert {part.group for part in parts} == {2}
+    with pytest.raises(AssertionError):
+        next(batch.split(6))
 
 
 def test_recomputing_activations_does_not_change_the_gradients(tiny):

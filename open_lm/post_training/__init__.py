@@ -1,0 +1,1 @@
+"""Post-training: chat data, fine-tuning, preferences, reward models, reinforcement learning and adapters."""

@@ -10,6 +10,7 @@ CONFIGS = {
     "llama": {"model_norm": "rms_norm"},
     "llama_pairs_gqa": {"model_norm": "rms_norm", "positional_embedding_type": "llama_rotary", "n_kv_heads": 2},
     "llama_tied_wide": {"model_norm": "rms_norm", "weight_tying": True, "ffn_dim": 48, "rotary_base": 500.0},
+    "mistral": {"model_norm": "rms_norm", "n_kv_heads": 2, "sliding_window": 7},
     "olmo": {"model_norm": "no_wb_layer_norm"},
     "stablelm": {},
     "stablelm_gains": {
@@ -38,6 +39,7 @@ CONFIGS = {
         "attn_seq_scalar_alpha": 1.0,
     },
     "own_uneven": {"hidden_dim": 34},
+    "own_window": {"sliding_window": 7, "ffn_type": "gemma_geglu"},
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from open_lm.kernels import native
 from open_lm.kernels.skinny_matmul import TYPES, linear
 from open_lm.model.attention import Attention
 from open_lm.model.cache import LayerCache, StaticLayerCache
+from open_lm.model.mask import Mask
 from open_lm.model.norms import RMSNorm
 from open_lm.model.rotary import Angles, LlamaRotary
 
@@ -77,7 +78,7 @@ def attention(
     plain: Callable[..., Tensor],
     x_BTD: Tensor,
     angles: Angles | None,
-    mask: Tensor | None = None,
+    mask: Mask,
     cache: LayerCache | None = None,
 ) -> Tensor:
     """Attention of one new position; rotation, cache and attention are one operator."""
@@ -96,7 +97,7 @@ def attention(
         isinstance(module.pos_embed, LlamaRotary),
         *memory,
         cache.length,
-        None if mask is None else mask.reshape(len(x_BTD), -1).contiguous(),
+        None if mask.is_causal else mask.dense().expand(len(x_BTD), 1, 1, -1).flatten(1).contiguous(),
     )
     cache.length += 1
     return module.out_proj(mixed_BW[:, None])

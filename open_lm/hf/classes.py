@@ -57,6 +57,7 @@ def own_values(config: ModelConfig) -> dict[str, Any]:
         "norm_type": config.model_norm,
         "apply_qk_norm": config.qk_norm,
         "n_kv_heads": config.kv_heads,
+        "window": config.sliding_window,
         "attn_name": "custom_attn" if config.attn_name == "custom_attn" else "auto",
     }
 

@@ -20,7 +20,8 @@ class OpenLMConfig(PretrainedConfig):
     """The parameters of an OpenLM transformer; `dim`, `norm_type` and `apply_qk_norm` are OpenLM's own names.
 
     Keys that OpenLM does not have: `n_kv_heads` (None: as many as `n_heads`), `ffn_dim` (None: OpenLM's width for
-    `dim`), `rotary_base`, and `moe_expert_type` (megablocks: OpenLM's experts; ffn: experts like `ffn_type`).
+    `dim`), `rotary_base`, `moe_expert_type` (megablocks: OpenLM's experts; ffn: experts like `ffn_type`), and `window`,
+    the keys that a position sees, itself included (None: all; `sliding_window` would shorten transformers' caches).
     """
 
     model_type = "openlm"
@@ -58,6 +59,7 @@ class OpenLMConfig(PretrainedConfig):
         n_kv_heads=None,
         ffn_dim=None,
         rotary_base=10_000.0,
+        window=None,
         use_cache=True,
         **kwargs,
     ):

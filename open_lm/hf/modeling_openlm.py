@@ -149,12 +149,16 @@ class OpenLMForCausalLM(PreTrainedModel, GenerationMixin):
 
         A query that would see no key, as in left padding, sees itself.
         """
-        if attention_mask is not None and attention_mask.ndim == 4:
-            return attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
-        if attention_mask is None and self.config.softmax and n_keys == len(positions):
+        window = self.config.window
+        if attention_mask is None and self.config.softmax and n_keys == len(positions) and window is None:
             return None
         keys = torch.arange(n_keys, device=positions.device)
         causal = keys <= positions[:, None]
+        if window is not None:
+            causal = causal & (keys > positions[:, None] - window)
+        if attention_mask is not None and attention_mask.ndim == 4:
+            given = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
+            return given if window is None else given & causal[:, : given.shape[-1]]
         if attention_mask is None:
             return causal
         real = nn.functional.pad(attention_mask.bool(), (0, n_keys - attention_mask.shape[1]))[:, None, None]

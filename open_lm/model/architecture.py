@@ -39,7 +39,8 @@ _SIZES = ("hidden_dim", "n_layers", "n_heads", "seq_len", "vocab_size")
 class ModelConfig:
     """A complete architecture: what `create_model` builds, and what a checkpoint keeps.
 
-    `n_kv_heads` None means as many as `n_heads`; `ffn_dim` None the width that OpenLM derives from `hidden_dim`.
+    `n_kv_heads` None means as many as `n_heads`; `ffn_dim` None the width that OpenLM derives from `hidden_dim`;
+    `sliding_window` None that a position sees all before it, else only so many, itself included (arXiv:2004.05150).
     """
 
     hidden_dim: int
@@ -53,6 +54,7 @@ class ModelConfig:
     ffn_dim: int | None = None
     norm_eps: float = 1e-5
     rotary_base: float = 10_000.0
+    sliding_window: int | None = None
     model_norm: str = "default_layer_norm"
     ffn_type: str = "swiglu"
     qk_norm: bool = False
@@ -72,7 +74,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in _SIZES:
             _require_count(name, getattr(self, name))
-        for name in ("n_kv_heads", "ffn_dim"):
+        for name in ("n_kv_heads", "ffn_dim", "sliding_window"):
             if getattr(self, name) is not None:
                 _require_count(name, getattr(self, name))
         for name in ("norm_eps", "rotary_base"):
@@ -111,6 +113,11 @@ class ModelConfig:
             _require_number("attn_seq_scalar_alpha", self.attn_seq_scalar_alpha)
         elif self.attn_seq_scalar not in (None, "none"):
             raise ConfigError(f"--attn-seq-scalar {self.attn_seq_scalar} needs its exponent, --attn-seq-scalar-alpha.")
+        if self.sliding_window and self.attn_seq_scalar not in (None, "none"):
+            raise ConfigError(
+                f"model key sliding_window: not with --attn-seq-scalar {self.attn_seq_scalar}, which scales attention "
+                "by the length of the whole sequence. Leave out one."
+            )
 
     def _check_experts(self) -> None:
         for name in ("moe_freq", "moe_capacity_factor", "moe_loss_weight"):

@@ -13,6 +13,7 @@ from open_lm.model.attention_core import build_attend
 from open_lm.model.cache import LayerCache
 from open_lm.model.config import ModelConfig
 from open_lm.model.init import scaled_normal_
+from open_lm.model.mask import Mask
 from open_lm.model.norms import build_norm
 from open_lm.model.rotary import Angles
 from open_lm.model.variants import POSITIONS
@@ -40,9 +41,7 @@ class Attention(nn.Module):
         scaled_normal_(self.in_proj.weight, self.dim**-0.5)
         scaled_normal_(self.out_proj.weight, self.dim**-0.5 / math.sqrt(2 * (self.layer + 1)))
 
-    def forward(
-        self, x_BTD: Tensor, angles: Angles | None, mask: Tensor | None = None, cache: LayerCache | None = None
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, angles: Angles | None, mask: Mask, cache: LayerCache | None = None) -> Tensor:
         q, k, v = self.in_proj(x_BTD).split(self.widths, dim=-1)
         q_BTHK = self.q_norm(q).unflatten(-1, (self.n_heads, self.head_dim))
         k_BTGK = self.k_norm(k).unflatten(-1, (self.kv_heads, self.head_dim))

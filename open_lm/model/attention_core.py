@@ -1,8 +1,9 @@
-"""Attention back ends by name: how queries mix values.
+"""Attention back ends by name.
 
 Shapes: B batch, T queries, S keys, H heads, G heads of keys and values (H is a multiple of G), K head width.
-Every back end has the signature `attend(q_BTHK, k_BSGK, v_BSGK, mask) -> mixed_BTHK`. `mask` is true where a query sees
-a key, (T, S) or (B, 1, T, S); None means causal, the queries standing at the end of the keys.
+Every back end has the signature `attend(q_BTHK, k_BSGK, v_BSGK, mask) -> mixed_BTHK`. What narrows attention (a window,
+documents, padding) is known to the Mask alone: a back end asks it whether the case is plainly causal, and else for the
+form that it computes with, `mask.dense()` in the simplest case.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_lm.kernels.attention import causal_attention
+from open_lm.model.attend_masked import attention, masked_attention
 from open_lm.model.config import ModelConfig
+from open_lm.model.mask import Mask
 from open_lm.model.variants import ATTENTIONS, ATTN_ACTIVATIONS, SEQ_SCALARS
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, Mask], Tensor]
 
 
 def build_attend(config: ModelConfig) -> Attend:
@@ -29,8 +32,8 @@ def build_attend(config: ModelConfig) -> Attend:
 def fastest_attention(config: ModelConfig) -> Attend:
     """Softmax attention through torch, or on a CPU by a C++ kernel where one is in use."""
 
-    def attend(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is None and q_BTHK.shape[1] == k_BSGK.shape[1]:
+    def attend(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Mask) -> Tensor:
+        if mask.is_causal and mask.n_queries == mask.n_keys:
             return causal_attention(q_BTHK, k_BSGK, v_BSGK)
         return scaled_dot_product(q_BTHK, k_BSGK, v_BSGK, mask)
 
@@ -42,20 +45,11 @@ def torch_attention(config: ModelConfig) -> Attend:
     return scaled_dot_product
 
 
-def scaled_dot_product(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Tensor | None) -> Tensor:
+def scaled_dot_product(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Mask) -> Tensor:
     """softmax(q k' / sqrt(K)) v under the mask."""
-    n_queries, n_keys = q_BTHK.shape[1], k_BSGK.shape[1]
-    if mask is None and 1 < n_queries < n_keys:
-        mask = causal_mask(n_queries, n_keys, None, q_BTHK.device)
-    mixed_BHTK = F.scaled_dot_product_attention(
-        q_BTHK.transpose(1, 2),
-        k_BSGK.transpose(1, 2),
-        v_BSGK.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=mask is None and n_queries == n_keys,
-        enable_gqa=k_BSGK.shape[2] != q_BTHK.shape[2],
-    )
-    return mixed_BHTK.transpose(1, 2)
+    if mask.is_causal and mask.n_queries in (1, mask.n_keys):
+        return attention(q_BTHK, k_BSGK, v_BSGK, is_causal=mask.n_queries > 1)
+    return masked_attention(q_BTHK, k_BSGK, v_BSGK, mask)
 
 
 def custom_attention(config: ModelConfig) -> Attend:
@@ -64,31 +58,16 @@ def custom_attention(config: ModelConfig) -> Attend:
     seq_scalar = SEQ_SCALARS.load(config.attn_seq_scalar or "none")
     alpha = config.attn_seq_scalar_alpha or 0.0
 
-    def attend(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Tensor | None) -> Tensor:
-        n_queries, n_keys = q_BTHK.shape[1], k_BSGK.shape[1]
-        length = n_keys if mask is None else keys_of_sequence(mask, n_queries)
-        if mask is None:
-            mask = causal_mask(n_queries, n_keys, None, q_BTHK.device)
+    def attend(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Mask) -> Tensor:
+        length = mask.n_keys if mask.is_causal else keys_of_sequence(mask.dense(), mask.n_queries)
+        seen = mask.dense()
         repeats = q_BTHK.shape[2] // k_BSGK.shape[2]
         k_BSHK, v_BSHK = (x.repeat_interleave(repeats, dim=2) if repeats > 1 else x for x in (k_BSGK, v_BSGK))
         scores_BHTS = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK) * q_BTHK.shape[-1] ** -0.5
-        weights_BHTS = activation(scores_BHTS.masked_fill(~mask, -torch.inf)).masked_fill(~mask, 0.0)
+        weights_BHTS = activation(scores_BHTS.masked_fill(~seen, -torch.inf)).masked_fill(~seen, 0.0)
         return torch.einsum("bhts,bshk->bthk", (weights_BHTS * seq_scalar(length) ** -alpha).type_as(v_BSHK), v_BSHK)
 
     return attend
-
-
-def causal_mask(n_queries: int, n_keys: int, real_BS: Tensor | None, device: torch.device) -> Tensor:
-    """Which keys each query sees, (T, S), or (B, 1, T, S) where `real_BS` is false (or 0) on keys that are padding.
-
-    A query that would see no key at all, as in left padding, sees its own, so that its output is finite.
-    """
-    places = torch.arange(n_keys - n_queries, n_keys, device=device)[:, None]
-    keys = torch.arange(n_keys, device=device)
-    causal_TS = keys <= places
-    if real_BS is None:
-        return causal_TS
-    return (causal_TS & real_BS.bool()[:, None, None, :]) | (keys == places)
 
 
 def keys_of_sequence(mask: Tensor, n_queries: int) -> Tensor:
@@ -99,12 +78,6 @@ def keys_of_sequence(mask: Tensor, n_queries: int) -> Tensor:
     among_new = mask[..., -n_queries:]
     n_later = among_new.sum(-2) - among_new.diagonal(dim1=-2, dim2=-1).long()
     return (mask.sum(-1) + n_later)[..., None]
-
-
-def document_mask(documents_BT: Tensor) -> Tensor:
-    """Which keys each query sees, (B, 1, T, T), when attention stays inside documents."""
-    same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
-    return same_BTT.tril()[:, None]
 
 
 def relu_squared(scores: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from open_lm.errors import ConfigError
 from open_lm.model.attention_core import Attend, scaled_dot_product
 from open_lm.model.config import ModelConfig
+from open_lm.model.mask import Mask
 
 
 def xformers_attention(config: ModelConfig) -> Attend:
@@ -29,7 +30,7 @@ def xformers_attention(config: ModelConfig) -> Attend:
             "or use --attn-name auto, which computes the same."
         ) from error
 
-    def attend(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Mask) -> Tensor:
         if not runs_for(q_BTHK, k_BSGK, mask):
             return scaled_dot_product(q_BTHK, k_BSGK, v_BSGK, mask)
         bias = ops.LowerTriangularMask() if q_BTHK.shape[1] > 1 else None
@@ -47,7 +48,7 @@ def _say_once(name: str, reason: str) -> None:
     logging.warning("--attn-name %s: xformers has no kernel here (%s); torch computes the same.", name, reason)
 
 
-def runs_for(q_BTHK: Tensor, k_BSGK: Tensor, mask: Tensor | None) -> bool:
-    """Whether xformers computes this call: on a GPU, without padding, all heads, whole sequences or one query."""
+def runs_for(q_BTHK: Tensor, k_BSGK: Tensor, mask: Mask) -> bool:
+    """Whether xformers computes this call: on a GPU, plain causal, all heads, whole sequences or one query."""
     whole = q_BTHK.shape[1] in (1, k_BSGK.shape[1])
-    return q_BTHK.is_cuda and mask is None and whole and q_BTHK.shape[2] == k_BSGK.shape[2]
+    return q_BTHK.is_cuda and mask.is_causal and whole and q_BTHK.shape[2] == k_BSGK.shape[2]

@@ -52,8 +52,8 @@ def model_size(config: Architecture) -> ModelSize:
 
     FLOPs per token are those of training, forward and backward, as in PaLM (arXiv:2204.02311): 6 for every weight but
     those of the token embedding, and what mixes positions. That is 12 L H K T for L layers of H heads, K wide, over a
-    context of T; halved, because the attention is causal. In a Mamba it is 18 L I N for I channels with N numbers of
-    state (6 products and sums forward, twice that backward).
+    context of T; halved, because the attention is causal, and less under a sliding window. In a Mamba it is 18 L I N
+    for I channels with N numbers of state (6 products and sums forward, twice that backward).
     """
     with torch.device("meta"):
         model = create_model(config)
@@ -83,7 +83,9 @@ def mixing_flops_per_token(config: Architecture) -> int:
     if isinstance(config, MambaConfig):
         return 18 * config.n_layer * config.inner_dim * config.d_state
     width = config.hidden_dim if isinstance(config, HFConfig) else config.n_heads * config.head_dim
-    return 12 * config.n_layers * width * config.seq_len // 2
+    seq_len = config.seq_len
+    window = min(getattr(config, "sliding_window", None) or seq_len, seq_len)
+    return 12 * config.n_layers * width * (2 * seq_len - window) * window // (2 * seq_len)
 
 
 def idle_parameters(model: nn.Module) -> int:

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from open_lm.model.attention import Attention
-from open_lm.model.attention_core import causal_mask, document_mask
 from open_lm.model.cache import GrowingCache, KeyValue, LayerCache, StaticCache
 from open_lm.model.config import ModelConfig
 from open_lm.model.init import scaled_normal_
+from open_lm.model.mask import Mask
 from open_lm.model.moe import MixtureOfExperts, Routing, over_layers
 from open_lm.model.norms import build_norm
 from open_lm.model.rotary import Angles
@@ -38,9 +38,7 @@ class Block(nn.Module):
         self.attention_norm = build_norm(config, config.hidden_dim)
         self.ffn_norm = build_norm(config, config.hidden_dim)
 
-    def forward(
-        self, x_BTD: Tensor, angles: Angles | None, mask: Tensor | None = None, cache: LayerCache | None = None
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, angles: Angles | None, mask: Mask, cache: LayerCache | None = None) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), angles, mask, cache)
         return x_BTD + self.feed_forward(self.ffn_norm(x_BTD))
 
@@ -49,7 +47,7 @@ class ExpertBlock(Block):
     """A block whose feed-forward layer is a mixture of experts; it also returns what the router did."""
 
     def forward(  # type: ignore[override]
-        self, x_BTD: Tensor, angles: Angles | None, mask: Tensor | None = None, cache: LayerCache | None = None
+        self, x_BTD: Tensor, angles: Angles | None, mask: Mask, cache: LayerCache | None = None
     ) -> tuple[Tensor, Routing]:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), angles, mask, cache)
         mixed_BTD, routing = self.feed_forward(self.ffn_norm(x_BTD))
@@ -115,12 +113,7 @@ class Transformer(nn.Module):
         if not isinstance(cache, StaticCache) and (use_cache or cache):
             cache = GrowingCache(cache, len(self.layers))
         assert documents_BT is None or (cache is None and attention_mask_BT is None)
-        mask = None if documents_BT is None else document_mask(documents_BT)
-        if attention_mask_BT is not None:
-            mask = causal_mask(
-                input_ids_BT.shape[1], attention_mask_BT.shape[1], attention_mask_BT, input_ids_BT.device
-            )
-        hidden_BTD, routings = self._hidden(input_ids_BT, cache, mask)
+        hidden_BTD, routings = self._hidden(input_ids_BT, cache, documents_BT, attention_mask_BT)
         if head is not None:
             routing = {"routing": over_layers(routings)} if routings and self.training else {}
             return head(hidden_BTD, self.output.weight, **routing)
@@ -128,11 +121,15 @@ class Transformer(nn.Module):
         past = cache.key_values() if isinstance(cache, GrowingCache) else cache
         return logits_BTV, hidden_BTD, past if use_cache else None
 
-    def _hidden(self, input_ids_BT: Tensor, cache: Any, mask: Tensor | None) -> tuple[Tensor, list[Routing]]:
+    def _hidden(
+        self, input_ids_BT: Tensor, cache: Any, documents_BT: Tensor | None, real_BS: Tensor | None
+    ) -> tuple[Tensor, list[Routing]]:
         """What the output layer reads, (B, T, D), and what the routers did in each layer with experts."""
         n_new, n_past = input_ids_BT.shape[1], cache.length if cache is not None else 0
+        window, device = self.config.sliding_window, input_ids_BT.device
+        mask = Mask(n_new, n_past + n_new, device, window=window, documents_BS=documents_BT, real_BS=real_BS)
         first: Any = self.layers[0]
-        angles = first.attention.pos_embed.angles(n_past, n_past + n_new, input_ids_BT.device)
+        angles = first.attention.pos_embed.angles(n_past, n_past + n_new, device)
         x_BTD = self.post_embed_norm(self.tok_embeddings(input_ids_BT))
         routings = []
         for number, block in enumerate(self.layers):

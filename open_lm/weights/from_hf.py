@@ -1,6 +1,6 @@
-"""Weights and configs of transformers converted to ours: Llama, OLMo, OLMoE, StableLM, GPT-NeoX, Mamba.
+"""Import from transformers: configs and weights of Llama, Mistral, OLMo, OLMoE, StableLM, GPT-NeoX and Mamba.
 
-Pure: dicts in, dicts out; `natives.py` goes the other way.
+Pure: dicts in, dicts out; `to_hf.py` goes the other way.
 """
 
 from __future__ import annotations
@@ -50,6 +50,13 @@ def from_native(values: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tup
 def _from_llama(values: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[ModelConfig, Weights]:
     _require(values, hidden_act="silu", attention_bias=False, mlp_bias=False)
     return _from_llama_like(values, weights, model_norm="rms_norm", norm_eps=float(values.get("rms_norm_eps", 1e-6)))
+
+
+def _from_mistral(values: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[ModelConfig, Weights]:
+    _require(values, hidden_act="silu")
+    eps = float(values.get("rms_norm_eps", 1e-6))
+    window = values.get("sliding_window", 4096)  # what transformers takes where a file is silent
+    return _from_llama_like(values, weights, model_norm="rms_norm", norm_eps=eps, sliding_window=window)
 
 
 def _from_olmo(values: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[ModelConfig, Weights]:
@@ -206,6 +213,7 @@ def _neox_layer(config: ModelConfig, weights: Mapping[str, Tensor], ours: str, t
 
 FAMILIES: dict[str, Callable[..., tuple[Any, Weights]]] = {
     "llama": _from_llama,
+    "mistral": _from_mistral,
     "olmo": _from_olmo,
     "olmoe": _from_olmoe,
     "stablelm": _from_stablelm,

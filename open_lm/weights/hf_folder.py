@@ -19,7 +19,9 @@ from open_lm.weights.from_hf import from_native
 INNER_KEYS = ("params_args_dict", "params")
 """Where folders on the Hub keep OpenLM's parameters: DCLM's, and those of PyTorchModelHubMixin."""
 
-OPENLM_NAMES = {"dim": "hidden_dim", "apply_qk_norm": "qk_norm", "norm_type": "model_norm"}
+OPENLM_NAMES = {
+    "dim": "hidden_dim", "apply_qk_norm": "qk_norm", "norm_type": "model_norm", "window": "sliding_window",
+}  # fmt: skip
 """Names of OpenLM's parameters that its JSON files call otherwise."""
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")

@@ -25,13 +25,16 @@ def native_family(config: ModelConfig | MambaConfig) -> str | None:
         return None
     gated, whole_heads = config.ffn_type in ("swiglu", "swiglu_torch"), config.hidden_dim % config.n_heads == 0
     if config.moe_freq:
-        all_layers = config.moe_freq == 1 and config.moe_expert_type == "ffn"
+        all_layers = config.moe_freq == 1 and config.moe_expert_type == "ffn" and config.sliding_window is None
         is_olmoe = gated and whole_heads and config.qk_norm and config.model_norm == "rms_norm"
         return "olmoe" if is_olmoe and all_layers else None
     if config.qk_norm:  # others normalise each head by itself, or after the layer
         return None
     if config.model_norm == "rms_norm":
-        return "llama" if gated else None
+        family = "llama" if config.sliding_window is None else "mistral"
+        return family if gated else None
+    if config.sliding_window is not None:
+        return None
     if not whole_heads:
         return None
     if config.model_norm == "no_wb_layer_norm":
@@ -72,6 +75,11 @@ def _values(config: ModelConfig, family: str) -> dict[str, Any]:
     }
     own: dict[str, dict[str, Any]] = {
         "llama": {"head_dim": config.head_dim, "rms_norm_eps": config.norm_eps},
+        "mistral": {
+            "head_dim": config.head_dim,
+            "rms_norm_eps": config.norm_eps,
+            "sliding_window": config.sliding_window,
+        },
         "olmo": {},
         "olmoe": {
             "rms_norm_eps": config.norm_eps,

@@ -21,6 +21,7 @@ VARIANTS = {
     "heads of 21": {"n_heads": 3, "positional_embedding_type": "none"},
     "custom": {"attn_name": "custom_attn", "attn_activation": "relu"},
     "experts": {"moe_freq": 2, "moe_num_experts": 4},
+    "window": {"sliding_window": 6, "n_kv_heads": 2},
 }
 
 

@@ -21,6 +21,7 @@ from open_lm.model.config import ModelFlags
 
 CLASSES = {
     "llama": "LlamaForCausalLM", "olmo": "OlmoForCausalLM", "stablelm": "StableLmForCausalLM",
+    "mistral": "MistralForCausalLM",
     "gpt": "GPTNeoXForCausalLM", "olmoe": "OlmoeForCausalLM", "mamba": "MambaForCausalLM", "own": "OpenLMForCausalLM",
 }  # fmt: skip
 ROOT = Path(__file__).resolve().parents[2]

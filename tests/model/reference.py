@@ -62,9 +62,10 @@ def attention(x, w, name, config):
         qh = rotated(q[:, h * d : (h + 1) * d], h, config)
         kh = rotated(k[:, g * d : (g + 1) * d], g, config)
         for t in range(len(x)):
-            scores = kh[: t + 1] @ qh[t] / math.sqrt(d)
+            first = max(0, t + 1 - config.sliding_window) if config.sliding_window else 0
+            scores = kh[first : t + 1] @ qh[t] / math.sqrt(d)
             weights = ACTIVATIONS[config.attn_activation or "softmax"](scores) * scalar(len(x), config)
-            out[t, h * d : (h + 1) * d] = weights @ v[: t + 1, g * d : (g + 1) * d]
+            out[t, h * d : (h + 1) * d] = weights @ v[first : t + 1, g * d : (g + 1) * d]
     return out @ w[f"{name}out_proj.weight"].T
 
 

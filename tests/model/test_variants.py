@@ -5,8 +5,8 @@ import torch
 from model.reference import reference_logits
 
 from open_lm.model import create_model
-from open_lm.model.attention_core import causal_mask
 from open_lm.model.config import ModelConfig
+from open_lm.model.mask import Mask
 from open_lm.model.variants import ATTN_ACTIVATIONS, FEED_FORWARDS, NORMS, POSITIONS, SEQ_SCALARS
 
 BASE = {"hidden_dim": 24, "n_layers": 2, "n_heads": 4, "seq_len": 16, "vocab_size": 31}
@@ -29,8 +29,12 @@ VARIANTS = [
     {"ffn_type": "gelu", "ffn_dim": 40},
     {"model_norm": "rms_norm", "norm_eps": 0.1},
     {"attn_name": "torch_attn"},
+    {"sliding_window": 5},
+    {"sliding_window": 1, "n_kv_heads": 2, "attn_name": "torch_attn"},
+    {"sliding_window": 4, "n_kv_heads": 2, "qk_norm": True, "positional_embedding_type": "llama_rotary"},
     *(custom(name) for name in ATTN_ACTIVATIONS),
     custom("relu", n_kv_heads=2),
+    custom("softmax", sliding_window=3),
     *(custom("relu", attn_seq_scalar=name, attn_seq_scalar_alpha=0.7) for name in SEQ_SCALARS),
 ]
 
@@ -89,8 +93,9 @@ def test_a_mask_shows_real_keys_up_to_the_query_and_never_nothing():
         [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]],
         [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1] * 4],
     ]
-    assert causal_mask(4, 4, real, real.device)[:, 0].int().tolist() == table
-    assert causal_mask(2, 4, real, real.device)[:, 0].int().tolist() == [rows[2:] for rows in table]
+    whole, last = (Mask(n_queries, 4, real.device, real_BS=real).dense()[:, 0].int() for n_queries in (4, 2))
+    assert whole.tolist() == table
+    assert last.tolist() == [rows[2:] for rows in table]
 
 
 LENGTH_FREE = [v for v in VARIANTS if v.get("attn_seq_scalar") in (None, "none")]

@@ -28,11 +28,13 @@ FLOORS = [
         "report",
         "dry_run",
     },
-    {"main", "utils"},
+    {"main", "utils", "compat"},
+    {"attention", "norms", "file_utils"},
     {"ladder"},
 ]
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 ALLOWED_WITHIN_A_FLOOR = {
+    ("utils", "compat"),
     ("evaluate", "loading"), ("evaluate", "generate"), ("generate", "loading"), ("hf", "loading"), ("hf", "generate"),
     ("run", "recorder"), ("run", "evaluations"), ("evaluations", "recorder"), ("evaluations", "params"),
     ("run", "run_folder"), ("run", "params"), ("run_folder", "params"),

@@ -14,6 +14,7 @@ from open_lm import flags
 from open_lm.model.architecture import ModelConfig
 from open_lm.model.attend import build_attend
 from open_lm.model.config import ModelFlags, config_of
+from open_lm.model.mask import Mask
 from open_lm.model.variants import ATTN_ACTIVATIONS as ACTIVATIONS
 from open_lm.model.variants import NORMS
 from open_lm.model.variants import SEQ_SCALARS as SCALARS
@@ -78,14 +79,11 @@ def get_attn_func(
     )  # fmt: skip
 
     def function(queries: Any, keys: Any, values: Any, is_causal: bool = True, attention_mask: Any = None) -> Any:
-        mask = attention_mask
-        if mask is not None and mask.ndim == 2:
-            from open_lm.model.attend import causal_mask
-
-            mask = causal_mask(queries.shape[1], keys.shape[1], mask, queries.device)
-        if mask is None and not is_causal:
-            mask = torch.ones(queries.shape[1], keys.shape[1], dtype=torch.bool, device=queries.device)
-        return attend(queries, keys, values, mask)
+        n_keys, device = keys.shape[1], queries.device
+        if is_causal or attention_mask is not None:
+            mask = Mask(queries.shape[1], n_keys, device, real_BS=attention_mask)
+            return attend(queries, keys, values, mask)
+        return torch.cat([attend(q, keys, values, Mask(1, n_keys, device)) for q in queries.split(1, dim=1)], dim=1)
 
     return function
 

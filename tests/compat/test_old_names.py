@@ -101,6 +101,8 @@ def test_attention_is_a_function_of_queries_keys_and_values(name):
     assert torch.allclose(attend(q, k, v, is_causal=True), expected, atol=1e-6)
     one = attend(q[:, -1:], k, v, is_causal=True)
     assert torch.allclose(one, expected[:, -1:], atol=1e-6)
+    seeing_all = [torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))]
+    assert torch.allclose(attend(q, k, v, is_causal=False), seeing_all[0].transpose(1, 2), atol=1e-6)
     assert {"relu", "softmax", "identity"} <= set(ATTN_ACTIVATIONS) and ATTN_SEQ_SCALARS["avg"](7) == 4
 
 

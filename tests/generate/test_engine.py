@@ -62,8 +62,21 @@ def test_among_strangers_a_text_is_what_it_is_alone(name):
         assert (found.finish, len(found.tokens)) == ("length", n)
 
 
+@pytest.mark.parametrize("window", [1, 5, 30])
+def test_a_sliding_window_slides_in_every_row_by_its_own_length(window):
+    torch.manual_seed(0)
+    sizes = {"hidden_dim": 32, "n_layers": 2, "n_heads": 2, "seq_len": 40, "vocab_size": VOCAB}
+    model = create_model(ModelConfig(**sizes, sliding_window=window)).eval()
+    together = [text(prompt, 9) for prompt in PROMPTS]
+    run(model, together, every=1)
+    for found in together:
+        logits = model(torch.tensor([[*found.prompt, *found.tokens]]))[0][0, len(found.prompt) - 1 : -1]
+        assert found.tokens == logits.argmax(-1).tolist()
+
+
 @pytest.mark.parametrize(
-    "changes", [{}, {"n_kv_heads": 2, "positional_embedding_type": "llama_rotary"}, {"qk_norm": True}]
+    "changes",
+    [{}, {"n_kv_heads": 2, "positional_embedding_type": "llama_rotary"}, {"sliding_window": 5}, {"qk_norm": True}],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_with_the_kernels_its_log_probabilities_are_equal_to_the_bit(dtype, changes):

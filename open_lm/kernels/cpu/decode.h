@@ -135,9 +135,9 @@ void normed(const Tensor& x, const Tensor& weight, double eps, Tensor& out) {
 
 }  // namespace
 
-// One new position of each row, its q (B, H K), k and v (B, G K): turned, k and v put at `lengths` (B) of the rows `slots`
-// (B) of the caches (N, S, G, K), and attention over the last `window` (0: all) positions up to there; (B, H K). Angles are
-// (K/2), (H, K/2), or (B, 1, 1, K/2). `real` (B, n), for rows of one length n - 1, is false on padding.
+// One new position of each row, its q (B, H K), k and v (B, G K): turned, k and v put at `lengths` (B) of the rows
+// `slots` (B) of the caches (N, S, G, K), and attention over the last `window` (0: all) positions up to there; (B, H K).
+// Angles are (K/2), (H, K/2), or (B, 1, 1, K/2). `real` (B, n), for rows of one length n - 1, is false on padding.
 inline Tensor decode_attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& cos,
     const std::optional<Tensor>& sin, bool in_pairs, Tensor& keys, Tensor& values, const Tensor& slots,

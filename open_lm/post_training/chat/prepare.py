@@ -222,9 +222,10 @@ def _write_shards(
         path = os.path.join(work, f"{name}.tar")
         with storage.open_atomic(path) as file:
             write_shard(file, table, "npy", first_number=written)
-        facts = {"tokenizer": tokenizer.name, "eot_id": tokenizer.eot_id, "seq_len": job.seq_len}
+        facts: dict[str, Any] = {"tokenizer": tokenizer.name, "eot_id": tokenizer.eot_id, "seq_len": job.seq_len}
         form = "pairs" if job.form == "pairs" else "samples"
-        rows.append({"shard": name, **describe_shard(storage.read_bytes(path), name), **facts, "form": form})
+        facts |= {"form": form, "packed": form == "samples" and job.packing}
+        rows.append({"shard": name, **describe_shard(storage.read_bytes(path), name), **facts})
         written += len(chunk)
     return rows
 

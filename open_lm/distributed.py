@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from open_lm.errors import DeviceError, OpenLMError
+from open_lm.registry import late_names
 
 T = TypeVar("T")
 
@@ -156,3 +157,10 @@ def start_world(
     finally:
         _LEFT.extend(dist.distributed_c10d._world.pg_map)
         dist.destroy_process_group()
+
+
+__getattr__ = late_names(
+    __name__,
+    "open_lm.compat.ranks",
+    ("broadcast_object", "init_distributed_device", "is_master", "world_info_from_env"),
+)

@@ -7,10 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from open_lm.params import RunConfig, command_line, parse_args, read_config
+from open_lm.registry import late_names
 
 if TYPE_CHECKING:
     from open_lm.run.dry_run import Forecast
     from open_lm.run.run import Run, RunResult
+
+__getattr__ = late_names(__name__, "open_lm.compat.model", ("load_model",))
 
 
 def main(argv: Sequence[str] | None = None) -> RunResult | Forecast:

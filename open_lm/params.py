@@ -17,6 +17,7 @@ from open_lm.evaluate.config import ValidationConfig
 from open_lm.flags import Parser
 from open_lm.model.config import ModelFlags
 from open_lm.post_training.config import TaskConfig
+from open_lm.registry import late_names
 from open_lm.tracking.config import TrackingConfig
 from open_lm.train.config import DistillationConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, TrainConfig
 
@@ -137,3 +138,6 @@ def check_evaluation(config: RunConfig) -> None:
 def command_line(argv: Sequence[str] | None) -> str:
     """The command as a person would type it, for logs."""
     return shlex.join(["python", "-m", "open_lm.main", *(sys.argv[1:] if argv is None else argv)])
+
+
+__getattr__ = late_names(__name__, "open_lm.compat.model", ("add_model_args",))

@@ -1,7 +1,7 @@
 """Registries: names mapped to the code that implements them, imported only when used."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from open_lm.errors import ConfigError
@@ -27,3 +27,14 @@ class Registry(dict[str, str]):
             raise ConfigError(f"unknown {self.kind} {name!r}: choose one of {', '.join(self)}.")
         module, attribute = self[name].split(":")
         return getattr(importlib.import_module(module), attribute)
+
+
+def late_names(module: str, home: str, names: Collection[str]) -> Callable[[str], Any]:
+    """A module's `__getattr__`: `names` are imported from `home` when first asked for."""
+
+    def get(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(home), name)
+
+    return get

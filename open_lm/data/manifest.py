@@ -30,6 +30,8 @@ class Shard:
     eot_id: int | None = None
     form: str = "samples"
     """What a sample is: one sequence, or `pairs`, a chosen and a rejected one."""
+    packed: bool = False
+    """Whether a sequence holds several documents, marked, that attention keeps apart."""
 
 
 def read_manifest(url: str) -> list[Shard]:
@@ -79,6 +81,7 @@ def _shard(line: bytes, folder: str, where: str) -> Shard:
         crc32=_typed(row, "crc32", str),
         tokenizer=_typed(row, "tokenizer", str),
         eot_id=_typed(row, "eot_id", int),
+        packed=bool(_typed(row, "packed", bool)),
         form=_typed(row, "form", str) or "samples",
     )
 

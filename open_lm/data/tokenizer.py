@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from open_lm.errors import ConfigError
 
@@ -15,10 +17,23 @@ PADDING_NAMES = ("<|padding|>", "<pad>", "[PAD]", "<|pad|>", "<|finetune_right_p
 
 
 class Tokenizer:
-    """A tokenizer with its end-of-text and padding ids. Encoding adds no special tokens and cuts nothing off."""
+    """A tokenizer with its end-of-text and padding ids. Encoding adds no special tokens and cuts nothing off.
 
-    def __init__(self, backend: Any, name: str, *, eot_token: str | None = None, pad_token: str | None = None):
+    `chat_template` is its jinja template, None where it has none; `special_tokens` those that a template may name.
+    """
+
+    def __init__(
+        self,
+        backend: Any,
+        name: str,
+        *,
+        eot_token: str | None = None,
+        pad_token: str | None = None,
+        chat_template: str | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+    ):
         self.name, self._backend = name, backend
+        self.chat_template, self.special_tokens = chat_template, dict(special_tokens or {})
         backend.no_truncation()
         backend.no_padding()
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
@@ -32,6 +47,17 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of one text."""
         return self.encode_batch([text])[0]
+
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The ids (n,) of each text, and the [start, end) of each token's characters in it (n, 2)."""
+        found = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [(np.array(e.ids, np.int64), np.array(e.offsets, np.int64).reshape(-1, 2)) for e in found]
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of special tokens, end of text among them."""
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset([self.eot_id, *(number for number, token in added.items() if token.special)])
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens included."""
@@ -110,4 +136,12 @@ def _from_transformers(name: str, at_hand: bool) -> Tokenizer:
         ) from error
     if not getattr(loaded, "is_fast", False):
         raise ConfigError(f"--tokenizer {name}: has no fast (Rust) form. Give one with a tokenizer.json.")
-    return Tokenizer(loaded.backend_tokenizer, name, eot_token=loaded.eos_token, pad_token=loaded.pad_token)
+    template = getattr(loaded, "chat_template", None)
+    return Tokenizer(
+        loaded.backend_tokenizer,
+        name,
+        eot_token=loaded.eos_token,
+        pad_token=loaded.pad_token,
+        chat_template=template if isinstance(template, str) else None,
+        special_tokens={key: value for key, value in loaded.special_tokens_map.items() if isinstance(value, str)},
+    )

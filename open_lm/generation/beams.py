@@ -1,4 +1,4 @@
-"""Beam search.
+"""Beam search: the likeliest text, searched with several candidates at once.
 
 Shapes: B prompts, N beams of each, V vocabulary; a row is one beam of one prompt, B*N of them.
 """
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from open_lm.generation.config import GenerateConfig
 from open_lm.generation.cpu_decode import quick
-from open_lm.generation.texts import Texts
+from open_lm.generation.padded import PaddedTexts
+from open_lm.generation.prompts import check_prompts, rooms
 from open_lm.model.transformer import Transformer
 
 
@@ -32,6 +33,8 @@ class Search:
 
     n_beams: int
     length_penalty: float
+    room: int
+    """Tokens that may be written, at most."""
     live: list[tuple[list[int], float]]
     ended: list[Beam] = field(default_factory=list)
 
@@ -46,7 +49,11 @@ class Search:
 
     @property
     def done(self) -> bool:
-        """Whether no live beam, were it to end now, would be among the best."""
+        """Whether no token may be added, or no live beam, were it to end now, would be among the best."""
+        return len(self.live[0][0]) >= self.room or self._decided
+
+    @property
+    def _decided(self) -> bool:
         if len(self.ended) < self.n_beams:
             return False
         tokens, log_probability = self.live[0]
@@ -73,7 +80,7 @@ class Search:
     def ranked(self) -> list[Beam]:
         """All texts found, the best first; live ones count as ended where they are."""
         for tokens, log_probability in self.live:
-            if not self.done and log_probability > -torch.inf:
+            if not self._decided and log_probability > -torch.inf:
                 self.end(tokens, log_probability)
         return self.ended
 
@@ -97,11 +104,13 @@ def beam_search(
     """
     config = config or GenerateConfig(**settings)
     n = config.num_beams
-    texts = Texts(model, [prompt for prompt in prompts for _ in range(n)], config)
+    check_prompts(model, prompts)
+    n_new = rooms(model, prompts, config.max_gen_len)
+    texts = PaddedTexts(model, [prompt for prompt in prompts for _ in range(n)], config, max(n_new))
     unlikely = [0.0] + [-torch.inf] * (n - 1)  # beams start as copies: only the first may be continued
-    searches = [Search(n, config.length_penalty, [([], start) for start in unlikely]) for _ in prompts]
+    searches = [Search(n, config.length_penalty, room, [([], start) for start in unlikely]) for room in n_new]
     with quick(model):
-        for _ in range(texts.room):
+        for _ in range(max(n_new)):
             log_p_RV = texts.repetition.applied(texts.next_logits().log_softmax(-1))
             rows, tokens = advance(searches, log_p_RV, stop_ids)
             texts.keep_rows(rows)

@@ -1,4 +1,4 @@
-"""Generation flags."""
+"""Flags of generation: how tokens are drawn, and when a text ends."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class GenerateConfig:
         "Above 1: beam search over this many texts, for the likeliest one; temperature and --top-* have no part in it.",
     )
     length_penalty: float = flag(1.0, "Beams are ranked by log-probability / tokens ** this; 0 = by plain sum.")
-    seed: int = flag(0, "Seed of the sampling.")
+    seed: int = flag(0, "Seed of the sampling; a text depends on it and on its own prompt alone.")
+    batch_size: int = flag(64, "Texts written at the same time; further ones begin as others end.")
     use_cache: bool = flag(True, "Keep keys and values of past positions; without, each token recomputes them all.")
 
     def __post_init__(self) -> None:
@@ -41,6 +42,8 @@ class GenerateConfig:
             raise ConfigError(f"--min-p {self.min_p}: need a share of 0 to 1.")
         if not self.repetition_penalty > 0:
             raise ConfigError(f"--repetition-penalty {self.repetition_penalty}: need more than 0; 1 changes nothing.")
+        if self.batch_size < 1:
+            raise ConfigError(f"--batch-size {self.batch_size}: need at least 1.")
         if self.num_beams < 1:
             raise ConfigError(f"--num-beams {self.num_beams}: need at least 1.")
         if self.num_beams > 1 and not self.use_cache:

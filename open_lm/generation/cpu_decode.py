@@ -20,8 +20,9 @@ from open_lm.model.cache import LayerCache, StaticLayerCache
 from open_lm.model.mask import Mask
 from open_lm.model.norms import RMSNorm
 from open_lm.model.rotary import Angles, LlamaRotary
+from open_lm.model.slots import SlotLayerCache
 
-MIN_PARAMETERS = 1 << 24
+MIN_PARAMETERS = 1 << 22
 """Parameters from which on the C++ kernels are compiled and used: reading smaller models takes no time."""
 
 
@@ -82,10 +83,17 @@ def attention(
     cache: LayerCache | None = None,
 ) -> Tensor:
     """Attention of one new position; rotation, cache and attention are one operator."""
-    if x_BTD.shape[1] != 1 or not isinstance(cache, StaticLayerCache) or torch.is_autocast_enabled("cpu"):
+    if x_BTD.shape[1] != 1 or not isinstance(cache, StaticLayerCache | SlotLayerCache):
         return plain(x_BTD, angles, mask, cache)
-    memory = cache.memory_for(1)
-    if x_BTD.dtype != memory[0].dtype:
+    window, real = mask.window or 0, None
+    if isinstance(cache, SlotLayerCache):  # each row knows its length: no mask is needed
+        memory, slots_B, lengths_B = (cache.k_NSGK, cache.v_NSGK), cache.rows.slots_B, cache.rows.lengths_B
+    else:
+        memory, slots_B = cache.memory_for(1), torch.arange(len(x_BTD))
+        lengths_B = torch.full_like(slots_B, cache.length)
+        if mask.real_BS is not None:
+            real = mask.dense().expand(len(x_BTD), 1, 1, -1).flatten(1).contiguous()
+    if x_BTD.dtype != memory[0].dtype or torch.is_autocast_enabled("cpu"):
         return plain(x_BTD, angles, mask, cache)
     q_BW, k_BW, v_BW = module.in_proj(x_BTD)[:, 0].split(module.widths, dim=-1)
     turns = (None, None) if angles is None else (angles.cos.contiguous(), angles.sin.contiguous())
@@ -96,8 +104,11 @@ def attention(
         *turns,
         isinstance(module.pos_embed, LlamaRotary),
         *memory,
-        cache.length,
-        None if mask.is_causal else mask.dense().expand(len(x_BTD), 1, 1, -1).flatten(1).contiguous(),
+        slots_B,
+        lengths_B,
+        window,
+        real,
     )
-    cache.length += 1
+    if isinstance(cache, StaticLayerCache):
+        cache.length += 1
     return module.out_proj(mixed_BW[:, None])

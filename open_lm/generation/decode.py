@@ -1,18 +1,21 @@
-"""Decoding: prompts in, tokens out, one position at a time.  Shapes: B batch, T positions, V vocabulary."""
+"""Generation: prompts in, tokens out, many texts at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import contextlib
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from open_lm.generation.beams import beam_search
 from open_lm.generation.config import GenerateConfig
 from open_lm.generation.cpu_decode import quick
-from open_lm.generation.sampling import next_tokens
-from open_lm.generation.texts import Texts, up_to_stop
+from open_lm.generation.engine import Engine
+from open_lm.generation.prompts import check_prompts, rooms, up_to_stop
+from open_lm.generation.text import Text, copy_numbers
 from open_lm.model.transformer import Transformer
 
 Watch = Callable[[int, list[int]], bool]
@@ -33,44 +36,56 @@ def generate(
 
     `settings` are fields of GenerateConfig (`temperature=0`) in place of a `config`. A text ends at the first of
     `stop_ids`, when `watch` says so, after `max_gen_len` tokens, or at the end of the model's context. Beam search
-    knows no `watch`.
+    knows no `watch`. What a text becomes, drawn or greedy, does not depend on the other prompts; equal prompts are
+    drawn differently.
 
     Raises:
         ConfigError: a prompt is empty, too long, or holds ids beyond the vocabulary.
     """
     config = config or GenerateConfig(**settings)
+    check_prompts(model, prompts)
+    with evaluating(model):
+        if config.num_beams > 1:
+            ranked = beam_search(model, prompts, config, stop_ids=stop_ids)
+            return [up_to_stop(beams[0].tokens, stop_ids) for beams in ranked]
+        with quick(model):
+            return _written(model, prompts, config, stop_ids, watch)
+
+
+def _written(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    config: GenerateConfig,
+    stop_ids: Collection[int],
+    watch: Watch | None,
+) -> list[list[int]]:
+    n_new = rooms(model, prompts, config.max_gen_len)
+    texts = [
+        Text(prompt, config, room, stop_ids, watch and _watching(watch, row), copy)
+        for row, (prompt, room, copy) in enumerate(zip(prompts, n_new, copy_numbers(prompts), strict=True))
+    ]
+    longest = max(len(text.prompt) + text.n_new for text in texts)
+    engine = Engine(model, min(len(texts), config.batch_size), longest, use_cache=config.use_cache)
+    for text in texts:
+        engine.add(text)
+    while engine.busy:
+        engine.step()
+    if any(text.finish == "error" for text in texts):
+        logging.warning("the model computed NaN: texts end there")
+    return [text.written() for text in texts]
+
+
+def _watching(watch: Watch, row: int) -> Callable[[Text], bool]:
+    return lambda text: watch(row, text.tokens)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put `model` into eval mode until the block ends, then every module back into the mode it was in."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
-    if config.num_beams > 1:
-        ranked = beam_search(model, prompts, config, stop_ids=stop_ids)
-        return [up_to_stop(beams[0].tokens, stop_ids) for beams in ranked]
-    with quick(model):
-        rows = write(Texts(model, prompts, config), config, stop_ids, watch or (lambda row, tokens: False))
-    return [up_to_stop(row, stop_ids) for row in rows]
-
-
-def write(texts: Texts, config: GenerateConfig, stop_ids: Collection[int], watch: Watch) -> list[list[int]]:
-    """The next tokens of every text, a stop token included."""
-    generator = torch.Generator(texts.device).manual_seed(config.seed)
-    written: list[list[int]] = [[] for _ in texts.ids_BT]
-    live = set(range(len(written)))
-    for _ in range(texts.room):
-        logits_BV = texts.repetition.applied(texts.next_logits())
-        tokens_B = next_tokens(logits_BV, config, generator)
-        texts.append(tokens_B)
-        live -= take(tokens_B, written, live, stop_ids, watch)
-        if not live:
-            break
-    return written
-
-
-def take(
-    tokens_B: Tensor, written: list[list[int]], live: set[int], stop_ids: Collection[int], watch: Watch
-) -> set[int]:
-    """Append each live row's token to what it has written; returns the rows that end with it."""
-    tokens = tokens_B.tolist()
-    ended = set()
-    for row in sorted(live):
-        written[row].append(tokens[row])
-        if tokens[row] in stop_ids or watch(row, written[row]):
-            ended.add(row)
-    return ended
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,20 +1,116 @@
-"""Sampling of the next token from logits.  Shapes: B batch, V vocabulary."""
+"""The next token of each text: the likeliest, or drawn.  Shapes: B batch, R rows, V vocabulary, M candidates."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from open_lm.generation.config import GenerateConfig
 
+CANDIDATES = 512
+"""Likeliest tokens that are sorted at first; the whole vocabulary is where a draw or a filter reaches beyond."""
 
-def next_tokens(logits_BV: Tensor, config: GenerateConfig, generator: torch.Generator) -> Tensor:
-    """One token id per row, (B,): the likeliest, or drawn among those that the flags leave."""
-    if config.temperature == 0:
-        return logits_BV.argmax(-1)
-    logits_BV = keep_top_k(logits_BV / config.temperature, config.top_k)
-    logits_BV = keep_min_p(keep_top_p(logits_BV, config.top_p), config.min_p)
-    return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator).squeeze(-1)
+
+def next_tokens(logits_BV: Tensor, configs: Sequence[GenerateConfig], uniforms: Sequence[float]) -> list[int]:
+    """One token id per row, as its own config says; `uniforms` (of [0, 1)) choose in the rows that are drawn.
+
+    A row's token depends on its logits, config and number alone.
+    """
+    tokens = [0] * len(configs)
+    greedy = [row for row, config in enumerate(configs) if config.temperature == 0]
+    drawn = [row for row, config in enumerate(configs) if config.temperature > 0]
+    if greedy:
+        for row, token in zip(greedy, rows_of(logits_BV, greedy).argmax(-1).tolist(), strict=True):
+            tokens[row] = token
+    plain = [row for row in drawn if not _filters(configs[row])]
+    for rows, draw in ((plain, draw_from_all), ([row for row in drawn if _filters(configs[row])], draw_filtered)):
+        if rows:
+            scaled_RV = tempered(rows_of(logits_BV, rows), [configs[row] for row in rows])
+            found = draw(scaled_RV, [configs[row] for row in rows], [uniforms[row] for row in rows])
+            for row, token in zip(rows, found, strict=True):
+                tokens[row] = token
+    return tokens
+
+
+def rows_of(logits_BV: Tensor, rows: Sequence[int]) -> Tensor:
+    """Some rows; not copied when they are all."""
+    return logits_BV if len(rows) == len(logits_BV) else logits_BV[torch.tensor(rows, device=logits_BV.device)]
+
+
+def _filters(config: GenerateConfig) -> bool:
+    return config.top_k > 0 or config.top_p < 1 or config.min_p > 0
+
+
+def tempered(logits_BV: Tensor, configs: Sequence[GenerateConfig]) -> Tensor:
+    """Logits, the largest moved to 0, divided by each row's temperature: never infinite, however small that is."""
+    temperature_B1 = torch.tensor([[config.temperature] for config in configs], device=logits_BV.device)
+    smallest = torch.finfo(torch.float32).tiny
+    return (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature_B1.clamp(min=smallest)
+
+
+def draw_from_all(logits_BV: Tensor, configs: Sequence[GenerateConfig], uniforms: Sequence[float]) -> list[int]:
+    """Tokens drawn from the softmax over the whole vocabulary."""
+    return inverse_cdf(logits_BV.softmax(-1), uniforms)
+
+
+def inverse_cdf(share_BM: Tensor, uniforms: Sequence[float]) -> list[int]:
+    """The index of each row where the sum of its shares passes `uniform` times their total, never one of share 0."""
+    sum_BM = share_BM.double().cumsum(-1)
+    mark_B1 = torch.tensor(uniforms, dtype=torch.float64, device=share_BM.device)[:, None] * sum_BM[:, -1:]
+    index_B1 = torch.searchsorted(sum_BM, mark_B1, right=True)
+    last_B1 = torch.searchsorted(
+        sum_BM, sum_BM[:, -1:].contiguous()
+    )  # where the sum first reaches its end: rounding stops there
+    return torch.minimum(index_B1, last_B1).clamp(max=share_BM.shape[1] - 1)[:, 0].tolist()
+
+
+def draw_filtered(logits_BV: Tensor, configs: Sequence[GenerateConfig], uniforms: Sequence[float]) -> list[int]:
+    """Tokens drawn among those that top_k, then top_p, then min_p leave; of a few candidates where those suffice."""
+    vocab_size = logits_BV.shape[-1]
+    total_B = logits_BV.exp().sum(-1)
+    top = logits_BV.topk(min(CANDIDATES, vocab_size), dim=-1)
+    share_BM, kept_BM, enough_B = kept_candidates(top.values, total_B, configs, vocab_size)
+    places = inverse_cdf(share_BM * kept_BM, uniforms)
+    tokens = top.indices[torch.arange(len(places)), torch.tensor(places)].tolist()
+    for row in (~enough_B).nonzero()[:, 0].tolist():
+        whole = logits_BV[row : row + 1].sort(dim=-1, descending=True)
+        share, kept, _ = kept_candidates(whole.values, total_B[row : row + 1], configs[row : row + 1], vocab_size)
+        (place,) = inverse_cdf(share * kept, uniforms[row : row + 1])
+        tokens[row] = int(whole.indices[0, place])
+    return tokens
+
+
+def kept_candidates(
+    sorted_BM: Tensor, total_B: Tensor, configs: Sequence[GenerateConfig], vocab_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shares of sorted candidates, which of them the filters keep, and whether none beyond them would be kept.
+
+    `total_B` is the sum of exp over the whole vocabulary.
+    """
+    device, n = sorted_BM.device, sorted_BM.shape[1]
+    p_BM = sorted_BM.exp()
+    k_B1 = torch.tensor([[config.top_k or vocab_size] for config in configs], device=device)
+    kth_B1 = sorted_BM.gather(1, (k_B1.clamp(max=n) - 1))
+    kept_BM = (k_B1 > n) | (sorted_BM >= kth_B1)  # ties with the k-th stay
+    mass_B1 = torch.where(k_B1 > n, total_B[:, None], (p_BM * kept_BM).sum(-1, keepdim=True))
+    top_p_B1 = torch.tensor([[config.top_p] for config in configs], device=device)
+    min_p_B1 = torch.tensor([[config.min_p] for config in configs], device=device)
+    likelier_BM = (p_BM.double().cumsum(-1) - p_BM) / mass_B1
+    likelier_BM[:, 0] = 0.0  # the likeliest token stays whatever rounding makes of the difference
+    kept_BM = kept_BM & ((likelier_BM < top_p_B1) | (top_p_B1 >= 1)) & (p_BM >= min_p_B1 * p_BM[:, :1])
+    between_B = ((k_B1 > n) & (k_B1 < vocab_size))[:, 0]  # their mass is known only when all are sorted
+    return p_BM, kept_BM, ~(kept_BM[:, -1] | between_B) | torch.tensor(n == vocab_size, device=device)
+
+
+def penalised(logits_V: Tensor, ids: Sequence[int], penalty: float) -> Tensor:
+    """Logits with those of `ids` made smaller (CTRL, arXiv:1909.05858); a penalty of 1 changes nothing."""
+    if penalty == 1:
+        return logits_V
+    seen = torch.tensor(sorted(set(ids)), device=logits_V.device)
+    found = logits_V[seen]
+    return logits_V.index_copy(0, seen, torch.where(found < 0, found * penalty, found / penalty))
 
 
 def keep_top_k(logits_BV: Tensor, k: int) -> Tensor:
@@ -43,33 +139,3 @@ def keep_min_p(logits_BV: Tensor, share: float) -> Tensor:
         return logits_BV
     probability_BV = logits_BV.softmax(-1)
     return logits_BV.masked_fill(probability_BV < share * probability_BV.amax(-1, keepdim=True), -torch.inf)
-
-
-class Repetition:
-    """Makes tokens less likely that a row has already (CTRL, arXiv:1909.05858); a penalty of 1 does nothing."""
-
-    def __init__(self, penalty: float, ids_BT: Tensor, mask_BT: Tensor | None, vocab_size: int):
-        self.penalty = penalty
-        if penalty == 1:
-            return
-        seen_BV = torch.zeros(len(ids_BT), vocab_size + 1, dtype=torch.bool, device=ids_BT.device)
-        padding = vocab_size  # a column of its own, dropped at once
-        seen_BV.scatter_(1, ids_BT if mask_BT is None else ids_BT.masked_fill(~mask_BT, padding), True)
-        self.seen_BV = seen_BV[:, :vocab_size]
-
-    def applied(self, logits_BV: Tensor) -> Tensor:
-        """The logits with the penalty."""
-        if self.penalty == 1:
-            return logits_BV
-        penalised_BV = torch.where(logits_BV < 0, logits_BV * self.penalty, logits_BV / self.penalty)
-        return torch.where(self.seen_BV, penalised_BV, logits_BV)
-
-    def add(self, tokens_B: Tensor) -> None:
-        """Remember the next token of every row."""
-        if self.penalty != 1:
-            self.seen_BV.scatter_(1, tokens_B[:, None], True)
-
-    def keep_rows(self, rows: Tensor) -> None:
-        """Make row i what row `rows[i]` was."""
-        if self.penalty != 1:
-            self.seen_BV = self.seen_BV[rows]

@@ -7,6 +7,8 @@ Shapes: B batch, T queries, S keys, D model width, V vocabulary.
 
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
 
+import re
+
 import torch
 import transformers
 from torch import nn
@@ -20,6 +22,9 @@ from .layers_openlm import Block, Experts, MegaBlocksExperts, MegaBlocksWeights,
 TIED = {"model.output.weight": "model.tok_embeddings.weight"}
 """The output layer is the token embedding where the config says so."""
 
+UNREAD = [r"pos_embed\.inv_freq$", r"layers\.\d+\._ff_w[12]"]
+"""Names in OpenLM's files that hold a constant, or a weight a second time."""
+
 
 class OpenLMModel(nn.Module):
     """The decoder and, as OpenLM has it, its output layer."""
@@ -32,6 +37,7 @@ class OpenLMModel(nn.Module):
         self.norm = Norm(config, config.dim)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.tok_embeddings.init_std = self.output.init_std = config.dim**-0.5
+        self.register_load_state_dict_pre_hook(drop_unread)
 
     def forward(self, x, angles, mask, cache, cache_position):
         """The hidden states before every block and, normalised, behind the last: n_layers + 1 of them."""
@@ -52,7 +58,7 @@ class OpenLMForCausalLM(PreTrainedModel, GenerationMixin):
     _no_split_modules = ["Block"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _tied_weights_keys = TIED if int(transformers.__version__.split(".")[0]) >= 5 else list(TIED)  # type: ignore[assignment]
-    _keys_to_ignore_on_load_unexpected = [r"pos_embed\.inv_freq$", r"layers\.\d+\._ff_w[12]"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = UNREAD
     _supports_sdpa = True
     _can_compile_fullgraph = False
 
@@ -163,6 +169,12 @@ class OpenLMForCausalLM(PreTrainedModel, GenerationMixin):
             return causal
         real = nn.functional.pad(attention_mask.bool(), (0, n_keys - attention_mask.shape[1]))[:, None, None]
         return (causal & real) | (keys == positions[:, None])
+
+
+def drop_unread(module, state_dict, prefix, *args):
+    """Take out of a state dict of OpenLM what no parameter here reads."""
+    for name in [name for name in state_dict if any(re.search(pattern, name) for pattern in UNREAD)]:
+        del state_dict[name]
 
 
 def n_keys(cache, n_positions):

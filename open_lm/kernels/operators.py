@@ -21,7 +21,7 @@ torch.library.define("open_lm::rms_norm", "(Tensor x, Tensor weight, float eps) 
 torch.library.define(
     "open_lm::decode_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, bool in_pairs, Tensor(a!) keys, Tensor(b!) values, "
-    "int length, Tensor? real) -> Tensor",
+    "Tensor slots, Tensor lengths, int window, Tensor? real) -> Tensor",
 )
 
 

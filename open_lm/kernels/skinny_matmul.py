@@ -14,7 +14,7 @@ from torch import Tensor
 
 from open_lm.kernels import native
 
-MOST_ROWS = 32
+MOST_ROWS = 64
 """Above, products in blocks are faster."""
 TYPES = (torch.float32, torch.bfloat16)
 

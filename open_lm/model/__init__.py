@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from open_lm.registry import late_names
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -24,3 +26,14 @@ def create_model(config_or_args: Any) -> nn.Module:
         model.to_empty(device=device)
         init_weights(model)
     return model
+
+
+_openlm_names = late_names(__name__, "open_lm.compat.model", ("Params", "create_params"))
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Transformer":
+        from open_lm.model.transformer import Transformer
+
+        return Transformer
+    return _openlm_names(name)

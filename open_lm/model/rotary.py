@@ -50,9 +50,9 @@ class Rotary(nn.Module):
         with torch.no_grad():
             self.inv_freq.copy_(inverse_frequencies(self.head_dim, self.base, self.inv_freq.device))
 
-    def angles(self, start: int, stop: int, device: torch.device) -> Angles | None:
-        """The angles of positions `start` to `stop`, (T, 1, K/2)."""
-        return Angles(position_angles(self.head_dim, self.base, start, stop, device))
+    def angles(self, places: Tensor) -> Angles | None:
+        """The angles of positions (T,) or (B, T): (T, 1, K/2) or (B, T, 1, K/2)."""
+        return Angles(position_angles(self.head_dim, self.base, places))
 
     def forward(self, x_BTHK: Tensor, angles: Angles) -> Tensor:
         return rotate_halves(x_BTHK, angles.cos, angles.sin)
@@ -61,9 +61,10 @@ class Rotary(nn.Module):
 class HeadRotary(Rotary):
     """Rotary by the number of the head instead of the position: how the published OpenLM models were trained."""
 
-    def angles(self, start: int, stop: int, device: torch.device) -> Angles | None:
+    def angles(self, places: Tensor) -> Angles | None:
         """The angles of every head, (H, K/2)."""
-        return Angles(position_angles(self.head_dim, self.base, 0, self.n_heads, device)[:, 0])
+        heads = torch.arange(self.n_heads, device=places.device)
+        return Angles(position_angles(self.head_dim, self.base, heads)[:, 0])
 
     def forward(self, x_BTHK: Tensor, angles: Angles) -> Tensor:
         n_heads = x_BTHK.shape[2]
@@ -77,9 +78,9 @@ class LlamaRotary(nn.Module):
         super().__init__()
         self.head_dim, self.base = config.head_dim, config.rotary_base
 
-    def angles(self, start: int, stop: int, device: torch.device) -> Angles | None:
-        """The angles of positions `start` to `stop`, (T, 1, K/2)."""
-        return Angles(position_angles(self.head_dim, self.base, start, stop, device))
+    def angles(self, places: Tensor) -> Angles | None:
+        """The angles of positions (T,) or (B, T): (T, 1, K/2) or (B, T, 1, K/2)."""
+        return Angles(position_angles(self.head_dim, self.base, places))
 
     def forward(self, x_BTHK: Tensor, angles: Angles) -> Tensor:
         return rotate_pairs(x_BTHK, angles.cos, angles.sin)
@@ -91,7 +92,7 @@ class NoPositions(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
 
-    def angles(self, start: int, stop: int, device: torch.device) -> Angles | None:
+    def angles(self, places: Tensor) -> Angles | None:
         """Nothing."""
         return None
 
@@ -99,10 +100,9 @@ class NoPositions(nn.Module):
         return x_BTHK
 
 
-def position_angles(head_dim: int, base: float, start: int, stop: int, device: torch.device) -> Tensor:
-    """Position times frequency, (stop - start, 1, K/2), in fp32."""
-    places = torch.arange(start, stop, dtype=torch.float32, device=device)
-    return torch.outer(places, inverse_frequencies(head_dim, base, device))[:, None, :]
+def position_angles(head_dim: int, base: float, places: Tensor) -> Tensor:
+    """Position times frequency, (..., 1, K/2), in fp32."""
+    return (places.float()[..., None] * inverse_frequencies(head_dim, base, places.device))[..., None, :]
 
 
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

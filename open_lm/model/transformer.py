@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from open_lm.model.attention import Attention
@@ -18,6 +19,7 @@ from open_lm.model.mask import Mask
 from open_lm.model.moe import MixtureOfExperts, Routing, over_layers
 from open_lm.model.norms import build_norm
 from open_lm.model.rotary import Angles
+from open_lm.model.slots import SlotCache
 from open_lm.model.variants import FEED_FORWARDS
 
 
@@ -127,9 +129,13 @@ class Transformer(nn.Module):
         """What the output layer reads, (B, T, D), and what the routers did in each layer with experts."""
         n_new, n_past = input_ids_BT.shape[1], cache.length if cache is not None else 0
         window, device = self.config.sliding_window, input_ids_BT.device
-        mask = Mask(n_new, n_past + n_new, device, window=window, documents_BS=documents_BT, real_BS=real_BS)
+        if isinstance(cache, SlotCache):
+            places, mask = cache.places(), cache.mask(window)
+        else:
+            places = torch.arange(n_past, n_past + n_new, device=device)
+            mask = Mask(n_new, n_past + n_new, device, window=window, documents_BS=documents_BT, real_BS=real_BS)
         first: Any = self.layers[0]
-        angles = first.attention.pos_embed.angles(n_past, n_past + n_new, device)
+        angles = first.attention.pos_embed.angles(places)
         x_BTD = self.post_embed_norm(self.tok_embeddings(input_ids_BT))
         routings = []
         for number, block in enumerate(self.layers):

@@ -8,6 +8,7 @@ ARCHITECTURES = Registry(
     "architecture",
     {
         "ModelConfig": "open_lm.model.transformer:Transformer",
+        "Params": "open_lm.model.transformer:Transformer",
         "MambaConfig": "open_lm.model.mamba:Mamba",
         "HFConfig": "open_lm.model.hf_model:HFModel",
     },

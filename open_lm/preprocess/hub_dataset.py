@@ -184,18 +184,28 @@ def _json_lines(file: HubFile) -> Iterator[bytes]:
 
 
 def _parquet_lines(file: HubFile) -> Iterator[bytes]:
+    for row in json_rows_of_parquet(file.url):
+        yield row + b"\n"
+
+
+def json_rows_of_parquet(url: str) -> Iterator[bytes]:
+    """Each row of a parquet file as JSON, all columns kept, in pieces of bounded size.
+
+    Raises:
+        ConfigError: pyarrow is not installed.
+        DataError: the file is damaged.
+    """
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
         raise ConfigError("reading parquet needs pyarrow, which is not installed: pip install pyarrow") from error
-    with storage.open_read(file.url) as source:
+    with storage.open_read(url) as source:
         try:
             for batch in parquet.ParquetFile(cast(Any, source)).iter_batches(_ROWS):
-                rows = (orjson.dumps(row, default=_plain, option=_OPTIONS) for row in batch.to_pylist())
-                yield b"\n".join([*rows, b""])
+                yield from (orjson.dumps(row, default=_plain, option=_OPTIONS) for row in batch.to_pylist())
         except pyarrow.ArrowException as error:
-            raise DataError(f"{storage.shown(file.url)}: damaged parquet ({error}). Try again.") from None
+            raise DataError(f"{storage.shown(url)}: damaged parquet ({error}). Try again.") from None
 
 
 _OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY

@@ -70,6 +70,7 @@ def build_loader_and_length(
     sample_len = kind.rows * architecture.seq_len
     steps = run_length_of(config, batch * sample_len, loader.n_sequences, sample_len)
     loader.require(steps.last_step)
+    refuse_packed(loader, architecture)
     return loader, steps
 
 
@@ -78,6 +79,16 @@ def refuse_doc_mask(config: RunConfig, architecture: ModelConfig) -> None:
     if config.data.doc_mask and not isinstance(architecture, ModelConfig):
         kind = {"MambaConfig": "a Mamba", "HFConfig": "--hf-model"}.get(type(architecture).__name__, "this model")
         raise ConfigError(f"--doc-mask: not with {kind}; only the transformers of --model keep documents apart.")
+
+
+def refuse_packed(loader: Loader, architecture: ModelConfig) -> None:
+    """Raise ConfigError where packed conversations are given to a model that cannot keep them apart."""
+    packed = any(shard.packed for source in loader.sources for shard in source.shards)
+    if packed and not isinstance(architecture, ModelConfig):
+        raise ConfigError(
+            "the data hold several conversations in one sequence, which only the transformers of --model keep apart. "
+            "Make them with --no-packing."
+        )
 
 
 def tokenizer_name(config: RunConfig, loader: Loader | None) -> str | None:

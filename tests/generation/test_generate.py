@@ -14,9 +14,10 @@ from transformers import (
 
 import open_lm
 from open_lm.errors import ConfigError
-from open_lm.generation import generate
+from open_lm.generation import generate, sampling
 from open_lm.generation.config import GenerateConfig
-from open_lm.generation.sampling import Repetition, keep_min_p, keep_top_k, keep_top_p, next_tokens
+from open_lm.generation.padded import Repetition
+from open_lm.generation.sampling import inverse_cdf, keep_min_p, keep_top_k, keep_top_p, next_tokens
 from open_lm.model import create_model
 from open_lm.model.config import ModelConfig
 
@@ -149,6 +150,42 @@ def test_repetition_penalty_counts_text_but_not_padding():
 def test_sampled_shares_are_those_of_the_tempered_softmax():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(40_000, 4)
     config = GenerateConfig(temperature=2.0, top_p=1.0)
-    drawn = next_tokens(logits, config, torch.Generator().manual_seed(0))
+    uniforms = torch.rand(40_000, generator=torch.Generator().manual_seed(0)).tolist()
+    drawn = torch.tensor(next_tokens(logits, [config] * len(logits), uniforms))
     shares = torch.bincount(drawn, minlength=4) / len(drawn)
     assert torch.allclose(shares, (logits[0].double() / 2).softmax(-1).float(), atol=0.01)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
+def test_a_draw_is_always_a_token_that_has_a_share(uniform):
+    shares = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0], [0.0, 0.0, 0.0, 0.0, 1e-30]])
+    assert inverse_cdf(shares, [uniform] * 2) == [1 if uniform < 0.3 else 3, 4]
+
+
+FILTERS = [{"top_k": 7}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.7, "min_p": 0.2}, {"top_p": 0.999}]
+
+
+@pytest.mark.parametrize("candidates", [4, 12, 512])
+@pytest.mark.parametrize("settings", FILTERS)
+def test_draws_from_a_few_candidates_are_those_from_all(monkeypatch, settings, candidates):
+    """Where the likeliest few do not hold what the filters leave, the whole vocabulary is sorted."""
+    monkeypatch.setattr(sampling, "CANDIDATES", candidates)
+    config = GenerateConfig(**{"temperature": 1.3, "top_p": 1.0, **settings})
+    kept = keep_top_k(LOGITS / 1.3, config.top_k)
+    kept = keep_min_p(keep_top_p(kept, config.top_p), config.min_p)
+    share, order = kept.softmax(-1).sort(dim=-1, descending=True)
+    for uniform in torch.linspace(0, 0.9999, 23).tolist():
+        expected = order[torch.arange(5), torch.tensor(inverse_cdf(share, [uniform] * 5))].tolist()
+        assert next_tokens(LOGITS, [config] * 5, [uniform] * 5) == expected
+
+
+def test_rows_with_settings_of_their_own_are_chosen_as_alone():
+    configs = [GenerateConfig(**s) for s in ({"temperature": 0}, {"top_p": 1.0}, *FILTERS[:3])]
+    uniforms = [0.1, 0.9, 0.5, 0.99, 0.3]
+    alone = [next_tokens(LOGITS[i : i + 1], [configs[i]], [uniforms[i]])[0] for i in range(5)]
+    assert next_tokens(LOGITS, configs, uniforms) == alone
+
+
+def test_a_tiny_temperature_takes_the_likeliest():
+    config = GenerateConfig(temperature=1e-45, top_p=1.0)
+    assert next_tokens(LOGITS, [config] * 5, [0.999] * 5) == LOGITS.argmax(-1).tolist()

@@ -107,7 +107,7 @@ def test_angles_stay_fp32_when_the_model_is_bf16():
 
     config = variant(seq_len=2048, n_layers=1)
     rotary = Rotary(config).bfloat16()
-    angles = rotary.angles(0, 2048, torch.device("cpu"))
+    angles = rotary.angles(torch.arange(2048))
     exact = torch.arange(2048, dtype=torch.float64)[:, None] * 10000.0 ** (-torch.arange(0, 16, 2).double() / 16)
     torch.testing.assert_close(angles.cos[:, 0].double(), exact.cos(), atol=5e-4, rtol=0)
     x = torch.randn(1, 2048, 4, 16).bfloat16()

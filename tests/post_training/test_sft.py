@@ -115,3 +115,11 @@ def test_the_task_is_kept_with_the_run(tmp_path):
     run(tmp_path, manifest, "--task", "sft", steps=2)
     names = json.loads((folder_of(tmp_path) / "metrics.jsonl").read_text().splitlines()[0])
     assert "train/target_share" in names
+
+
+def test_packed_conversations_are_refused_by_models_that_would_mix_them(tmp_path, make_chat):
+    _, folder = make_chat([{"prompt": "a", "response": "b"}] * 9)
+    mamba = tmp_path / "mamba.json"
+    mamba.write_text(json.dumps({"d_model": 16, "n_layer": 1, "vocab_size": 400, "seq_len": 120}))
+    with pytest.raises(ConfigError, match="--no-packing"):
+        run(tmp_path, f"{folder}/manifest.jsonl", "--task", "sft", "--model", str(mamba), batch=1)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from open_lm.errors import ConfigError
 from open_lm.evaluate.tasks.task import EvalTask
-from open_lm.generation.sampling import keep_min_p, keep_top_k, keep_top_p
+from open_lm.generation.sampling import inverse_cdf, keep_min_p, keep_top_k, keep_top_p
 
 DRAWING = ("temperature", "top_k", "top_p", "min_p")
 WITHOUT_EFFECT = ("use_cache", "pad_token_id", "eos_token_id")
@@ -41,9 +41,9 @@ class Sampling:
         if not self.draws:
             return logits_BV.argmax(-1)
         logits_BV = keep_top_k(logits_BV / self.temperature, self.top_k)
-        share_BV = keep_min_p(keep_top_p(logits_BV, self.top_p), self.min_p).softmax(-1).cumsum(-1)
-        places = torch.tensor([self._place(number, step) for number in numbers], device=logits_BV.device)
-        return torch.searchsorted(share_BV, places[:, None] * share_BV[:, -1:], right=True)[:, 0]
+        share_BV = keep_min_p(keep_top_p(logits_BV, self.top_p), self.min_p).softmax(-1)
+        drawn = inverse_cdf(share_BV, [self._place(number, step) for number in numbers])
+        return torch.tensor(drawn, device=logits_BV.device)
 
     def _place(self, number: int, step: int) -> float:
         """A number of [0, 1)."""

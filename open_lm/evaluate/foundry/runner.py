@@ -39,7 +39,7 @@ class FoundryRunner(Runner):
 
         self._tokenizer = transformers_tokenizer(self.eval_model.tokenizer)
         model = HuggingFaceModel(
-            wrapped(self.eval_model.model), self._tokenizer, metrics=[], eval_metrics=_all_metrics(), shift_labels=True
+            wrapped(self.eval_model.model), self._tokenizer, metrics=[], eval_metrics=all_metrics(), shift_labels=True
         )
         with _quiet():
             self._trainer = Trainer(
@@ -104,7 +104,8 @@ def task_entry(task: EvalTask, n_shots: int) -> dict[str, Any]:
     return entry
 
 
-def _all_metrics() -> list[Any]:
+def all_metrics() -> list[Any]:
+    """LLM Foundry's metrics of all task types."""
     from llmfoundry.eval.metrics import nlp
 
     return [

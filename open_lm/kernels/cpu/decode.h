@@ -20,18 +20,20 @@ inline __m512 widened(const BFloat16* from) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
 
-// What turns the channels of a head: no angles, or `half` of each for every position or for each head.
+// What turns the channels of a head: no angles, or `half` of each, the same for all heads or one set per head, the same
+// for all rows or one set per row.
 struct Turn {
   const float *cos, *sin;
-  int64_t half, step;  // step: from head to head
+  int64_t half, per_head, per_row;  // strides from head to head and from row to row; 0 = shared
   bool in_pairs;
 };
 
-// One head turned, rounded as the cache is, into `to`.
+// One head of one row turned, rounded as the cache is, into `to`.
 template <class Element>
-void turn(const Element* from, const Turn& angles, int64_t head, int64_t dim, Element* to) {
+void turn(const Element* from, const Turn& angles, int64_t row, int64_t head, int64_t dim, Element* to) {
   if (!angles.cos) return void(std::copy(from, from + dim, to));
-  const float *cos = angles.cos + head * angles.step, *sin = angles.sin + head * angles.step;
+  const int64_t at = row * angles.per_row + head * angles.per_head;
+  const float *cos = angles.cos + at, *sin = angles.sin + at;
   for (int64_t i = 0; i < angles.half; i++) {
     const int64_t a = angles.in_pairs ? 2 * i : i, b = angles.in_pairs ? 2 * i + 1 : i + angles.half;
     const float first = from[a], second = from[b];
@@ -85,10 +87,10 @@ void attend(
 
 template <class Element>
 Tensor decode_attention_of(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Turn& angles, Tensor& keys, Tensor& values, int64_t length,
-    const bool* real) {
+    const Tensor& q, const Tensor& k, const Tensor& v, const Turn& angles, Tensor& keys, Tensor& values,
+    const int64_t* slots, const int64_t* lengths, int64_t window, const bool* real) {
   const int64_t batch = q.size(0), groups = keys.size(2), dim = keys.size(3), heads = q.size(1) / dim;
-  const int64_t row = keys.stride(0), stride = keys.stride(1), n = length + 1, shared = heads / groups;
+  const int64_t row = keys.stride(0), stride = keys.stride(1), shared = heads / groups;
   Tensor out = at::empty({batch, heads * dim}, q.options());
   const Element *q_at = q.data_ptr<Element>(), *k_at = k.data_ptr<Element>(), *v_at = v.data_ptr<Element>();
   Element *key_at = keys.data_ptr<Element>(), *value_at = values.data_ptr<Element>(), *to = out.data_ptr<Element>();
@@ -98,16 +100,18 @@ Tensor decode_attention_of(
     std::vector<Element> turned(heads * dim);
     for (int64_t i = begin; i < end; i++) {
       const int64_t b = i / parts, first = i % parts * groups / parts, last = (i % parts + 1) * groups / parts;
-      Element *own_keys = key_at + b * row, *own_values = value_at + b * row;
+      const int64_t length = lengths[b], n = length + 1, unseen = window && n > window ? n - window : 0;
+      Element *own_keys = key_at + slots[b] * row, *own_values = value_at + slots[b] * row;
       for (int64_t g = first; g < last; g++) {
-        turn(k_at + b * k.stride(0) + g * dim, angles, g, dim, own_keys + length * stride + g * dim);
+        turn(k_at + b * k.stride(0) + g * dim, angles, b, g, dim, own_keys + length * stride + g * dim);
         std::copy_n(v_at + b * v.stride(0) + g * dim, dim, own_values + length * stride + g * dim);
       }
       const int64_t own_heads = (last - first) * shared, head = first * shared;
       for (int64_t h = 0; h < own_heads; h++)
-        turn(q_at + b * q.stride(0) + (head + h) * dim, angles, head + h, dim, turned.data() + h * dim);
-      attend(turned.data(), own_keys + first * dim, own_values + first * dim, stride, n, own_heads, shared, dim,
-             real ? real + b * n : nullptr, mixed.data(), to + (b * heads + head) * dim);
+        turn(q_at + b * q.stride(0) + (head + h) * dim, angles, b, head + h, dim, turned.data() + h * dim);
+      const int64_t start = unseen * stride + first * dim;
+      attend(turned.data(), own_keys + start, own_values + start, stride, n - unseen, own_heads, shared, dim,
+             real ? real + b * n + unseen : nullptr, mixed.data(), to + (b * heads + head) * dim);
     }
   });
   return out;
@@ -131,22 +135,26 @@ void normed(const Tensor& x, const Tensor& weight, double eps, Tensor& out) {
 
 }  // namespace
 
-// The new position's q (B, H K), k and v (B, G K): turned, k and v put at `length` into the caches (B, S, G, K), and
-// attention over all positions up to there; (B, H K). `real` (B, length + 1) is false on padding.
+// One new position of each row, its q (B, H K), k and v (B, G K): turned, k and v put at `lengths` (B) of the rows
+// `slots` (B) of the caches (N, S, G, K), and attention over the last `window` (0: all) positions up to there; (B, H K).
+// Angles are (K/2), (H, K/2), or (B, 1, 1, K/2). `real` (B, n), for rows of one length n - 1, is false on padding.
 inline Tensor decode_attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& cos,
-    const std::optional<Tensor>& sin, bool in_pairs, Tensor& keys, Tensor& values, int64_t length,
-    const std::optional<Tensor>& real) {
-  Turn angles{nullptr, nullptr, keys.size(3) / 2, 0, in_pairs};
+    const std::optional<Tensor>& sin, bool in_pairs, Tensor& keys, Tensor& values, const Tensor& slots,
+    const Tensor& lengths, int64_t window, const std::optional<Tensor>& real) {
+  Turn angles{nullptr, nullptr, keys.size(3) / 2, 0, 0, in_pairs};
   if (cos) {
     angles.cos = cos->data_ptr<float>();
     angles.sin = sin->data_ptr<float>();
-    angles.step = cos->numel() > angles.half ? angles.half : 0;
+    const bool several = cos->numel() > angles.half;
+    angles.per_row = several && cos->dim() == 4 ? angles.half : 0;
+    angles.per_head = several && cos->dim() != 4 ? angles.half : 0;
   }
   const bool* there = real ? real->data_ptr<bool>() : nullptr;
+  const int64_t *at = slots.data_ptr<int64_t>(), *ends = lengths.data_ptr<int64_t>();
   if (q.scalar_type() == at::kFloat)
-    return decode_attention_of<float>(q, k, v, angles, keys, values, length, there);
-  return decode_attention_of<BFloat16>(q, k, v, angles, keys, values, length, there);
+    return decode_attention_of<float>(q, k, v, angles, keys, values, at, ends, window, there);
+  return decode_attention_of<BFloat16>(q, k, v, angles, keys, values, at, ends, window, there);
 }
 
 // x / rms(x), rounded, times weight; the last dimension is a multiple of 16.

@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import groupby, pairwise
 
 Point = tuple[float, float]
 LEFT, RIGHT, TOP, BOTTOM = 58, 18, 14, 40
 
 
+N_BANDS = 160
+"""Places at which hovering shows values."""
+
+
 @dataclass(frozen=True)
 class Series:
-    """One line: its points in order of x, and the class that colours it. With `dots` each point is marked."""
+    """One line: its points in order of x, and the class that colours it. With `dots` each point is marked.
+
+    A value that is not finite leaves a gap. What is not `hovered` has no value in the hover box.
+    """
 
     name: str
     points: Sequence[Point]
     style: str
     dots: bool = False
+    hovered: bool = True
+
+    def segments(self) -> list[list[Point]]:
+        """The runs of finite points."""
+        found: list[list[Point]] = [[]]
+        for x, y in self.points:
+            if math.isfinite(y):
+                found[-1].append((x, y))
+            elif found[-1]:
+                found.append([])
+        return [segment for segment in found if segment]
+
+    @property
+    def finite(self) -> list[Point]:
+        return [point for segment in self.segments() for point in segment]
 
 
 @dataclass(frozen=True)
@@ -42,11 +66,11 @@ def line_chart(
     height: int = 380,
     from_zero: bool = False,
 ) -> str:
-    """An `<svg>` with one polyline per series, ticks at round numbers, and a tooltip on every dot.
+    """An `<svg>` with a line per series, ticks at round numbers, and the values under the mouse in a box.
 
     `label` says in words what is shown, for those who cannot see it.
     """
-    points = [point for one in series for point in one.points]
+    points = [point for one in series for point in one.finite]
     if not points:
         return '<p class="absent">nothing was logged</p>'
     heights = [y for _, y in points] + [rule.y for rule in rules if rule.y is not None]
@@ -56,7 +80,8 @@ def line_chart(
     parts = [
         *_grid(scale, x_name, write_x, write_y),
         *(_rule(rule, scale) for rule in rules),
-        *(_series(one, scale, write_x, write_y) for one in series),
+        *(_series(one, scale) for one in series),
+        *_hover(series, scale, write_x, write_y),
     ]
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
 
@@ -128,15 +153,64 @@ def _rule(rule: Rule, scale: _Scale) -> str:
     return f'{line}<text class="rule-name" x="{x + 6:.1f}" y="{bottom - 8}">{name}</text>'
 
 
-def _series(one: Series, scale: _Scale, write_x: Callable[[float], str], write_y: Callable[[float], str]) -> str:
-    places = [(scale.x(x), scale.y(y)) for x, y in one.points]
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    drawn = f'<polyline class="line {one.style}" points="{line}"/>'
-    if not one.dots:
-        return drawn
-    tips = (escape(f"{one.name} {write_y(y)} at {write_x(x)}") for x, y in one.points)
-    dots = "".join(
-        f'<circle class="dot {one.style}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{tip}</title></circle>'
-        for (x, y), tip in zip(places, tips, strict=True)
+def _series(one: Series, scale: _Scale) -> str:
+    drawn = []
+    for segment in one.segments():
+        places = [(scale.x(x), scale.y(y)) for x, y in segment]
+        places = places if one.dots else _as_seen(places)
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        drawn.append(f'<polyline class="line {one.style}" points="{line}"/>')
+        if one.dots or len(segment) == 1:
+            drawn += [f'<circle class="dot {one.style}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>' for x, y in places]
+    return "".join(drawn)
+
+
+def _as_seen(places: list[Point]) -> list[Point]:
+    """Of many points in one column of pixels the first, lowest, highest and last: the same picture."""
+    if len(places) <= 4000:
+        return places
+    columns = (list(column) for _, column in groupby(places, key=lambda place: round(place[0])))
+    return [
+        place
+        for column in columns
+        for place in sorted({column[0], min(column, key=_height), max(column, key=_height), column[-1]})
+    ]
+
+
+def _height(place: Point) -> float:
+    return place[1]
+
+
+def _hover(
+    series: Sequence[Series], scale: _Scale, write_x: Callable[[float], str], write_y: Callable[[float], str]
+) -> list[str]:
+    """Transparent bands side by side; the one under the mouse shows its line, and each series' value nearest to it."""
+    shown = [(one, one.finite) for one in series if one.hovered and one.finite]
+    xs = sorted({x for _, finite in shown for x, _ in finite})
+    xs = xs[:: max(1, math.ceil(len(xs) / N_BANDS))]
+    edges = [LEFT, *((scale.x(a) + scale.x(b)) / 2 for a, b in pairwise(xs)), scale.width - RIGHT]
+    bands = []
+    for x, (left, right) in zip(xs, pairwise(edges), strict=True):
+        lines = [write_x(x), *(f"{one.name} {write_y(_nearest(finite, x))}" for one, finite in shown)]
+        bands.append(_band(scale, scale.x(x), (left, right), lines))
+    return bands
+
+
+def _nearest(points: Sequence[Point], x: float) -> float:
+    at = bisect.bisect_left(points, (x, -math.inf))
+    return min(points[max(at - 1, 0) : at + 2], key=lambda point: abs(point[0] - x))[1]
+
+
+def _band(scale: _Scale, x: float, edges: Point, lines: Sequence[str]) -> str:
+    left, right = edges
+    height, width = 20 * len(lines) + 12, 7.6 * max(map(len, lines)) + 20
+    box_x = x + 10 if x + 10 + width < scale.width else x - 10 - width
+    texts = "".join(
+        f'<text x="{box_x + 10:.1f}" y="{TOP + 22 + 20 * k}">{escape(line)}</text>' for k, line in enumerate(lines)
     )
-    return drawn + dots
+    return (
+        f'<g class="hover"><rect class="band" x="{left:.1f}" y="{TOP}" width="{max(right - left, 0.1):.1f}" '
+        f'height="{scale.height - TOP - BOTTOM}"/><g class="tip">'
+        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{scale.height - BOTTOM}"/>'
+        f'<rect x="{box_x:.1f}" y="{TOP + 2}" width="{width:.0f}" height="{height}" rx="6"/>{texts}</g></g>'
+    )

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+N_COLOURS = 6
+"""Runs that a page can tell apart by colour."""
+
 STYLE = """
 :root { --ground: #fbfaf7; --card: #ffffff; --ink: #1f2328; --soft: #656d76; --line: #e4e1d9; --train: #2f6fb3;
-  --faint: #a9c6e4; --held-out: #d4622a; --third: #3a8c6e; --code: #f4f2ec; }
+  --faint: #a9c6e4; --held-out: #d4622a; --third: #3a8c6e; --code: #f4f2ec;
+  --run0: #2f6fb3; --run1: #d4622a; --run2: #3a8c6e; --run3: #8a56ac; --run4: #b8860b; --run5: #c2185b; }
 @media (prefers-color-scheme: dark) { :root { --ground: #14171a; --card: #1c2024; --ink: #e6e4df; --soft: #98a0a8;
-  --line: #30363c; --train: #6aa9e9; --faint: #35506c; --held-out: #f08a4f; --third: #63bd9b; --code: #15191c; } }
+  --line: #30363c; --train: #6aa9e9; --faint: #35506c; --held-out: #f08a4f; --third: #63bd9b; --code: #15191c;
+  --run0: #6aa9e9; --run1: #f08a4f; --run2: #63bd9b; --run3: #b98ad9; --run4: #d9b154; --run5: #f06292; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink); line-height: 1.5;
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
@@ -40,6 +45,10 @@ svg .axis { stroke: var(--soft); stroke-width: 1; } svg .grid { stroke: var(--li
 svg .rule { stroke: var(--soft); stroke-width: 1.2; stroke-dasharray: 5 5; } svg .rule-name { font-style: italic; }
 svg .line { fill: none; stroke-width: 2.4; stroke-linejoin: round; }
 svg .line.faint { stroke: var(--faint); stroke-width: 1.3; } svg .line.train { stroke: var(--train); }
+svg .band { fill: transparent; } svg .tip { visibility: hidden; pointer-events: none; }
+svg .hover:hover .tip { visibility: visible; } svg .tip line { stroke: var(--soft); stroke-width: 1; }
+svg .tip rect { fill: var(--card); stroke: var(--line); } svg .tip text { fill: var(--ink); }
+RUN_COLOURS
 svg .line.held-out { stroke: var(--held-out); } svg .line.third { stroke: var(--third); }
 svg .dot { stroke: var(--card); stroke-width: 1.5; } svg .dot.held-out { fill: var(--held-out); }
 .pair svg text { font-size: 15px; }
@@ -63,15 +72,23 @@ pre { padding: 12px 16px; margin: 0 0 12px; white-space: pre-wrap; overflow-wrap
   background: var(--code); }
 pre .prompt { color: var(--held-out); font-weight: 650; } pre .comment { color: var(--soft); }
 footer { margin-top: 48px; color: var(--soft); font-size: 13.5px; }
-"""
+""".replace(
+    "RUN_COLOURS",
+    "\n".join(
+        f".key.run{k}::before {{ background: var(--run{k}); }} svg .line.run{k} {{ stroke: var(--run{k}); }} "
+        f"svg .line.run{k}.dotted {{ stroke-width: 1; stroke-dasharray: 2 3; }} svg .dot.run{k} {{ fill: var(--run{k}); }}"
+        for k in range(N_COLOURS)
+    ),
+)
 
 
-def page(title: str, lead: str, sections: Iterable[str], footer: str) -> str:
-    """The whole document; `sections` are pieces of HTML, empty ones are left out."""
+def page(title: str, lead: str, sections: Iterable[str], footer: str, *, refresh_seconds: int | None = None) -> str:
+    """The whole document; `sections` are pieces of HTML, empty ones are left out. It may reload itself."""
+    refresh = f'<meta http-equiv="refresh" content="{refresh_seconds}">\n' if refresh_seconds else ""
     body = "\n".join(section for section in sections if section)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style></head>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n{refresh}<style>{STYLE}</style></head>\n'
         f'<body><main>\n<h1>{escape(title)}</h1>\n<p class="lead">{escape(lead)}</p>\n{body}\n'
         f"<footer>{escape(footer)}</footer>\n</main></body></html>\n"
     )
@@ -95,9 +112,9 @@ def figure(title: str, keys: Sequence[tuple[str, str]], chart: str) -> str:
     return f"<figure><figcaption><b>{escape(title)}</b>{shown}</figcaption>{chart}</figure>"
 
 
-def pair(left: str, right: str) -> str:
-    """Two figures side by side."""
-    return f'<div class="pair">{left}{right}</div>'
+def side_by_side(figures: Sequence[str]) -> str:
+    """Small figures, two in a row."""
+    return f'<div class="pair">{"".join(figures)}</div>' if figures else ""
 
 
 def flow(stages: Sequence[tuple[str, str, Sequence[str]]]) -> str:

@@ -1,0 +1,135 @@
+"""Figures and tables of the report, over one run or several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from open_lm import text
+from open_lm.report import page
+from open_lm.report.charts import Rule, Series, line_chart
+from open_lm.report.facts import RunSummary, smoothed
+
+SMALL = {"width": 560, "height": 260}
+
+
+def headline(run: RunSummary) -> list[tuple[str, str]]:
+    """The figures of one run to see first: (value, what it is)."""
+    loss, uniform = run.last("valid/loss"), run.uniform_loss
+    cards = []
+    if loss is not None:
+        cards.append((f"{loss:.3f}", "validation loss, nats a token"))
+        cards.append((f"{math.exp(loss):.1f}", "validation perplexity"))
+    if loss is not None and uniform:
+        cards.append((f"{loss / uniform:.0%}", f"of ln({run.vocab_size}) = {uniform:.2f}, the loss of a guess"))
+    cards.append((text.count(run.last("train/tokens") or 0), "tokens trained on"))
+    cards.append((text.count(run.last("train/tokens_per_second") or 0), "tokens a second at the end"))
+    return cards
+
+
+def comparison(runs: Sequence[RunSummary]) -> str:
+    """A row per run: model, tokens, last losses, speed."""
+    head = ("run", "layers × width", "tokens", "training loss", "validation loss", "perplexity", "tokens a second", "MFU")
+    return page.table(head, [_row(run) for run in runs])
+
+
+def _row(run: RunSummary) -> tuple[str, ...]:
+    model, loss = run.config.get("model", {}), run.last("valid/loss")
+    shape = f"{model['n_layers']} × {model['hidden_dim']}" if "n_layers" in model and "hidden_dim" in model else "–"
+    return (
+        run.name,
+        shape,
+        text.count(run.last("train/tokens") or 0),
+        _shown(run.last("train/loss"), ".4f"),
+        _shown(loss, ".4f"),
+        _shown(math.exp(loss) if loss is not None else None, ".2f"),
+        text.count(run.last("train/tokens_per_second") or 0),
+        _shown(run.last("train/mfu"), ".1%"),
+    )
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def loss_figure(runs: Sequence[RunSummary]) -> str:
+    """Training and validation loss over tokens; every validation is a dot."""
+    series: list[Series] = []
+    for k, run in enumerate(runs):
+        raw, validated = run.over_tokens("train/loss"), run.over_tokens("valid/loss")
+        lines = smoothed(raw, max(len(raw) // 20, 1))
+        if len(runs) == 1:
+            series += [
+                Series("training", raw, "faint", hovered=False),
+                Series("training, smoothed", lines, "train"),
+                Series("validation", validated, "held-out", dots=True),
+            ]
+        else:
+            series += [
+                Series(run.name, lines, f"run{k}"),
+                Series(f"{run.name}, validation", validated, f"run{k} dotted", dots=True),
+            ]
+    chart = line_chart(
+        series, label="Loss over tokens", x_name="tokens", write_x=_tokens, write_y=lambda y: f"{y:.3f}",
+        rules=_rules(runs),
+    )  # fmt: skip
+    keys = [(one.style, one.name) for one in series if not one.style.endswith("dotted")]
+    return page.figure("Loss, nats a token" + (" (dots: validation)" if len(runs) > 1 else ""), keys, chart)
+
+
+def _rules(runs: Sequence[RunSummary]) -> list[Rule]:
+    levels = {run.vocab_size: run.uniform_loss for run in runs if run.uniform_loss is not None}
+    rules = [Rule(f"ln({vocab_size}) = {loss:.2f}", y=loss) for vocab_size, loss in levels.items()]
+    if len(runs) == 1:
+        rules += [Rule("checkpoint", x=step * runs[0].tokens_per_step) for step in runs[0].checkpoint_steps[:-1]]
+    return rules
+
+
+def metric_figure(
+    runs: Sequence[RunSummary], metric: str, title: str, write: Callable[[float], str], *, from_zero: bool = True
+) -> str:
+    """One metric over tokens, small; nothing where no run logged it."""
+    series = [
+        Series(run.name if len(runs) > 1 else title, run.over_tokens(metric), f"run{k}") for k, run in enumerate(runs)
+    ]
+    series = [one for one in series if one.points]
+    if not series:
+        return ""
+    chart = line_chart(
+        series, label=f"{title} over tokens", x_name="tokens", write_x=_tokens, write_y=write, from_zero=from_zero,
+        **SMALL,
+    )  # fmt: skip
+    return page.figure(title, [(one.style, one.name) for one in series] if len(runs) > 1 else [], chart)
+
+
+def small_figures(runs: Sequence[RunSummary]) -> str:
+    """Learning rate, gradient norm, throughput and utilisation, side by side."""
+    figures = [
+        metric_figure(runs, "train/lr", "Learning rate", lambda y: f"{y:.3g}"),
+        metric_figure(runs, "train/grad_norm", "Gradient norm", lambda y: f"{y:.3g}"),
+        metric_figure(runs, "train/tokens_per_second", "Throughput, tokens a second", text.count),
+        metric_figure(runs, "train/mfu", "Model FLOPs utilisation", lambda y: f"{y:.1%}"),
+    ]
+    return page.side_by_side([figure for figure in figures if figure])
+
+
+def score_figures(runs: Sequence[RunSummary]) -> str:
+    """A small figure per downstream score logged while training; every score is a dot."""
+    names = sorted({metric for run in runs for metric in run.metrics if metric.startswith("icl/")})
+    figures = []
+    for name in names:
+        series = [
+            Series(run.name, run.over_tokens(name), f"run{k}", dots=True)
+            for k, run in enumerate(runs)
+            if run.metrics.get(name)
+        ]
+        chart = line_chart(
+            series, label=f"{name} over tokens", x_name="tokens", write_x=_tokens, write_y=lambda y: f"{y:.3f}", **SMALL
+        )
+        keys = [(one.style, one.name) for one in series] if len(runs) > 1 else []
+        figures.append(page.figure(name.removeprefix("icl/"), keys, chart))
+    return page.side_by_side(figures)
+
+
+def _tokens(value: float) -> str:
+    return f"{text.count(value)} tokens" if value else "0"

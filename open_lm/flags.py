@@ -24,11 +24,12 @@ def flag(
     metavar: str | None = None,
     least: float | None = None,
     above: float | None = None,
+    repeatable: bool = False,
 ) -> Any:
     """Declare one flag; `help` is its only documentation and names the unit and what special values mean.
 
     `aliases` are further spellings, written as on the command line (`"--input-glob"`); numbers must be at `least` that,
-    or `above` that.
+    or `above` that. A `repeatable` flag of several values adds to them when it is given again.
     """
     metadata: dict[str, Any] = {
         "help": help,
@@ -36,7 +37,7 @@ def flag(
         "aliases": aliases,
         "metavar": metavar,
     }
-    metadata |= {"least": least, "above": above}
+    metadata |= {"least": least, "above": above, "repeatable": repeatable}
     return field(default=default, metadata=metadata)
 
 
@@ -82,8 +83,9 @@ def add_group(parser: ArgumentParser, config: type, *, separator: str = "-") -> 
         shown = "" if default in (None, (), "") else " (default: %(default)s)"
         group.add_argument(
             *names,
+            action="extend" if f.metadata["repeatable"] else "store",
             type=kind,
-            default=default,
+            default=list(default) if f.metadata["repeatable"] else default,
             nargs="+" if many else None,
             choices=f.metadata["choices"],
             metavar=f.metadata["metavar"] or (None if f.metadata["choices"] else kind.__name__.upper()),

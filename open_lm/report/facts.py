@@ -36,8 +36,8 @@ class RunSummary:
         return [(step * self.tokens_per_step, value) for step, value in sorted(self.metrics.get(metric, {}).items())]
 
     def last(self, metric: str) -> float | None:
-        """The metric's last value; None when it was never logged."""
-        values = self.metrics.get(metric, {})
+        """The metric's last finite value; None when there is none."""
+        values = {step: value for step, value in self.metrics.get(metric, {}).items() if math.isfinite(value)}
         return values[max(values)] if values else None
 
     @property
@@ -105,11 +105,12 @@ def read_json(path: str, flag_name: str) -> Any:
 
 
 def smoothed(points: Points, n_points: int) -> Points:
-    """The running mean over `n_points` points, centred; near the ends over as many as there are on both sides."""
+    """The running mean over `n_points` points, centred; near the ends over as many as there are on both sides, and of
+    finite values only."""
     values = [value for _, value in points]
     result = []
     for i, (x, _) in enumerate(points):
         reach = min(i, len(points) - 1 - i, n_points // 2)
-        window = values[i - reach : i + reach + 1]
-        result.append((x, sum(window) / len(window)))
+        around = [value for value in values[i - reach : i + reach + 1] if math.isfinite(value)]
+        result.append((x, sum(around) / len(around) if around else math.nan))
     return result

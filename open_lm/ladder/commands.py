@@ -14,7 +14,7 @@ from open_lm.ladder.ladder import ModelLadder, run_all
 from open_lm.ladder.plots import plot_lr_schedule, plot_sweep
 from open_lm.ladder.points import Columns, points_of, read_table, where
 from open_lm.ladder.records import FoundCheckpoint
-from open_lm.ladder.report import status as status_text
+from open_lm.ladder.status import status as status_text
 from open_lm.ladder.tables import discovered, frame_of, write_table
 
 C = TypeVar("C")
@@ -162,7 +162,8 @@ def _rows(ladder: ModelLadder, sizes: Sequence[str], own: MetricsFlags) -> list[
     for root in own.alternative_dirs:
         if not os.path.isdir(root):
             raise ConfigError(f"--alternative-dirs {root}: no such folder.")
-    return rows + discovered(ladder, roots, own.prefix)
+    known = {os.path.abspath(os.path.join(ladder.work_dir, size)) for size in ladder.sizes}
+    return rows + discovered(roots, own.prefix, ladder.config.counting, known)
 
 
 def fit(argv: Sequence[str]) -> FitResult:

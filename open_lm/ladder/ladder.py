@@ -19,6 +19,8 @@ from open_lm.ladder.config import LadderConfig, read_ladder
 from open_lm.ladder.execution import locked, run_command
 from open_lm.ladder.plan import SizePlan, as_argv, command_of, plan_size, train_flags
 from open_lm.ladder.records import FoundCheckpoint
+from open_lm.ladder.report import describe
+from open_lm.ladder.tables import frame_of
 from open_lm.model.config import ModelConfig
 
 PLAN = "ladder_size.json"
@@ -85,8 +87,6 @@ class ModelLadder:
 
     def get_metrics(self, size: str | None = None) -> Any:
         """A data frame with one row for each checkpoint that has metrics, of one size or of all."""
-        from open_lm.ladder.tables import frame_of
-
         return frame_of(self.metrics_rows([size] if size else self.sizes))
 
     def metrics_rows(self, sizes: Sequence[str]) -> list[dict[str, Any]]:
@@ -102,8 +102,6 @@ class ModelLadder:
 
     def dry_run(self, size: str, tokens_per_second: float | None = None) -> str:
         """The report of what `run` would do."""
-        from open_lm.ladder.report import describe
-
         return describe(self.plan(size), self.command(size), tokens_per_second or self._measured_speed(size))
 
     def command(self, size: str) -> list[str]:

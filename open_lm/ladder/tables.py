@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from open_lm import storage
 from open_lm.checkpoint.commit import committed
 from open_lm.errors import ConfigError, OpenLMError
 from open_lm.ladder import records
-from open_lm.ladder.ladder import ModelLadder
 from open_lm.ladder.science import pandas
 from open_lm.ladder.sizes import count_params
 from open_lm.model.config import ModelConfig
@@ -29,14 +28,14 @@ def frame_of(rows: Sequence[dict[str, Any]]) -> Any:
     return frame[columns].sort_values(["num_params", "name", "step"], kind="stable").reset_index(drop=True)
 
 
-def discovered(ladder: ModelLadder, roots: Sequence[str], prefix: str) -> list[dict[str, Any]]:
-    """Rows of the run folders in `roots` that are no size of the ladder and whose names begin with `prefix`."""
+def discovered(roots: Sequence[str], prefix: str, counting: str, known: Collection[str]) -> list[dict[str, Any]]:
+    """Rows of the run folders in `roots` whose names begin with `prefix`, but for those with a path in `known`."""
     rows: list[dict[str, Any]] = []
     for root in roots:
-        own = set(ladder.sizes) if os.path.abspath(root) == os.path.abspath(ladder.work_dir) else set()
         for name in records.run_folders(root):
-            if name not in own and name.startswith(prefix):
-                rows += run_rows(os.path.join(root, name), ladder.config.counting)
+            folder = os.path.join(root, name)
+            if os.path.abspath(folder) not in known and name.startswith(prefix):
+                rows += run_rows(folder, counting)
     return rows
 
 

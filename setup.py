@@ -19,6 +19,7 @@ EXTRAS = {
     "ray": ["ray[default]==2.60.0"],
     "parquet": ["pyarrow==26.0.1"],  # for data sets of the Hub
     "gpu": ["xformers>=0.0.30"],
+    "ladder": requirements("requirements-ladder.txt"),
     "s3": ["s3fs==2026.9.0", "aiobotocore==3.10.0", "boto3==1.43.117"],
 }
 

@@ -1,0 +1,155 @@
+"""Records of a ladder's runs: which promised checkpoints exist, and the metrics kept beside each of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from open_lm import storage
+from open_lm.checkpoint.commit import committed
+from open_lm.ladder.plan import SizePlan
+from open_lm.ladder.run_configurator import RunCheckpointInfo
+
+CHECKPOINTS = "checkpoints"
+NOT_METRICS = {"step"}
+RECENT_SHARE = 0.05
+"""Share of a run before a checkpoint over which its training loss is averaged."""
+
+
+@dataclass(frozen=True)
+class FoundCheckpoint:
+    """A checkpoint that the ladder promises; `path` and `metrics_path` are None while they do not exist."""
+
+    info: RunCheckpointInfo
+    path: str | None
+    metrics_path: str | None
+
+
+def metrics_name(step: int | str) -> str:
+    """The file of a checkpoint's metrics."""
+    return f"metrics_step{step}.json"
+
+
+def find_checkpoints(plan: SizePlan, folders: list[str]) -> list[FoundCheckpoint]:
+    """Each promised checkpoint with what exists of it in any of `folders`, run folders local or remote."""
+    paths: dict[int, str] = {}
+    metrics: dict[int, str] = {}
+    for folder in (storage.join(folder, CHECKPOINTS) for folder in folders):
+        for commit in committed(folder):
+            paths.setdefault(commit.step, storage.join(folder, commit.weights_name))
+        for path in storage.glob(storage.join(folder, metrics_name("*"))):
+            step = path.rpartition("metrics_step")[2].removesuffix(".json")
+            if step.isdigit():
+                metrics.setdefault(int(step), path)
+    infos = {info.step: info for info in plan.numbers.checkpoints}
+    return [FoundCheckpoint(info, paths.get(step), metrics.get(step)) for step, info in sorted(infos.items())]
+
+
+def metrics_by_step(folder: str) -> dict[int, dict[str, float]]:
+    """The rows of metrics.jsonl merged by step; a step that a resumed run repeats counts as last logged."""
+    path = storage.join(folder, "metrics.jsonl")
+    rows: dict[int, dict[str, float]] = {}
+    if not storage.exists(path):
+        return rows
+    for row in _json_lines(storage.read_text(path)):
+        rows.setdefault(int(row["step"]), {}).update({k: v for k, v in row.items() if k not in NOT_METRICS})
+    return rows
+
+
+def _json_lines(text: str) -> Iterator[dict[str, Any]]:
+    """Objects with a step, one a line; a last line that a kill cut off is left out."""
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            yield row
+
+
+def smoothed_loss(rows: dict[int, dict[str, float]], step: int) -> float | None:
+    """Mean training loss over the last part of the run before `step`."""
+    recent = [
+        row["train/loss"]
+        for at, row in rows.items()
+        if step * (1 - RECENT_SHARE) <= at <= step and row.get("train/loss") is not None
+    ]
+    return sum(recent) / len(recent) if recent else None
+
+
+def checkpoint_metrics(plan: SizePlan, info: RunCheckpointInfo, rows: dict[int, dict[str, float]]) -> dict[str, Any]:
+    """What metrics_step{N}.json holds: the point of the ladder, then all that was measured at its step."""
+    measured, tokens = rows.get(info.step, {}), info.step * plan.numbers.batch_tokens
+    trained = smoothed_loss(rows, info.step)
+    loss = measured.get("valid/loss", trained)
+    return {
+        "name": f"{plan.config.name}-{plan.name}",
+        "step": info.step,
+        "description": info.description,
+        "tokens": tokens,
+        "size": plan.name,
+        "num_params": plan.n_params,
+        "counting": plan.config.counting,
+        "flops": 6 * plan.n_params * tokens,
+        "train_flops": plan.model_size.flops_per_token * tokens,
+        "loss": loss,
+        "train/loss_smoothed": trained,
+        **{name: value for name, value in measured.items() if name not in ("name", "tokens", "loss")},
+    }
+
+
+def collect_metrics(plan: SizePlan, folder: str) -> None:
+    """Write metrics_step{N}.json beside every checkpoint that has none.
+
+    They are made from metrics.jsonl, so a kill before they are written loses nothing.
+    """
+    missing = [found.info for found in find_checkpoints(plan, [folder]) if found.path and not found.metrics_path]
+    rows = metrics_by_step(folder) if missing else {}
+    for info in missing:
+        if _is_measured(plan, info, rows):
+            content = json.dumps(checkpoint_metrics(plan, info, rows), indent=1)
+            storage.write_text(os.path.join(folder, CHECKPOINTS, metrics_name(info.step)), content)
+
+
+def copy_metrics(folder: str, remote: str) -> None:
+    """Copy the metrics of a local run folder to where its checkpoints are kept."""
+    for path in storage.glob(os.path.join(folder, CHECKPOINTS, metrics_name("*"))):
+        target, content = (
+            storage.join(storage.join(remote, CHECKPOINTS), os.path.basename(path)),
+            storage.read_text(path),
+        )
+        if not storage.exists(target) or storage.read_text(target) != content:
+            storage.write_text(target, content)
+
+
+def _is_measured(plan: SizePlan, info: RunCheckpointInfo, rows: dict[int, dict[str, float]]) -> bool:
+    """Whether the run has logged all that is measured at a checkpoint; a save may be done before the scores are."""
+    row, config = rows.get(info.step, {}), plan.config
+    if config.val_data and "valid/loss" not in row:
+        return False
+    if config.icl_tasks and not any(name.startswith("icl/") for name in row):
+        return False
+    return bool(row) or info.step == 0
+
+
+def read_json(path: str) -> dict[str, Any] | None:
+    """The object in a JSON file; None when there is none."""
+    if not storage.exists(path):
+        return None
+    try:
+        loaded = json.loads(storage.read_text(path))
+    except ValueError:
+        logging.warning("%s is damaged: left out.", path)
+        return None
+    return loaded if isinstance(loaded, dict) else None
+
+
+def run_folders(root: str) -> list[str]:
+    """Names of the folders in a local `root` that hold a run."""
+    if not os.path.isdir(root):
+        return []
+    return sorted(name for name in os.listdir(root) if os.path.exists(os.path.join(root, name, "metrics.jsonl")))

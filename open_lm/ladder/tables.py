@@ -1,0 +1,103 @@
+"""Tables of a ladder's metrics: a data frame of its checkpoints and of other run folders, and its files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from open_lm import storage
+from open_lm.checkpoint.commit import committed
+from open_lm.errors import ConfigError, OpenLMError
+from open_lm.ladder import records
+from open_lm.ladder.science import pandas
+from open_lm.ladder.sizes import count_params
+from open_lm.model.config import ModelConfig
+from open_lm.model.describe import model_size
+
+FIRST = ("name", "step", "tokens", "size", "num_params", "flops", "loss", "description", "counting", "train_flops")
+FORMATS = (".csv", ".json", ".pkl")
+
+
+def frame_of(rows: Sequence[dict[str, Any]]) -> Any:
+    """The rows as a data frame, the columns of the ladder first, sorted by size and step."""
+    frame = pandas().DataFrame(list(rows))
+    if not len(frame):
+        return pandas().DataFrame(columns=list(FIRST))
+    columns = [name for name in FIRST if name in frame] + sorted(name for name in frame if name not in FIRST)
+    return frame[columns].sort_values(["num_params", "name", "step"], kind="stable").reset_index(drop=True)
+
+
+def discovered(roots: Sequence[str], prefix: str, counting: str, known: Collection[str]) -> list[dict[str, Any]]:
+    """Rows of the run folders in `roots` whose names begin with `prefix`, but for those with a path in `known`."""
+    rows: list[dict[str, Any]] = []
+    for root in roots:
+        for name in records.run_folders(root):
+            folder = os.path.join(root, name)
+            if os.path.abspath(folder) not in known and name.startswith(prefix):
+                rows += run_rows(folder, counting)
+    return rows
+
+
+def run_rows(folder: str, counting: str) -> list[dict[str, Any]]:
+    """A row for each step of an ordinary run folder that was validated or scored, else for its last step."""
+    by_step = records.metrics_by_step(folder)
+    architecture = _architecture(folder)
+    if architecture is None or not by_step:
+        return []
+    n_params, size = count_params(architecture, counting), model_size(architecture)
+    measured = [step for step, row in by_step.items() if any(k.startswith(("valid/", "icl/")) for k in row)]
+    rate = _tokens_per_step(by_step)
+    rows = []
+    for step in sorted(measured or [max(by_step)]):
+        tokens, trained = round(step * rate), records.smoothed_loss(by_step, step)
+        rows.append(
+            {
+                "name": os.path.basename(folder),
+                "step": step,
+                "description": "run folder",
+                "tokens": tokens,
+                "size": os.path.basename(folder),
+                "num_params": n_params,
+                "counting": counting,
+                "flops": 6 * n_params * tokens,
+                "train_flops": size.flops_per_token * tokens,
+                "loss": by_step[step].get("valid/loss", trained),
+                "train/loss_smoothed": trained,
+                **by_step[step],
+            }
+        )
+    return rows
+
+
+def _architecture(folder: str) -> ModelConfig | None:
+    """The architecture in the newest checkpoint of a run folder."""
+    for commit in committed(os.path.join(folder, records.CHECKPOINTS)):
+        try:
+            return ModelConfig.from_dict(commit.facts["config"]["model"])
+        except (KeyError, OpenLMError):
+            continue
+    return None
+
+
+def _tokens_per_step(by_step: dict[int, dict[str, float]]) -> float:
+    known = [(step, row["train/tokens"]) for step, row in by_step.items() if step and row.get("train/tokens")]
+    return max(known)[1] / max(known)[0] if known else 0.0
+
+
+def write_table(frame: Any, path: str) -> None:
+    """Write a data frame where and as the ending of `path` says.
+
+    Raises:
+        ConfigError: another ending.
+    """
+    ending = os.path.splitext(path)[1]
+    if ending not in FORMATS:
+        raise ConfigError(f"--output {path}: need a name that ends in {', '.join(FORMATS)}.")
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    if ending == ".csv":
+        storage.write_text(path, frame.to_csv(index=False))
+    elif ending == ".json":
+        storage.write_text(path, frame.to_json(orient="records", indent=1))
+    else:
+        frame.to_pickle(path)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from open_lm.command import run
 from open_lm.errors import ConfigError
 
+PACKAGE = Path(__file__).parents[1]
 COMMANDS = {
     "Text to shards": {
         "prepare": ("open_lm.commands.prepare", "Text to shards of tokens, on this machine."),
@@ -26,7 +27,7 @@ COMMANDS = {
     },
     "Shards to weights": {
         "train": ("open_lm.commands.train", "Train a model, or measure the loss of checkpoints."),
-        "ladder": ("open_lm.ladder", "Train and compare a ladder of model sizes."),
+        "ladder": ("open_lm.ladder.__main__", "Train and compare a ladder of model sizes."),
         "plot": ("open_lm.commands.plot", "Loss, learning rate and throughput of several runs in one picture."),
         "report": ("open_lm.commands.report", "A run on one HTML page."),
         "compare-losses": ("open_lm.commands.compare_losses", "The first step where two runs differ."),
@@ -36,7 +37,7 @@ COMMANDS = {
         "evaluate": ("open_lm.commands.evaluate", "Score checkpoints on benchmark tasks."),
         "plot-scores": ("open_lm.commands.plot_scores", "Draw scores of several checkpoints."),
         "generate": ("open_lm.commands.generate", "Continue prompts."),
-        "serve": ("open_lm.serve", "Answer requests over HTTP."),
+        "serve": ("open_lm.serve.__main__", "Answer requests over HTTP."),
         "describe": ("open_lm.commands.describe", "What a checkpoint holds, or what an architecture costs."),
         "consolidate": ("open_lm.commands.consolidate", "One file of weights from a sharded checkpoint."),
         "compare-checkpoints": ("open_lm.commands.compare_checkpoints", "The first parameter that differs."),
@@ -52,7 +53,7 @@ COMMANDS = {
 def available() -> dict[str, dict[str, tuple[str, str]]]:
     """The commands whose module is there."""
     return {
-        stage: {name: entry for name, entry in names.items() if importlib.util.find_spec(entry[0])}
+        stage: {name: entry for name, entry in names.items() if (PACKAGE / f"{entry[0].replace('.', '/')}.py").exists()}
         for stage, names in COMMANDS.items()
     }
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+__version__ = "1.0.0.dev0"
 __all__ = ["generate", "load_model"]
 
 

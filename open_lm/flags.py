@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import sys
 import types
 import typing
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
@@ -42,9 +43,14 @@ def flag(
 
 
 class Parser(ArgumentParser):
-    """An ArgumentParser that raises `ConfigError`, and names the nearest known flag for an unknown one."""
+    """An ArgumentParser that raises `ConfigError`, and names the nearest known flag for an unknown one.
+
+    Under `openlm COMMAND` it calls itself that, whatever `prog` is.
+    """
 
     def __init__(self, **kwargs: Any):
+        if sys.argv[0].startswith("openlm "):
+            kwargs["prog"] = sys.argv[0]
         super().__init__(formatter_class=RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:

@@ -12,7 +12,7 @@ from open_lm.model import create_model
 from open_lm.model.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-SAMPLES = ROOT / "eval" / "local_data" / "samples"
+SAMPLES = ROOT / "open_lm" / "evaluate" / "suites" / "samples"
 
 
 def write_tokenizer(path: Path) -> str:

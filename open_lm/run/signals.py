@@ -47,7 +47,10 @@ class StopRequests:
 
 
 def end_with_launcher() -> None:
-    """Get SIGTERM when torchrun dies, which sends none when it is killed itself: no rank stays behind (Linux only)."""
+    """Get SIGTERM when the launcher (`openlm train`, torchrun) is killed and can send none: no rank stays behind.
+
+    Linux only.
+    """
     set_parent_death_signal = 1
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+    if sys.platform == "linux" and {"TORCHELASTIC_RUN_ID", "OPENLM_LAUNCHER"} & set(os.environ):
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)

@@ -6,14 +6,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2])) if __package__ in (None, "") else None
 
 from open_lm import command, storage  # noqa: E402
 from open_lm.errors import ConfigError  # noqa: E402
 from open_lm.flags import Parser, add_group, flag, read_group  # noqa: E402
-from open_lm.model.architecture import ModelConfig  # noqa: E402
+
+if TYPE_CHECKING:
+    from open_lm.model.architecture import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         ConfigError: `out` exists, or OpenLM has no such architecture.
     """
+    parser = Parser(description=__doc__)
+    add_group(parser, ToOpenLM)
+    asked = read_group(parser.parse_args(argv), ToOpenLM)
+
     import torch
 
     from open_lm.checkpoint.load_model import load_model, stored_facts
     from open_lm.weights.openlm_names import to_openlm
 
-    parser = Parser(prog="to_openlm", description=__doc__)
-    add_group(parser, ToOpenLM)
-    asked = read_group(parser.parse_args(argv), ToOpenLM)
     if storage.exists(asked.out):
         raise ConfigError(f"--out {asked.out} exists: choose another file, or remove it.")
     model: Any = load_model(asked.checkpoint)
@@ -61,6 +64,8 @@ def require_known_there(config: Any, path: str) -> None:
     Raises:
         ConfigError: naming what it is.
     """
+    from open_lm.model.architecture import ModelConfig
+
     own = []
     if not isinstance(config, ModelConfig):
         own.append("a model that is no transformer of ours")

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from open_lm.commands import prepare_ray
 from open_lm.data.manifest import read_manifest
 from open_lm.data.shards import read_samples
 from open_lm.errors import ConfigError, DataError, StorageError
@@ -231,26 +232,26 @@ def test_without_shuffling_the_samples_are_the_text_in_order(shuffle, raw, tmp_p
     assert samples_of(tmp_path / "out") == expected
 
 
-def flags_of(script, *arguments):
-    return script("datapreprocess/ray/tokenize_shuffle.py").TokenizeShuffle(input="x", output="y", **dict(arguments))
+def flags_of(*arguments):
+    return prepare_ray.TokenizeShuffle(input="x", output="y", **dict(arguments))
 
 
-def test_the_choice_of_files_depends_on_the_seed_alone(script):
-    chosen = script("datapreprocess/ray/tokenize_shuffle.py").chosen
+def test_the_choice_of_files_depends_on_the_seed_alone():
+    chosen = prepare_ray.chosen
     urls = [f"/d/{k}.jsonl" for k in range(100)]
-    some = chosen(urls, flags_of(script, ("subset", 50), ("subfraction", 0.2)))
+    some = chosen(urls, flags_of(("subset", 50), ("subfraction", 0.2)))
     assert len(some) == 10 and some == sorted(some)
-    assert some == chosen(urls[::-1], flags_of(script, ("subset", 50), ("subfraction", 0.2)))
-    assert some != chosen(urls, flags_of(script, ("subset", 50), ("subfraction", 0.2), ("seed", 1)))
+    assert some == chosen(urls[::-1], flags_of(("subset", 50), ("subfraction", 0.2)))
+    assert some != chosen(urls, flags_of(("subset", 50), ("subfraction", 0.2), ("seed", 1)))
     with pytest.raises(StorageError, match="--subfraction"):
-        chosen(urls, flags_of(script, ("subfraction", 0.001)))
+        chosen(urls, flags_of(("subfraction", 0.001)))
 
 
 def test_old_flags_without_a_meaning_are_one_warning(script, caplog):
-    flags_of(script, ("presort", True), ("ray_spill_location", "/x"), ("allow_imbalanced_write", True))
+    flags_of(("presort", True), ("ray_spill_location", "/x"), ("allow_imbalanced_write", True))
     assert len(caplog.messages) == 1 and "--ray_spill_location, --presort, --allow_imbalanced_write" in caplog.text
     caplog.clear()
-    flags_of(script, ("ray_dashboard_host", "0.0.0.0"))
+    flags_of(("ray_dashboard_host", "0.0.0.0"))
     assert "--ray_dashboard_host 0.0.0.0" in caplog.text
 
 

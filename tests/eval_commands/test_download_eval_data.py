@@ -5,7 +5,7 @@ import threading
 import pytest
 from icl_setup import ROOT
 
-from eval import download_eval_data as download
+from open_lm.commands import download_tasks as download
 from open_lm.errors import ConfigError, DataError, StorageError
 
 ROWS = b"".join(json.dumps({"context": f"c{i}", "continuation": "d"}).encode() + b"\n" for i in range(200))

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
+from open_lm.commands import plot_scores
 from open_lm.errors import ConfigError, DataError
 from open_lm.evaluate.records import CheckpointRecords, Record, Results
-from scripts import plot_scores
 
 
 def results(folder, name, tokens, value):

@@ -6,11 +6,11 @@ import re
 
 import pytest
 
+from open_lm.commands import report
 from open_lm.errors import ConfigError, DataError
 from open_lm.evaluate.records import CheckpointRecords, Record, Results
 from open_lm.report.charts import Rule, Series, line_chart, ticks
 from open_lm.report.facts import read_run, smoothed
-from scripts import report
 
 
 class Page(html.parser.HTMLParser):

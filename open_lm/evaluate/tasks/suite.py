@@ -15,6 +15,7 @@ from open_lm.evaluate.tasks.interpolation import resolved
 from open_lm.evaluate.tasks.task import EvalTask, read_task
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+SUITES = Path(__file__).resolve().parents[1] / "suites"
 PRECISIONS = {"fp32": "fp32", "amp_bf16": "amp_bf16", "amp_bfloat16": "amp_bf16", "amp_fp16": "fp16", "bf16": "bf16"}
 READ = ("icl_tasks", "eval_gauntlet", "max_seq_len", "device_eval_batch_size", "precision", "seed")
 READ_AS_WELL = ("icl_subset_num_batches",)
@@ -53,6 +54,7 @@ def read_suite(path: str, *, only: Iterable[str] = (), flag: str = "--eval-yaml"
         ConfigError: the file or one it includes is missing or malformed, a task is, or a task's data is not there.
     """
     origin = f"{flag} {path}"
+    path = suite_path(path)
     values = _read_yaml(path, flag)
     for key in sorted(set(values) - {*READ, *READ_AS_WELL, *NOT_NEEDED_HERE, *INSTEAD}):
         logging.warning("%s: key %r is not known and has no effect.", origin, key)
@@ -93,8 +95,16 @@ def require_data(suite: Suite) -> None:
         listed = ", ".join(f"{label} ({uri})" for label, uri in missing.items())
         raise ConfigError(
             f"{suite.origin}: no data for {listed}. "
-            f"Run `python eval/download_eval_data.py --eval-yaml {suite.path}`, or correct dataset_uri."
+            f"Run `openlm download tasks --eval-yaml {suite.path}`, or correct dataset_uri."
         )
+
+
+def suite_path(name: str) -> str:
+    """The YAML of a suite: a path, from the working folder or the repository, or the name of one in the package."""
+    if os.path.exists(found := data_path(name, name)):
+        return found
+    ours = SUITES / f"{Path(name).name.removesuffix('.yaml')}.yaml"
+    return str(ours) if Path(name).parent.name in ("", "yamls") and ours.exists() else name
 
 
 def data_path(uri: str, yaml_path: str) -> str:
@@ -110,8 +120,6 @@ def data_path(uri: str, yaml_path: str) -> str:
 def _read_yaml(path: str, origin: str) -> dict[str, Any]:
     import yaml
 
-    if not os.path.exists(path):
-        path = data_path(path, path)
     try:
         loaded = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -119,7 +119,7 @@ def test_missing_data_is_named_with_the_command_that_fetches_it(tmp_path):
     (tmp_path / "y.yaml").write_text(
         "icl_tasks: [{label: a, dataset_uri: no/b.jsonl, icl_task_type: schema, num_fewshot: 0}]"
     )
-    with pytest.raises(ConfigError, match=r"a \(no/b.jsonl\).*download_eval_data.py"):
+    with pytest.raises(ConfigError, match=r"a \(no/b.jsonl\).*openlm download tasks"):
         require_data(read_suite(str(tmp_path / "y.yaml")))
 
 

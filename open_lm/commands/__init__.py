@@ -1,0 +1,1 @@
+"""The programs of `openlm`: one module for each of its subcommands."""

@@ -1,0 +1,137 @@
+"""`openlm generate`: prompts in, text out, from any checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from open_lm import storage
+from open_lm.errors import CheckpointError, ConfigError
+from open_lm.flags import Parser, add_group, flag, read_group
+from open_lm.generation.config import GenerateConfig
+from open_lm.generation.stream import Stream
+from open_lm.model.config import ModelFlags
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """Prompts"""
+
+    checkpoint: str = flag("", "Run folder (its newest checkpoint) or weights file.")
+    tokenizer: str | None = flag(
+        None, "Hub id, local folder or tokenizer.json. None: the one the checkpoint names, if it names one."
+    )
+    input_text: tuple[str, ...] = flag((), "Prompts; each is continued. An empty one starts a new text.")
+    interactive: bool = flag(False, "Read prompts from the terminal, a line each, until it ends (Ctrl-D).")
+    stop: tuple[str, ...] = flag((), "Strings that end a text where they appear; they are left out.")
+    stream: bool = flag(False, "Show the text while it is written; of several prompts, one after the other.")
+    output: str | None = flag(None, "Also write the texts to this file, one JSON object a line: prompt, text.")
+    device: str | None = flag(None, "Where to compute, such as cpu or cuda:0. None: the GPU if there is one.")
+    dtype: str | None = flag(
+        None, "Type of the weights. None: the checkpoint's.", choices=("float32", "bfloat16", "float16")
+    )
+
+    def __post_init__(self) -> None:
+        if not self.checkpoint:
+            raise ConfigError("--checkpoint is missing: give a run folder or an epoch_K.pt.")
+        if bool(self.input_text) == self.interactive:
+            raise ConfigError('give prompts as --input-text "Once upon" …, or --interactive to type them; one of both.')
+        if not all(self.stop):
+            raise ConfigError("--stop holds an empty string, which every text has. Leave it out.")
+
+
+def main(argv: Sequence[str] | None = None) -> list[str]:
+    """Continue every prompt, print the texts, and return them."""
+    parser = Parser(description=__doc__)
+    for group in (PromptConfig, GenerateConfig, ModelFlags):
+        add_group(parser, group)
+    args = parser.parse_args(argv)
+    asked, config = read_group(args, PromptConfig), read_group(args, GenerateConfig)
+    if (asked.stream or asked.interactive) and config.num_beams > 1:
+        raise ConfigError("--num-beams knows the text only at its end: leave out --stream and --interactive.")
+    writer = Writer(asked, config, read_group(args, ModelFlags))
+    if asked.interactive:
+        texts = [(prompt, writer.shown(prompt)) for prompt in typed()]
+    elif asked.stream:
+        texts = [(prompt, writer.shown(prompt)) for prompt in asked.input_text]
+    else:
+        texts = list(zip(asked.input_text, writer.together(asked.input_text), strict=True))
+        for prompt, text in texts:
+            print(f"{prompt}{text}\n", flush=True)
+    if asked.output:
+        rows = [json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) for prompt, text in texts]
+        storage.write_text(asked.output, "".join(row + "\n" for row in rows))
+    return [text for _, text in texts]
+
+
+def typed() -> Iterator[str]:
+    """The lines a person types (or a pipe holds), until the end of input."""
+    with contextlib.suppress(EOFError):
+        while True:
+            yield input("> " if sys.stdin.isatty() else "")
+
+
+class Writer:
+    """A model and its tokenizer, ready to continue texts."""
+
+    def __init__(self, asked: PromptConfig, config: GenerateConfig, flags: ModelFlags):
+        import torch
+
+        from open_lm.checkpoint.load_model import load_model
+        from open_lm.data.tokenizer import load_tokenizer
+
+        self.tokenizer = load_tokenizer(asked.tokenizer or stored_tokenizer(asked.checkpoint))
+        device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = load_model(asked.checkpoint, device=device, dtype=asked.dtype, **given(flags))
+        self.config, self.stops = config, asked.stop
+
+    def together(self, prompts: Sequence[str]) -> list[str]:
+        """What the model writes after each prompt, all in one batch."""
+        streams = [Stream(self.tokenizer, self.stops) for _ in prompts]
+        watch = (lambda row, tokens: streams[row].watch(row, tokens)) if self.stops else None
+        rows = self._generate(prompts, watch)
+        return [stream.finish(tokens) for stream, tokens in zip(streams, rows, strict=True)]
+
+    def shown(self, prompt: str) -> str:
+        """What the model writes after one prompt, printed while it is written."""
+        print(prompt, end="", flush=True)
+        stream = Stream(self.tokenizer, self.stops, lambda text: print(text, end="", flush=True))
+        (tokens,) = self._generate([prompt], stream.watch)
+        text = stream.finish(tokens)
+        print("\n", flush=True)
+        return text
+
+    def _generate(self, prompts: Sequence[str], watch: Any) -> list[list[int]]:
+        from open_lm.generation.decode import generate
+
+        eot = self.tokenizer.eot_id
+        ids = [self.tokenizer.encode(prompt) or [eot] for prompt in prompts]
+        return generate(self.model, ids, self.config, stop_ids=[eot], watch=watch)
+
+
+def given(flags: ModelFlags) -> dict[str, Any]:
+    """The flags that were set to something of their own; the others leave it to the checkpoint."""
+    return {name: value for name, value in vars(flags).items() if value != getattr(ModelFlags(), name)}
+
+
+def stored_tokenizer(checkpoint: str) -> str:
+    """The tokenizer that a checkpoint says it was trained with.
+
+    Raises:
+        CheckpointError: it does not say.
+    """
+    from open_lm.checkpoint.load_model import stored_facts
+    from open_lm.checkpoint.resolve import is_transformers_folder, local_source
+
+    source = local_source(checkpoint)
+    if is_transformers_folder(source) and (Path(source) / "tokenizer.json").exists():
+        return source
+    named = (stored_facts(source).get("config") or {}).get("tokenizer")
+    if not named:
+        raise CheckpointError(f"{checkpoint} does not name its tokenizer: give --tokenizer.")
+    return named

@@ -1,0 +1,161 @@
+"""`openlm prepare`: text to shards on one machine; every document and token is accounted for."""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from open_lm import storage, text
+from open_lm.data.config import ENCODERS, SAMPLE_FORMATS
+from open_lm.errors import ConfigError
+from open_lm.flags import Parser, add_group, flag, read_group
+
+
+@dataclass(frozen=True)
+class Make2048:
+    """Input and output"""
+
+    input_files: tuple[str, ...] = flag(
+        (),
+        "Raw text: paths, urls, globs or folders of .jsonl, .jsonl.zst, .jsonl.gz, one document a line; or of .tar, "
+        "one a member.",
+    )
+    output_dir: str = flag(
+        "", "Folder or url for the shards, manifest.jsonl and ledger.json. It appears when all is there."
+    )
+    content_key: str = flag(
+        "text",
+        "Key of a line's JSON object that holds the document; for .tar: txt, json:KEY, or npy (ids, no text).",
+    )
+    tokenizer: str = flag(
+        "EleutherAI/gpt-neox-20b",
+        "Hub id, local Hugging Face folder, or tokenizer.json file. It names the end of text.",
+    )
+    tmp_dir: str | None = flag(
+        None, "Local folder for unfinished work when the output is a url. None: the current folder."
+    )
+    upload_to_s3: bool = flag(
+        False, "Write to $S3_BASE/<name of --output-dir> instead; unfinished work stays beside --output-dir."
+    )
+    seqlen: int = flag(2048, "Tokens a model sees at once. A sample is one longer, since targets are shifted by one.")
+    shard_size: int = flag(8192, "Samples in a shard; the last one may hold fewer.")
+    data_key: str = flag("npy", "How a sample's ids are written; npy is the fastest.", choices=SAMPLE_FORMATS)
+    seed: int = flag(42, "Of the shuffle, a permutation of all samples.")
+    num_workers: int = flag(0, "Processes. 0: one for each core. The shards do not depend on it.")
+    num_consumers: int = flag(0, "Processes of the writing half, OpenLM's flag. 0: --num-workers.")
+    on_bad_line: str = flag(
+        "stop", "A line that is no JSON object with text: stop, or skip and count it.", choices=("stop", "skip")
+    )
+    max_document_bytes: int = flag(256 << 20, "Longer lines are rejected and counted, not read into memory.")
+    encoder: str = flag(
+        "auto",
+        "auto: fastokens, if installed and exact on a sample of the text; else tokenizers. The ids are the same.",
+        choices=ENCODERS,
+    )
+    resume: bool = flag(False, "Go on with the work a killed run left; the result is the same byte for byte.")
+    overwrite: bool = flag(False, "Replace what the output folder holds, once the new data is there.")
+    dry_run: bool = flag(False, "Say what would be read and written, and stop.")
+
+    def __post_init__(self) -> None:
+        if not self.input_files or not self.output_dir:
+            missing = "--input-files" if not self.input_files else "--output-dir"
+            raise ConfigError(f"{missing}: not given. See --help.")
+        for name in ("seqlen", "shard_size", "max_document_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 1 or more.")
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Make the data set the flags describe; the ledger of what went where."""
+    parser = Parser(description=__doc__)
+    add_group(parser, Make2048)
+    flags = read_group(parser.parse_args(argv), Make2048)
+
+    from open_lm.preprocess import accounting
+    from open_lm.preprocess.encoding import choose_encoder
+    from open_lm.preprocess.input import sample_texts
+    from open_lm.preprocess.make import build_data_set
+
+    job, tokenizer = make_job(flags)
+    encoder, why = choose_encoder(
+        tokenizer, flags.encoder, sample_texts([url for url, _ in job.inputs], job.content_key)
+    )
+    print(f"{describe(job, flags)}\nencoder    {encoder}: {why}", flush=True)
+    if flags.dry_run:
+        return {}
+    started = time.monotonic()
+    ledger = build_data_set(
+        job,
+        where_to(flags),
+        tokenizer.to_json(),
+        n_workers=n_workers(flags),
+        n_writers=flags.num_consumers or None,
+        encoder=encoder,
+        resume=flags.resume,
+        overwrite=flags.overwrite,
+    )
+    seconds = time.monotonic() - started
+    print("\n".join(accounting.lines(ledger)))
+    rate = text.count(ledger["tokens"]["in"] / seconds)
+    print(f"written    {flags.output_dir} in {text.duration(seconds)} ({rate} tokens/s)")
+    return ledger
+
+
+def make_job(flags: Make2048) -> tuple[Any, Any]:
+    """The job the flags describe, and its tokenizer."""
+    from open_lm.data.tokenizer import load_tokenizer
+    from open_lm.preprocess import job as jobs
+    from open_lm.preprocess.input import member_ending
+    from open_lm.preprocess.jsonl import JSON_ENDINGS, TAR, expand_inputs
+
+    urls = expand_inputs(flags.input_files, "--input-files", (*JSON_ENDINGS, TAR))
+    if any(url.endswith(TAR) for url in urls):
+        member_ending(flags.content_key)
+    tokenizer = load_tokenizer(flags.tokenizer)
+    job = jobs.make_job(
+        urls,
+        tokenizer,
+        seq_len=flags.seqlen,
+        shard_size=flags.shard_size,
+        data_key=flags.data_key,
+        content_key=flags.content_key,
+        seed=flags.seed,
+        on_bad_line=flags.on_bad_line,
+        max_document_bytes=flags.max_document_bytes,
+    )
+    return job, tokenizer
+
+
+def where_to(flags: Make2048) -> Any:
+    """The destination the flags name.
+
+    Raises:
+        ConfigError: --upload-to-s3 without the environment variable S3_BASE.
+    """
+    from open_lm.preprocess.make import Destination, destination
+
+    if not flags.upload_to_s3:
+        return destination(flags.output_dir, flags.tmp_dir)
+    base = os.environ.get("S3_BASE", "")
+    if not storage.is_remote(base):
+        raise ConfigError(
+            f"--upload-to-s3: S3_BASE is {base!r}. Set it to the prefix to write below, as s3://bucket/data."
+        )
+    local = destination(flags.output_dir)
+    return Destination(storage.join(base, os.path.basename(local.folder)), local.workplace)
+
+
+def n_workers(flags: Make2048) -> int:
+    """One process a core, unless the flag says otherwise."""
+    return flags.num_workers or len(os.sched_getaffinity(0))
+
+
+def describe(job: Any, flags: Make2048) -> str:
+    """What will be read and written, in one line each."""
+    return (
+        f"reading    {len(job.inputs):,} files, {text.size(sum(size for _, size in job.inputs))}\n"
+        f"tokenizer  {job.tokenizer}: {job.vocab_size:,} ids, end of text {job.eot_token!r}\n"
+        f"writing    {flags.output_dir}: shards of {job.shard_size:,} samples "
+        f"of {job.sample_tokens:,} tokens (.{job.data_key})"
+    )

@@ -66,7 +66,7 @@ def draw(runs: Sequence[str], config: PlotConfig) -> None:
         panel.set(title=title, xlabel=config.x)
         panel.xaxis.set_major_formatter(lambda value, _: text.count(float(value)))
         panel.grid(alpha=0.3)
-    axes[0].set_title("loss (dots: held-out)")
+    axes[0].set_title("loss (dots: validation)")
     if config.log_loss:
         axes[0].set_yscale("log")
         axes[0].yaxis.set_major_formatter("{x:.3g}")
@@ -95,9 +95,11 @@ def metric_or_none(path: str, metric: str) -> dict[int, float]:
 
 
 def placed(values: dict[int, float], tokens: dict[int, float], x: str) -> tuple[list[Any], list[float]]:
-    """`values` as points, against steps or the tokens of those steps."""
-    steps = [step for step in sorted(values) if x == "steps" or step in tokens]
-    return [step if x == "steps" else tokens[step] for step in steps], [values[step] for step in steps]
+    """`values` as points, all of them, against steps or tokens; between reports the last batch counts."""
+    steps = sorted(values)
+    per_step = tokens[max(tokens)] / max(tokens)
+    places = steps if x == "steps" else [tokens.get(step, step * per_step) for step in steps]
+    return places, [values[step] for step in steps]
 
 
 def label_of(path: str) -> str:

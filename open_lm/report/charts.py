@@ -81,7 +81,7 @@ def line_chart(
         *_grid(scale, x_name, write_x, write_y),
         *(_rule(rule, scale) for rule in rules),
         *(_series(one, scale) for one in series),
-        *_hover(series, scale, write_x, write_y),
+        *_hover(series, scale, lambda x: f"{write_x(x)} {x_name}", write_y),
     ]
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
 
@@ -203,7 +203,7 @@ def _nearest(points: Sequence[Point], x: float) -> float:
 
 def _band(scale: _Scale, x: float, edges: Point, lines: Sequence[str]) -> str:
     left, right = edges
-    height, width = 20 * len(lines) + 12, 7.6 * max(map(len, lines)) + 20
+    height, width = 20 * len(lines) + 12, 8.8 * max(map(len, lines)) + 20
     box_x = x + 10 if x + 10 + width < scale.width else x - 10 - width
     texts = "".join(
         f'<text x="{box_x + 10:.1f}" y="{TOP + 22 + 20 * k}">{escape(line)}</text>' for k, line in enumerate(lines)

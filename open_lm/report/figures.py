@@ -10,7 +10,8 @@ from open_lm.report import page
 from open_lm.report.charts import Rule, Series, line_chart
 from open_lm.report.facts import RunSummary, smoothed
 
-SMALL = {"width": 560, "height": 260}
+WIDTH, HEIGHT = 560, 260
+"""Of small figures."""
 
 
 def headline(run: RunSummary) -> list[tuple[str, str]]:
@@ -29,7 +30,16 @@ def headline(run: RunSummary) -> list[tuple[str, str]]:
 
 def comparison(runs: Sequence[RunSummary]) -> str:
     """A row per run: model, tokens, last losses, speed."""
-    head = ("run", "layers × width", "tokens", "training loss", "validation loss", "perplexity", "tokens a second", "MFU")
+    head = (
+        "run",
+        "layers × width",
+        "tokens",
+        "training loss",
+        "validation loss",
+        "perplexity",
+        "tokens a second",
+        "MFU",
+    )
     return page.table(head, [_row(run) for run in runs])
 
 
@@ -70,7 +80,7 @@ def loss_figure(runs: Sequence[RunSummary]) -> str:
                 Series(f"{run.name}, validation", validated, f"run{k} dotted", dots=True),
             ]
     chart = line_chart(
-        series, label="Loss over tokens", x_name="tokens", write_x=_tokens, write_y=lambda y: f"{y:.3f}",
+        series, label="Loss over tokens", x_name="tokens", write_x=text.count, write_y=lambda y: f"{y:.3f}",
         rules=_rules(runs),
     )  # fmt: skip
     keys = [(one.style, one.name) for one in series if not one.style.endswith("dotted")]
@@ -96,8 +106,8 @@ def metric_figure(
     if not series:
         return ""
     chart = line_chart(
-        series, label=f"{title} over tokens", x_name="tokens", write_x=_tokens, write_y=write, from_zero=from_zero,
-        **SMALL,
+        series, label=f"{title} over tokens", x_name="tokens", write_x=text.count, write_y=write, from_zero=from_zero,
+        width=WIDTH, height=HEIGHT,
     )  # fmt: skip
     return page.figure(title, [(one.style, one.name) for one in series] if len(runs) > 1 else [], chart)
 
@@ -124,12 +134,9 @@ def score_figures(runs: Sequence[RunSummary]) -> str:
             if run.metrics.get(name)
         ]
         chart = line_chart(
-            series, label=f"{name} over tokens", x_name="tokens", write_x=_tokens, write_y=lambda y: f"{y:.3f}", **SMALL
-        )
+            series, label=f"{name} over tokens", x_name="tokens", write_x=text.count, write_y=lambda y: f"{y:.3f}",
+            width=WIDTH, height=HEIGHT,
+        )  # fmt: skip
         keys = [(one.style, one.name) for one in series] if len(runs) > 1 else []
         figures.append(page.figure(name.removeprefix("icl/"), keys, chart))
     return page.side_by_side(figures)
-
-
-def _tokens(value: float) -> str:
-    return f"{text.count(value)} tokens" if value else "0"

@@ -76,7 +76,8 @@ footer { margin-top: 48px; color: var(--soft); font-size: 13.5px; }
     "RUN_COLOURS",
     "\n".join(
         f".key.run{k}::before {{ background: var(--run{k}); }} svg .line.run{k} {{ stroke: var(--run{k}); }} "
-        f"svg .line.run{k}.dotted {{ stroke-width: 1; stroke-dasharray: 2 3; }} svg .dot.run{k} {{ fill: var(--run{k}); }}"
+        f"svg .line.run{k}.dotted {{ stroke-width: 1; stroke-dasharray: 2 3; }} "
+        f"svg .dot.run{k} {{ fill: var(--run{k}); }}"
         for k in range(N_COLOURS)
     ),
 )
@@ -88,7 +89,8 @@ def page(title: str, lead: str, sections: Iterable[str], footer: str, *, refresh
     body = "\n".join(section for section in sections if section)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n{refresh}<style>{STYLE}</style></head>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n{refresh}'
+        f"<style>{STYLE}</style></head>\n"
         f'<body><main>\n<h1>{escape(title)}</h1>\n<p class="lead">{escape(lead)}</p>\n{body}\n'
         f"<footer>{escape(footer)}</footer>\n</main></body></html>\n"
     )

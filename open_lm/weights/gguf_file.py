@@ -81,7 +81,9 @@ def q8_0(tensor: Tensor) -> bytes:
     scales = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
     inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales > 0)
     scaled = blocks * inverse
-    quantised = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int8)  # halves away from zero, as ggml
+    quantised = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(
+        np.int8
+    )  # halves away from zero, as ggml
     out = np.empty(len(blocks), dtype=[("scale", "<f2"), ("values", "i1", BLOCK)])
     out["scale"], out["values"] = scales[:, 0], quantised
     return out.tobytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,20 +24,24 @@ SPLITS = {
 """Patterns that split a text, and llama.cpp's name for each."""
 
 
-def gguf_tokenizer(text: str, vocab_size: int, special: Mapping[str, int], template: str | None) -> dict[str, Any]:
-    """The metadata of a tokenizer given as the `text` of its tokenizer.json, for a model of `vocab_size` ids.
+NO_TOKENIZER = {"tokenizer.ggml.model": "no_vocab"}
+"""The metadata of a file without a tokenizer."""
 
-    `special` names the ids of `bos`, `eos`, `unknown` and `padding`, those that exist; `template` is its chat template.
+
+def gguf_tokenizer(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
+    """The metadata of a Tokenizer for a model of `vocab_size` ids.
 
     Raises:
         ConfigError: llama.cpp has no tokenizer that splits text in the same way.
     """
-    values = json.loads(text)
+    values = json.loads(tokenizer.to_json())
     model = values["model"]
     if model.get("type", "BPE") != "BPE" or not is_byte_level(values) or model.get("byte_fallback"):
         raise ConfigError("--to gguf: the tokenizer is no byte-level BPE. Export without it: --tokenizer none.")
     names, kinds = vocabulary(values, vocab_size)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    bos = tokenizer.special_tokens.get("bos_token")
+    begin = next((number for number, name in enumerate(names) if name == bos), tokenizer.eot_id)
     adds_bos = (values.get("post_processor") or {}).get("type") == "TemplateProcessing"
     metadata: dict[str, Any] = {
         "tokenizer.ggml.model": "gpt2",
@@ -46,8 +51,11 @@ def gguf_tokenizer(text: str, vocab_size: int, special: Mapping[str, int], templ
         "tokenizer.ggml.merges": merges,
         "tokenizer.ggml.add_bos_token": adds_bos,
         "tokenizer.ggml.add_eos_token": False,
-        **{f"tokenizer.ggml.{name}_token_id": number for name, number in special.items()},
+        "tokenizer.ggml.bos_token_id": begin,
+        "tokenizer.ggml.eos_token_id": tokenizer.eot_id,
+        "tokenizer.ggml.padding_token_id": tokenizer.pad_id,
     }
+    template = tokenizer.chat_template
     return metadata | ({"tokenizer.chat_template": template} if template else {})
 
 
@@ -78,12 +86,14 @@ def pre_tokenizer_name(values: Mapping[str, Any]) -> str:
     plain = byte_level["type"] == "ByteLevel" and not byte_level.get("add_prefix_space")
     changed = [step["type"] for step in steps(values.get("normalizer"), "normalizers") if step["type"] != "NFC"]
     if plain and not changed:
+        if values.get("normalizer"):
+            logging.warning("--to gguf: the tokenizer normalises text to NFC, llama.cpp does not: give it NFC text.")
         if not others and byte_level.get("use_regex", True):
             return "gpt-2"
-        if [step["type"] for step in others] == ["Digits"] and byte_level.get("use_regex", True):
-            if others[0].get("individual_digits"):
-                return "smollm"
-        if [step["type"] for step in others] == ["Split"] and not byte_level.get("use_regex", True):
+        kinds, splits_words = [step["type"] for step in others], byte_level.get("use_regex", True)
+        if kinds == ["Digits"] and splits_words and others[0].get("individual_digits"):
+            return "smollm"
+        if kinds == ["Split"] and not splits_words:
             pattern = others[0]["pattern"].get("Regex")
             if pattern in SPLITS and others[0]["behavior"] == "Isolated" and not others[0].get("invert"):
                 return SPLITS[pattern]

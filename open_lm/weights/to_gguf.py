@@ -16,7 +16,7 @@ from open_lm.errors import ConfigError
 from open_lm.model.architecture import MambaConfig, ModelConfig
 from open_lm.model.feed_forward import default_width
 from open_lm.weights.gguf_file import BLOCK, Entry
-from open_lm.checkpoint.natives import native_family, pairs_to_halves
+from open_lm.weights.to_hf import native_family, pairs_to_halves
 
 ARCHITECTURES = {
     "llama": "llama", "mistral": "llama", "olmo": "olmo", "olmoe": "olmoe", "stablelm": "stablelm",
@@ -70,7 +70,7 @@ def refuse_narrow_window(config: ModelConfig) -> None:
 
 
 def entry(name: str, values: Callable[[], Tensor], dtype: str) -> Entry:
-    """The tensor as `dtype`; vectors, routers and the small tensors of a Mamba stay in fp32, as llama.cpp wants them."""
+    """The tensor as `dtype`; vectors, routers and small tensors of a Mamba stay in fp32, as llama.cpp wants them."""
     shape = tuple(values().shape)
     small = len(shape) == 1 or "_norm" in name or "ffn_gate_inp" in name or name.split(".")[2:3] in KEPT_WHOLE
     kind = "float32" if small else dtype
@@ -85,7 +85,7 @@ KEPT_WHOLE = (["ssm_a"], ["ssm_conv1d"], ["ssm_d"])
 def transformer_values(config: ModelConfig, name: str) -> dict[str, Any]:
     """The keys of a transformer, without the architecture before them."""
     eps = "attention.layer_norm_rms_epsilon" if name in ("llama", "olmoe") else "attention.layer_norm_epsilon"
-    values = {
+    values: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "context_length": config.seq_len,
         "embedding_length": config.hidden_dim,
@@ -138,6 +138,7 @@ def attention_parts(config: ModelConfig, name: str, weights: Mapping[str, Tensor
     in_proj = weights[ours + "in_proj.weight"]
     parts: Parts = {theirs + "attn_output.weight": lambda: weights[ours + "out_proj.weight"]}
     if name == "gptneox":
+
         def packed() -> Tensor:
             q, k, v = in_proj.split(widths)
             return torch.cat((turned(q), turned(k), v))
@@ -225,7 +226,10 @@ def mamba_parts(config: MambaConfig, weights: Mapping[str, Tensor]) -> Parts:
     def given(name: str) -> Callable[[], Tensor]:
         return lambda: weights[name]
 
-    parts = {"token_embd.weight": given("backbone.embedding.weight"), "output_norm.weight": given("backbone.norm_f.weight")}
+    parts = {
+        "token_embd.weight": given("backbone.embedding.weight"),
+        "output_norm.weight": given("backbone.norm_f.weight"),
+    }
     if not config.tie_embeddings:
         parts["output.weight"] = given("lm_head.weight")
     for layer in range(config.n_layer):

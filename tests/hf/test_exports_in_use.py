@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import CONFIGS, make_model, save_checkpoint
 
-from open_lm.generate import generate
+from open_lm.generation import generate
 from open_lm.hf.export import ExportConfig, export
 
 PROGRAM = Path(__file__).with_name("trained_outside.py")

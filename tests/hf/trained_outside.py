@@ -72,7 +72,9 @@ def lora(found):
     except ImportError:
         return
     model = load()
-    targets = [name for name in ("in_proj", "q_proj", "query_key_value") if any(name in n for n, _ in model.named_modules())]
+    targets = [
+        name for name in ("in_proj", "q_proj", "query_key_value") if any(name in n for n, _ in model.named_modules())
+    ]
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
     before = wrapped(ids, labels=ids).loss
     before.backward()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -13,6 +15,7 @@ from open_lm.data.sources import named_tokenizer
 from open_lm.distributed import World
 from open_lm.errors import ConfigError
 from open_lm.model.config import ModelConfig, resolve
+from open_lm.model.lora import adapt
 from open_lm.params import RunConfig
 from open_lm.post_training.config import TASKS
 from open_lm.post_training.tasks import TaskKind, TaskParts
@@ -136,6 +139,16 @@ def distillation(
     return Distillation(teacher.requires_grad_(False), flags.distill_weight, flags.distill_temperature, next_token)
 
 
+def additions(config: RunConfig) -> Callable[[nn.Module], None] | None:
+    """What gives a model the adapters and the value head that the flags ask for; None where they ask for none."""
+    flags = config.adapters
+    if flags.lora_rank is None:
+        return None
+    rank, scale = flags.lora_rank, flags.scale
+    options: dict[str, Any] = {"targets": flags.lora_targets, "dropout": flags.lora_dropout}
+    return lambda model: adapt(model, rank, scale, with_magnitude=flags.dora, **options)
+
+
 def build_state(config: RunConfig, architecture: ModelConfig, world: World, steps: RunLength) -> TrainState:
     """The model with the weights of --seed, wrapped for the ranks, and what trains it."""
     parallel = config.parallel
@@ -146,7 +159,7 @@ def build_state(config: RunConfig, architecture: ModelConfig, world: World, step
         )  # fmt: skip
     prepare_backends(parallel, world.device, architecture.seq_len, architecture.vocab_size)
     precision = Precision(parallel.precision, world.device.type)
-    wrapped = build_wrapped(architecture, world, parallel, config.train.seed, precision.weight_dtype)
+    wrapped = build_wrapped(architecture, world, parallel, config.train.seed, precision.weight_dtype, additions(config))
     averages = [WeightAverage(spec, wrapped) for spec in parse_averagers(config.optimizer.averagers)]
     sigma = config.optimizer.skip_step_sigma
     return TrainState(

@@ -29,6 +29,9 @@ class AdapterConfig:
         "that of full training suits them. None: train the weights.",
         least=1,
     )
+    lora_from: str | None = flag(
+        None, "Folder of an adapter in PEFT's format to go on training, instead of --lora-rank's new one."
+    )
     lora_alpha: float = flag(16.0, "Adapters are scaled by this / rank; with --rslora by this / sqrt(rank).", above=0)
     lora_dropout: float = flag(0.0, "Share of an adapter's inputs that is dropped while training.", least=0)
     lora_targets: tuple[str, ...] = flag(
@@ -38,6 +41,8 @@ class AdapterConfig:
     rslora: bool = flag(False, "Scale adapters by alpha / sqrt(rank) (rank-stabilised LoRA).")
 
     def __post_init__(self) -> None:
+        if self.lora_from and self.lora_rank:
+            raise ConfigError("--lora-from brings its own rank: leave out --lora-rank.")
         for name in ("dora", "rslora", "lora_targets"):
             if getattr(self, name) and self.lora_rank is None:
                 raise ConfigError(f"--{name.replace('_', '-')} belongs to adapters: give --lora-rank too.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -18,6 +19,7 @@ from open_lm.model.config import ModelConfig, resolve
 from open_lm.model.lora import adapt
 from open_lm.params import RunConfig
 from open_lm.post_training.config import TASKS
+from open_lm.post_training.peft_format import load_adapter
 from open_lm.post_training.tasks import TaskKind, TaskParts
 from open_lm.precision import Precision
 from open_lm.run.folder import newest_commit
@@ -139,9 +141,11 @@ def distillation(
     return Distillation(teacher.requires_grad_(False), flags.distill_weight, flags.distill_temperature, next_token)
 
 
-def additions(config: RunConfig) -> Callable[[nn.Module], None] | None:
+def additions(config: RunConfig, architecture: ModelConfig) -> Callable[[nn.Module], None] | None:
     """What gives a model the adapters and the value head that the flags ask for; None where they ask for none."""
     flags = config.adapters
+    if flags.lora_from is not None:
+        return partial(load_adapter, config=architecture, folder=flags.lora_from)
     if flags.lora_rank is None:
         return None
     rank, scale = flags.lora_rank, flags.scale
@@ -159,7 +163,9 @@ def build_state(config: RunConfig, architecture: ModelConfig, world: World, step
         )  # fmt: skip
     prepare_backends(parallel, world.device, architecture.seq_len, architecture.vocab_size)
     precision = Precision(parallel.precision, world.device.type)
-    wrapped = build_wrapped(architecture, world, parallel, config.train.seed, precision.weight_dtype, additions(config))
+    wrapped = build_wrapped(
+        architecture, world, parallel, config.train.seed, precision.weight_dtype, additions(config, architecture)
+    )
     averages = [WeightAverage(spec, wrapped) for spec in parse_averagers(config.optimizer.averagers)]
     sigma = config.optimizer.skip_step_sigma
     return TrainState(

@@ -54,10 +54,10 @@ def export(flags: ConvertAdapter) -> str:
 
 def adapted_model(path: str) -> tuple[Any, dict[str, Any]]:
     """The model of a checkpoint with its adapters apart, and the config that the checkpoint states."""
-    from open_lm.checkpoint.sources import read_checkpoint
-    from open_lm.checkpoint.weights import clean_state_dict
-    from open_lm.loading import build, stored_config
+    from open_lm.checkpoint.load_model import build, stored_config
+    from open_lm.checkpoint.read import read_checkpoint
     from open_lm.model.lora import add_adapter, is_addition
+    from open_lm.weights.file import clean_state_dict
 
     content = read_checkpoint(path)
     weights, config = clean_state_dict(content, merge=False), stored_config(content, path)
@@ -77,7 +77,7 @@ def merge(flags: ConvertAdapter, adapter: str) -> str:
     import torch
 
     from open_lm import storage
-    from open_lm.loading import load_model
+    from open_lm.checkpoint.load_model import load_model
     from open_lm.model.lora import without_additions
     from open_lm.post_training.peft_format import load_adapter
 

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from open_lm.checkpoint.natives import native_family, to_native
 from open_lm.errors import CheckpointError
 from open_lm.model.architecture import MambaConfig
 from open_lm.model.hf_config import HFConfig
 from open_lm.model.lora import adapters_of, add_adapter
+from open_lm.weights.to_hf import native_family, to_native
 
 PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -192,7 +192,7 @@ def _config(adapters: Mapping[str, Adapter], base: str, *, rslora: bool) -> dict
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from open_lm.checkpoint.weights import load_file
+    from open_lm.weights.file import load_file
 
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder}: holds no {CONFIG}. Give a folder that PEFT saved.")

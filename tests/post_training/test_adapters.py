@@ -6,8 +6,8 @@ from runs import folder_of, metrics, run, weights, write_data
 from tiny_adapters import IDS, adapted
 from tiny_models import make_model
 
+from open_lm.checkpoint.load_model import load_model
 from open_lm.errors import CheckpointError, ConfigError
-from open_lm.loading import load_model
 from open_lm.model.lora import adapters_of, adapters_off, without_additions
 
 

@@ -6,9 +6,9 @@ from runs import run, write_data
 from tiny_adapters import IDS, adapted
 from tiny_models import make_model
 
+from open_lm.checkpoint.load_model import load_model
 from open_lm.errors import CheckpointError
 from open_lm.hf.classes import save, to_transformers
-from open_lm.loading import load_model
 from open_lm.model.lora import adapters_of
 from open_lm.post_training.convert_adapter import main as convert
 from open_lm.post_training.peft_format import load_adapter, save_adapter

@@ -12,7 +12,7 @@ packages=$("$base" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 own=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 echo "$packages" >"$own/base_environment.pth" # searched behind the folder's own packages: torch and numpy come from there
 shopt -s nullglob
-needs=(regex requests filelock packaging "huggingface_hub<1.0" "tokenizers>=0.22,<=0.23.0" hf-xet)
+needs=(regex requests filelock packaging "huggingface_hub<1.0" "tokenizers>=0.22,<=0.23.0" hf-xet "datasets==4.4.1")
 case $version in 4.*) ;; *) needs=() ;; esac
 "$base" -m pip install --quiet --no-deps --target "$own" "transformers==$version" "${needs[@]}"
 "$folder/bin/python" -c 'import transformers; print("transformers", transformers.__version__, "in", transformers.__file__)'

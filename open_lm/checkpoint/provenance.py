@@ -17,7 +17,7 @@ def provenance(tokenizer: str | None, data_state: Mapping[str, Any] | None) -> d
     `versions`, and `git_commit` of the checkout that runs (None: none; `+changes`: files differ from it)."""
     sources = data_state["sources"] if data_state else []
     return {
-        "tokenizer": tokenizer,
+        "tokenizer": str(Path(tokenizer).resolve()) if tokenizer and Path(tokenizer).exists() else tokenizer,
         "data": {source["name"]: source["fingerprint"] for source in sources},
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "open_lm": _own_version()},
         "git_commit": git_commit(Path(__file__).resolve().parents[2]),

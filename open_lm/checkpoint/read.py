@@ -34,8 +34,12 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         return read_sharded(file)
     if not is_transformers_folder(source):
         return load_file(weights_file(source))
-    config, weights = from_transformers(storage.local_path(source))
-    return {"state_dict": weights, **({"config": {"model": config.to_dict()}} if config else {})}
+    folder = storage.local_path(source)
+    config, weights = from_transformers(folder)
+    known: dict[str, Any] = {"tokenizer": str(folder.resolve())} if (folder / "tokenizer.json").is_file() else {}
+    if config:
+        known["model"] = config.to_dict()
+    return {"state_dict": weights, **({"config": known} if known else {})}
 
 
 def read_sharded(path: str) -> dict[str, Any]:
@@ -82,7 +86,7 @@ def stored_config(path: str) -> dict[str, Any]:
         CheckpointError: it is missing, or was made by a program that keeps no architecture in it.
     """
     config = read_checkpoint(path).get("config")
-    if not config:
+    if not config or not config.get("model"):
         raise CheckpointError(f"{path} does not say which model it is of: give --model and its flags.")
     return config
 

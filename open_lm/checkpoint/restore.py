@@ -27,7 +27,8 @@ from open_lm.checkpoint.state_dicts import (
 )
 from open_lm.checkpoint.tree import SEPARATOR, flat, nested
 from open_lm.errors import CheckpointError
-from open_lm.weights.file import clean_state_dict, load_file, named_weights
+from open_lm.model.lora import is_addition
+from open_lm.weights.file import clean_state_dict, load_file, named_weights, plain_name
 from open_lm.weights.hub import is_hub
 
 Use = Literal["evaluate", "weights", "state", "resume"]
@@ -102,6 +103,8 @@ def _load_sharded(facts: Mapping[str, Any], state: Saved, *, whole_state: bool) 
     tensors, _ = flat(parts)
     with local_shards(facts["path"]) as folder:
         held = {name for name in read_index(folder).state_dict_metadata if name.startswith(f"weights{SEPARATOR}")}
+        if not whole_state:  # a base model has no adapters; they stay as they are here
+            tensors = {name: t for name, t in tensors.items() if name in held or not is_addition(_bare(name))}
         if held != {name for name in tensors if name.startswith(f"weights{SEPARATOR}")}:
             raise CheckpointError(f"{facts['path']} is of another model. Give the --model it was trained with.")
         load_into(folder, tensors, alone=state.world.size == 1)
@@ -115,6 +118,10 @@ def _load_sharded(facts: Mapping[str, Any], state: Saved, *, whole_state: bool) 
     for name, part in state.companions.items():
         if name in parts["companions"]:
             part.load_state_dict(parts["companions"][name] | values.get("companions", {}).get(name, {}))
+
+
+def _bare(path: str) -> str:
+    return plain_name(path.removeprefix(f"weights{SEPARATOR}"))
 
 
 def _saved_companions(state: Saved, facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -161,7 +168,8 @@ def _read(stored: Stored, checkpoints: Checkpoints, state: Saved, *, trains: boo
         file = _stats_of_shards(path)
     else:
         file = read_checkpoint(path) if len(paths) == 1 else read_mean(paths, checkpoints.flags.shares)
-        stored.weights, stored.names = clean_state_dict(file), named_weights(file)
+        stored.names = named_weights(file)
+        stored.weights = clean_state_dict(file, merge=use == "weights" or not _has_additions(state))
         require_same_experts(stored.names, checkpoints.config["model"], path)
     stored_config = file.get("config") or {}
     require_same_architecture(stored_config.get("model", {}), checkpoints.config["model"], path)
@@ -174,9 +182,14 @@ def _read(stored: Stored, checkpoints: Checkpoints, state: Saved, *, trains: boo
     }
     if use in ("evaluate", "weights"):
         return facts
-    _require_same_rule(stored_config.get("flags", {}), checkpoints.config["flags"], path)
+    for name in ("optimizer", "lora_rank", "dora", "task"):
+        _require_same(name, stored_config.get("flags", {}), checkpoints.config["flags"], path)
     _require_same_batch(facts, state.tokens_per_step)
     return facts | (_state_of_shards(file) if in_shards else _state_of_files(stored, path, state))
+
+
+def _has_additions(state: Saved) -> bool:
+    return any(is_addition(plain_name(name)) for name, _ in state.model.named_parameters())
 
 
 def weights_file_or(path: str) -> str:
@@ -220,13 +233,13 @@ def _require_undamaged(path: str) -> None:
         )
 
 
-def _require_same_rule(stored: dict[str, Any], here: dict[str, Any], path: str) -> None:
-    """Refuse to continue with another optimizer: what one rule has accumulated means nothing to another."""
-    before, now = stored.get("optimizer", here["optimizer"]), here["optimizer"]
+def _require_same(name: str, stored: dict[str, Any], here: dict[str, Any], path: str) -> None:
+    """Refuse to continue with another optimizer, adapter or task: what one has accumulated means nothing to another."""
+    before, now = stored.get(name, here.get(name)), here.get(name)
     if before != now:
         raise CheckpointError(
-            f"--resume {path}: --optimizer was {before}, is now {now}. Continue with {before}, or start a new run from "
-            "the weights with --pretrained."
+            f"--resume {path}: --{name.replace('_', '-')} was {before}, is now {now}. Continue with {before}, "
+            "or start a new run from the weights with --pretrained."
         )
 
 

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from open_lm.errors import CheckpointError
+from open_lm.model.lora import is_addition
 from open_lm.weights.file import plain_name
 from open_lm.weights.openlm_names import has_megablocks, moments_from_openlm, only_name
 
@@ -60,7 +61,9 @@ def load_weights(model: nn.Module, weights: dict[str, Any], origin: str, *, broa
         CheckpointError: a weight is missing, left over, or has another shape.
     """
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast, strict=True)
+    additions = _additions_of(model)
     if weights:
+        weights = additions | weights  # where those of a base model have none
         constants = {plain_name(name): buffer for name, buffer in model.named_buffers() if name.endswith(CONSTANTS)}
         weights = constants | weights
     try:
@@ -69,6 +72,13 @@ def load_weights(model: nn.Module, weights: dict[str, Any], origin: str, *, broa
         raise CheckpointError(
             f"{origin} does not fit the model: {error}. Give the --model it was trained with."
         ) from error
+
+
+def _additions_of(model: nn.Module) -> dict[str, Any]:
+    """The adapters and value head of `model` as they are, whole; every rank must call this."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    own = {name: tensor.detach() for full, tensor in named if is_addition(name := plain_name(full))}
+    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in own.items()}
 
 
 def load_optimizers(model: nn.Module, optimizers: list[Optimizer], saved: dict[str, Any], *, broadcast: bool) -> None:

@@ -59,7 +59,8 @@ def convert(config: ConvertConfig) -> None:
     params = read_params(folder / "params.json")
     weights = ours(joined(folder, int(params["dim"])), int(params["n_layers"]))
     model = build(architecture(params, weights, config.seq_len), weights, str(folder), "cpu", None)
-    write_checkpoint(model, folder.name, config.out)
+    has_tokenizer = (folder / "tokenizer.json").is_file()
+    write_checkpoint(model, folder.name, str(folder.resolve()) if has_tokenizer else None, config.out)
 
 
 def read_params(path: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Export of a checkpoint to a folder that transformers, vLLM, llama.cpp and lm-eval load."""
+"""Export of a checkpoint: a folder for transformers, vLLM and lm-eval, or a GGUF file for llama.cpp."""
 
 from __future__ import annotations
 
-import shutil
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,17 +17,31 @@ from open_lm.model.config import ModelFlags
 TOLERANCE = 1e-3
 """Largest difference of logits (fp32) between the model here and the one loaded from the folder."""
 
+DTYPES = ("float32", "bfloat16", "float16", "q8_0")
+
 
 @dataclass(frozen=True)
 class ExportConfig:
     """Export"""
 
     checkpoint: str = flag("", "Run folder (its newest checkpoint), weights file, or hf://owner/name.")
-    out: str = flag("", "Folder to write; it must not exist.")
-    tokenizer: str | None = flag(None, "Hub id, local folder or tokenizer.json that goes with it. None: none.")
-    dtype: str | None = flag(
-        None, "Type of the written weights. None: the checkpoint's.", choices=("float32", "bfloat16", "float16")
+    out: str = flag("", "Folder to write, or with --to gguf the .gguf file; it must not exist.")
+    to: str = flag("hf", "hf: a folder of transformers; gguf: one file for llama.cpp.", choices=("hf", "gguf"))
+    tokenizer: str | None = flag(
+        None,
+        "Hub id, local folder or tokenizer.json that goes with it; none: leave it out. None: the one the checkpoint "
+        "names.",
     )
+    dtype: str | None = flag(
+        None, "Type of the written weights; q8_0 (8 bits) with --to gguf. None: the checkpoint's.", choices=DTYPES
+    )
+    check: str = flag(
+        "logits",
+        "With --to hf, after writing. logits: load the folder in transformers and compare; needs memory for both "
+        "models in fp32. weights: read every tensor back, one at a time. none: neither.",
+        choices=("logits", "weights", "none"),
+    )
+    license: str | None = flag(None, "Licence of the weights on the card, as the Hub spells it: mit, apache-2.0, …")
     push: str | None = flag(None, "owner/name on the Hub to upload the folder to (made private if new).")
 
     def __post_init__(self) -> None:
@@ -37,10 +51,16 @@ class ExportConfig:
             raise ConfigError("--out is missing: give the folder to write.")
         if self.push and len(self.push.split("/")) != 2:
             raise ConfigError(f"--push {self.push}: need owner/name.")
+        if self.to == "gguf" and (not self.out.endswith(".gguf") or self.push):
+            raise ConfigError(
+                f"--to gguf writes one file: --out {self.out} must end in .gguf, and --push is for --to hf."
+            )
+        if self.to == "hf" and self.dtype == "q8_0":
+            raise ConfigError("--dtype q8_0 is a type of --to gguf. Choose float32, bfloat16 or float16.")
 
 
-def main(argv: Sequence[str] | None = None) -> float:
-    """Export as the flags ask; returns the largest difference of logits after reloading."""
+def main(argv: Sequence[str] | None = None) -> float | None:
+    """Export as the flags ask; returns the largest difference of logits, if they were compared."""
     parser = Parser(prog="open_lm.hf.export", description=__doc__)
     for group in (ExportConfig, ModelFlags):
         add_group(parser, group)
@@ -50,71 +70,107 @@ def main(argv: Sequence[str] | None = None) -> float:
     return export(read_group(args, ExportConfig), **given)
 
 
-def export(config: ExportConfig, **architecture: Any) -> float:
-    """Write the folder, load it again, and return the largest difference of logits.
+def export(config: ExportConfig, **architecture: Any) -> float | None:
+    """Write the folder or the file; returns the largest difference of logits after reloading, if they were compared.
 
     Raises:
-        ConfigError: `out` exists, or the model cannot be exported.
-        CheckpointError: the reloaded model differs; the folder is then not left behind.
+        ConfigError: `out` exists, the model cannot be exported, or its tokenizer is not found.
+        CheckpointError: the reloaded model differs; nothing is then left behind.
     """
     from open_lm.checkpoint.load_model import load_model, stored_facts
-    from open_lm.hf.classes import save, to_transformers
-    from open_lm.hf.model_card import model_card
-    from open_lm.weights.hub import push
+    from open_lm.hf.tokenizer_files import tokenizer_of
 
     out = Path(config.out).expanduser()
     if out.exists():
-        raise ConfigError(f"--out {config.out} exists: choose another folder, or remove it.")
-    model = load_model(config.checkpoint, dtype=config.dtype, **architecture)
+        raise ConfigError(f"--out {config.out} exists: choose another one, or remove it.")
     facts = stored_facts(config.checkpoint)
+    tokenizer = tokenizer_of(config.tokenizer, facts)
+    dtype = None if config.dtype == "q8_0" else config.dtype
+    model = load_model(config.checkpoint, dtype=dtype, **architecture)
+    if tokenizer and tokenizer.vocab_size > model.config.vocab_size:
+        raise ConfigError(
+            f"--tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}: "
+            "give the one it was trained with."
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        theirs = to_transformers(model.config, model.state_dict())
-        if config.tokenizer:
-            add_tokenizer(config.tokenizer, theirs, part)
-        save(theirs, part)
-        difference = largest_difference(model, part)
-        card = model_card(out.name, facts, model, type(theirs).__name__, difference)
-        (part / "README.md").write_text(card)
-        part.chmod(0o755)
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    print(
-        f"wrote {type(theirs).__name__} to {out}; logits after reloading differ by at most {difference:.2g}", flush=True
-    )
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+        part = Path(temporary) / out.name
+        if config.to == "gguf":
+            difference = None
+            write_gguf_file(model, tokenizer, config.dtype, part)
+        else:
+            difference = write_folder(config, model, facts, tokenizer, part)
+        os.rename(part, out)
     if config.push:
+        from open_lm.weights.hub import push
+
         print(f"pushed to {push(out, config.push)}", flush=True)
     return difference
 
 
-def add_tokenizer(name: str, theirs: Any, folder: Path) -> None:
-    """Put the tokenizer into `folder`, and its end-of-text and padding ids into the configs of `theirs`.
+def write_folder(config: ExportConfig, model: Any, facts: dict[str, Any], tokenizer: Any, folder: Path) -> float | None:
+    """The folder of transformers with tokenizer and card, checked as `config.check` says."""
+    from open_lm.hf.classes import save, to_transformers
+    from open_lm.hf.model_card import model_card
+    from open_lm.hf.tokenizer_files import add_tokenizer
+
+    folder.mkdir()
+    theirs = to_transformers(model.config, model.state_dict())
+    if tokenizer:
+        add_tokenizer(tokenizer, theirs, folder)
+    save(theirs, folder)
+    class_name, difference = type(theirs).__name__, None
+    if config.check == "weights":
+        require_same_weights(theirs, folder)
+    if config.check == "logits":
+        del theirs
+        difference = largest_difference(model, folder)
+    card = model_card(Path(config.out).name, facts, model, class_name, difference, config.license)
+    (folder / "README.md").write_text(card)
+    found = "" if difference is None else f"; logits after reloading differ by at most {difference:.2g}"
+    print(f"wrote {class_name} to {config.out}{found}", flush=True)
+    return difference
+
+
+def write_gguf_file(model: Any, tokenizer: Any, dtype: str | None, path: Path) -> None:
+    """The GGUF file, with the tokenizer's vocabulary where there is one.
 
     Raises:
-        ConfigError: it has more tokens than the model.
+        ConfigError: llama.cpp has no such architecture, or no tokenizer that splits text alike.
     """
-    from tokenizers import Tokenizer
-    from transformers import GenerationConfig, PreTrainedTokenizerFast
+    from open_lm.weights.gguf_file import write_gguf
+    from open_lm.weights.gguf_tokenizer import NO_TOKENIZER, gguf_tokenizer
+    from open_lm.weights.to_gguf import to_gguf
 
-    from open_lm.data.tokenizer import load_tokenizer
+    kind = dtype or str(next(model.parameters()).dtype).removeprefix("torch.")
+    metadata, entries = to_gguf(model.config, model.state_dict(), kind)
+    vocabulary = gguf_tokenizer(tokenizer, model.config.vocab_size) if tokenizer else NO_TOKENIZER
+    write_gguf(path, metadata | vocabulary, entries)
+    print(f"wrote {len(entries)} tensors as {kind} for llama.cpp's {metadata['general.architecture']}", flush=True)
 
-    ours = load_tokenizer(name)
-    if ours.vocab_size > theirs.config.vocab_size:
-        raise ConfigError(
-            f"--tokenizer {name} has {ours.vocab_size} tokens, the model {theirs.config.vocab_size}: give the one "
-            "it was trained with."
-        )
-    theirs.config.eos_token_id, theirs.config.pad_token_id = ours.eot_id, ours.pad_id
-    theirs.generation_config = GenerationConfig(eos_token_id=ours.eot_id, pad_token_id=ours.pad_id)
-    PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(ours.to_json()),
-        eos_token=ours.token_of(ours.eot_id),
-        pad_token=ours.token_of(ours.pad_id),
-        model_max_length=theirs.config.max_position_embeddings,
-        clean_up_tokenization_spaces=False,
-    ).save_pretrained(folder)
+
+def require_same_weights(theirs: Any, folder: Path) -> None:
+    """Read every tensor of the folder back and compare it, one at a time.
+
+    Raises:
+        CheckpointError: one is missing or differs.
+    """
+    import torch
+    from safetensors import safe_open
+
+    stored: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as content:
+            for name in content.keys():  # noqa: SIM118  (not a dict)
+                stored[name] = file
+                if not torch.equal(content.get_tensor(name), theirs.state_dict()[name]):
+                    raise CheckpointError(f"{file.name}: {name} is not what was written. Is the disk sound?")
+    names = {p.data_ptr(): name for name, p in theirs.state_dict().items()}
+    if missing := [name for name in names.values() if name not in stored]:
+        tied = {p.data_ptr() for name, p in theirs.state_dict().items() if name in stored}
+        missing = [name for name in missing if theirs.state_dict()[name].data_ptr() not in tied]
+        if missing:
+            raise CheckpointError(f"{folder}: {missing[0]} was not written. Please report the architecture.")
 
 
 def largest_difference(model: Any, folder: Path) -> float:

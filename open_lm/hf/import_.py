@@ -61,18 +61,20 @@ def import_model(config: ImportConfig) -> float | None:
         raise CheckpointError(f"{config.model}: its config.json does not say which architecture it is.")
     model = build(architecture, weights, config.model, "cpu", None)
     difference = largest_difference(model, folder) if config.check else None
-    write_checkpoint(model, config.model, config.out)
+    has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file()
+    tokenizer = (str(folder.resolve()) if local.is_dir() else config.model) if has_tokenizer else None
+    write_checkpoint(model, config.model, tokenizer, config.out)
     said = "" if difference is None else f"; logits differ from transformers' by at most {difference:.2g}"
     print(f"wrote {config.out}{said}", flush=True)
     return difference
 
 
-def write_checkpoint(model: Any, name: str, out: str) -> None:
+def write_checkpoint(model: Any, name: str, tokenizer: str | None, out: str) -> None:
     """Save `model` as a checkpoint that knows its architecture, in OpenLM's format."""
     import torch
 
     about = {"epoch": 0, "name": name, "step": 0, "evaluation_metrics": []}
-    config = {"model": model.config.to_dict(), "flags": {}, "tokenizer": name}
+    config = {"model": model.config.to_dict(), "flags": {}, "tokenizer": tokenizer}
     with storage.open_atomic(out) as file:
         torch.save({**about, "state_dict": model.state_dict(), "config": config}, file)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from open_lm import text
@@ -10,8 +11,10 @@ from open_lm.model.architecture import MambaConfig
 from open_lm.model.hf_config import HFConfig
 
 
-def model_card(title: str, facts: dict[str, Any], model: Any, class_name: str, difference: float) -> str:
-    """The README.md of an exported model, with the metadata block that the Hub reads."""
+def model_card(
+    title: str, facts: dict[str, Any], model: Any, class_name: str, difference: float | None, license: str | None
+) -> str:
+    """The README.md of an exported model, with the metadata block that the Hub reads; no path or url of its making."""
     config = model.config
     n_parameters = sum({p.data_ptr(): p.numel() for p in model.parameters()}.values())
     own_code = ", trust_remote_code=True" if class_name == "OpenLMForCausalLM" else ""
@@ -22,8 +25,12 @@ def model_card(title: str, facts: dict[str, Any], model: Any, class_name: str, d
         *training_facts(facts),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    terms = f"license: {license}\n" if license else ""
+    compared = (
+        f"; its logits differ from OpenLM's own by at most {difference:.2g} (fp32)" if difference is not None else ""
+    )
     return f"""---
-library_name: transformers
+{terms}library_name: transformers
 pipeline_tag: text-generation
 tags: [open_lm]
 ---
@@ -42,24 +49,42 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER"{own_code})
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```
 
-Loaded as `{class_name}`; its logits differ from OpenLM's own by at most {difference:.2g} (fp32).
+Loaded as `{class_name}`{compared}.
 {command(facts)}"""
 
 
 def command(facts: dict[str, Any]) -> str:
     """How the run is repeated: its flags as a file for --config; nothing where they are not known."""
     flags = (facts.get("config") or {}).get("flags") or {}
-    given = {name: value for name, value in flags.items() if value not in (None, False, [], (), "")}
+    given = {name: value for name, value in flags.items() if is_public(name, value)}
     if not given:
         return ""
     lines = "\n".join(f"{name}: {json.dumps(value)}" for name, value in sorted(given.items()))
     return f"""
-Trained by `python -m open_lm.main --config run.yaml` (or `torchrun … -m open_lm.main`), `run.yaml` being
+Trained by `python -m open_lm.main --config run.yaml` (or `torchrun … -m open_lm.main`) with flags for data and folders
+beside `run.yaml`:
 
 ```yaml
 {lines}
 ```
 """
+
+
+PRIVATE = ("name", "logs", "wandb", "notes", "report_to", "address", "url", "tokenizer")
+"""Parts of names of flags that say where and for whom a run was made, not how."""
+
+
+def is_public(name: str, value: Any) -> bool:
+    """Whether a flag is set and says how the model was made, and not where its files lie."""
+    if value in (None, False, [], (), "") or any(part in name.split("_") for part in PRIVATE):
+        return False
+    words = value if isinstance(value, list | tuple) else [value]
+    return not any(isinstance(word, str) and re.search(r"[/\\~@:]|\.(json|ya?ml|pt|tar)$", word) for word in words)
+
+
+def plain_name(path: Any) -> str:
+    """The last part of a path or url, without its ending."""
+    return str(path).split("::")[0].rstrip("/").rpartition("/")[2].split(".")[0]
 
 
 def architecture_facts(config: Any) -> list[tuple[str, str]]:
@@ -79,14 +104,12 @@ def architecture_facts(config: Any) -> list[tuple[str, str]]:
 def training_facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """What the checkpoint knows of its training, as rows of the table; those it does not know are left out."""
     flags = (facts.get("config") or {}).get("flags") or {}
-    data = flags.get("dataset_manifest") or flags.get("train_data")
     rows = [
         ("run", facts.get("name")),
         ("steps", facts.get("step")),
         ("tokens seen", text.count(facts["tokens"]) if facts.get("tokens") else None),
-        ("data", ", ".join(data) if isinstance(data, list) else data),
         ("peak learning rate", flags.get("lr")),
-        *((f"held-out loss ({', '.join(map(str, m.get('val_data') or []))})", f"{m['loss']:.4f}")
+        *((f"validation loss ({', '.join(map(plain_name, m.get('val_data') or []))})", f"{m['loss']:.4f}")
           for m in facts.get("evaluation_metrics") or [] if isinstance(m, dict) and "loss" in m),
     ]  # fmt: skip
     return [(name, str(value)) for name, value in rows if value not in (None, "", [])]

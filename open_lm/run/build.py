@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -13,8 +16,10 @@ from open_lm.data.sources import named_tokenizer
 from open_lm.distributed import World
 from open_lm.errors import ConfigError
 from open_lm.model.config import ModelConfig, resolve
+from open_lm.model.lora import adapt
 from open_lm.params import RunConfig
 from open_lm.post_training.config import TASKS
+from open_lm.post_training.peft_format import load_adapter
 from open_lm.post_training.tasks import TaskKind, TaskParts
 from open_lm.precision import Precision
 from open_lm.run.folder import newest_commit
@@ -136,6 +141,18 @@ def distillation(
     return Distillation(teacher.requires_grad_(False), flags.distill_weight, flags.distill_temperature, next_token)
 
 
+def additions(config: RunConfig, architecture: ModelConfig) -> Callable[[nn.Module], None] | None:
+    """What gives a model the adapters and the value head that the flags ask for; None where they ask for none."""
+    flags = config.adapters
+    if flags.lora_from is not None:
+        return partial(load_adapter, config=architecture, folder=flags.lora_from)
+    if flags.lora_rank is None:
+        return None
+    rank, scale = flags.lora_rank, flags.scale
+    options: dict[str, Any] = {"targets": flags.lora_targets, "dropout": flags.lora_dropout}
+    return lambda model: adapt(model, rank, scale, with_magnitude=flags.dora, **options)
+
+
 def build_state(config: RunConfig, architecture: ModelConfig, world: World, steps: RunLength) -> TrainState:
     """The model with the weights of --seed, wrapped for the ranks, and what trains it."""
     parallel = config.parallel
@@ -146,7 +163,9 @@ def build_state(config: RunConfig, architecture: ModelConfig, world: World, step
         )  # fmt: skip
     prepare_backends(parallel, world.device, architecture.seq_len, architecture.vocab_size)
     precision = Precision(parallel.precision, world.device.type)
-    wrapped = build_wrapped(architecture, world, parallel, config.train.seed, precision.weight_dtype)
+    wrapped = build_wrapped(
+        architecture, world, parallel, config.train.seed, precision.weight_dtype, additions(config, architecture)
+    )
     averages = [WeightAverage(spec, wrapped) for spec in parse_averagers(config.optimizer.averagers)]
     sigma = config.optimizer.skip_step_sigma
     return TrainState(

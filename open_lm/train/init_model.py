@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,23 +11,37 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from open_lm.distributed import World
+from open_lm.errors import ConfigError
 from open_lm.model import create_model
 from open_lm.model.hf_config import HFConfig
 from open_lm.train.config import ParallelConfig
 from open_lm.train.parallel import shards, wrap
 
 
-def build_wrapped(config: Any, world: World, parallel: ParallelConfig, seed: int, dtype: torch.dtype) -> nn.Module:
+def build_wrapped(
+    config: Any,
+    world: World,
+    parallel: ParallelConfig,
+    seed: int,
+    dtype: torch.dtype,
+    add: Callable[[nn.Module], None] | None = None,
+) -> nn.Module:
     """The model of `config` with the weights of `seed`, in `dtype`, as `train_step` calls it.
 
+    `add` gives it what a task adds to a model, adapters or a value head, before it is wrapped for the ranks.
     The weights do not depend on the ranks, nor on whether --experimental-meta-device builds them part by part.
     """
     torch.manual_seed(seed)
     if parallel.experimental_meta_device and isinstance(config, HFConfig):
         logging.warning("--experimental-meta-device is ignored: published weights are loaded as a whole.")
     elif parallel.experimental_meta_device and shards(world, parallel):
+        if add is not None:
+            raise ConfigError("--experimental-meta-device: not with adapters or value heads. Leave it out.")
         return _filled_in_parts(config, world, parallel, dtype)
-    return wrap(create_model(config).to(world.device, dtype), world, parallel)
+    model = create_model(config).to(world.device, dtype)
+    if add is not None:
+        add(model)
+    return wrap(model, world, parallel)
 
 
 def _filled_in_parts(config: Any, world: World, parallel: ParallelConfig, dtype: torch.dtype) -> nn.Module:

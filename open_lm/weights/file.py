@@ -16,6 +16,7 @@ from torch import Tensor
 
 from open_lm import storage
 from open_lm.errors import CheckpointError, OpenLMError
+from open_lm.model.lora import is_addition, without_additions
 from open_lm.weights.openlm_names import from_openlm
 
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -109,13 +110,16 @@ def _require_plain_archive(path: Path, shown: str) -> None:
             raise CheckpointError(f"{shown}: holds the member {member.filename!r}, a path outside itself. Refused.")
 
 
-def clean_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
+def clean_state_dict(state: Mapping[str, Any], *, merge: bool = True) -> dict[str, Tensor]:
     """The bare weights of a bare or wrapped dict, under our names: no wrappers' prefixes, none of OpenLM's own names.
+
+    With `merge` they are those of a plain model: adapters are merged, value heads left out.
 
     Raises:
         CheckpointError: there are no weights in it, or experts have something that ours have not.
     """
-    return from_openlm(named_weights(state))
+    weights = from_openlm(named_weights(state))
+    return without_additions(weights) if merge and any(map(is_addition, weights)) else weights
 
 
 def named_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:

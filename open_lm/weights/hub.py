@@ -10,7 +10,7 @@ from pathlib import Path
 from open_lm.errors import ConfigError, StorageError
 
 SCHEME = "hf://"
-WANTED = ["*.json", "*.safetensors", "*.pt", "*.bin", "*.model", "*.txt"]
+WANTED = ["*.json", "*.safetensors", "*.pt", "*.bin", "*.model", "*.txt", "*.jinja"]
 
 
 @dataclass(frozen=True)

@@ -127,14 +127,13 @@ def test_the_command_writes_weights_tokenizer_and_card_and_prints_the_difference
     assert "logits after reloading differ by at most" in capsys.readouterr().out
     card = (out / "README.md").read_text()
     flags = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
-    assert flags == {"lr": 0.003, "train_data": ["shards/a.tar"]} and "open_lm.main --config run.yaml" in card
+    assert flags == {"lr": 0.003} and "open_lm.main --config run.yaml" in card
     config, generation = (json.loads((out / f).read_text()) for f in ("config.json", "generation_config.json"))
     assert (config["dtype"], config["eos_token_id"], generation["eos_token_id"]) == ("bfloat16", 0, 0)
     for fact in (
         "| steps | 7 |",
         "| tokens seen | 12k |",
-        "shards/a.tar",
-        "held-out loss (held_out) | 3.2500",
+        "validation loss (held_out) | 3.2500",
         "0.003",
     ):
         assert fact in card
@@ -202,3 +201,98 @@ def test_a_model_of_transformers_that_was_trained_here_goes_back_to_its_class(tm
     ids = IDS.clamp(max=60)
     with torch.inference_mode():
         assert torch.allclose(back(ids).logits, model(ids)[0], atol=1e-5)
+
+
+def chat_folder(path):
+    """A tokenizer with all that chat models have, as AutoTokenizer saves it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {letter: i for i, letter in enumerate(["<s>", "</s>", "<unk>", "<pad>", *"abcdef", "Ġ"])}
+    backend = Tokenizer(models.BPE(letters, [], unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+    made.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    made.save_pretrained(path)
+    return str(path)
+
+
+def test_special_tokens_and_chat_template_travel_and_the_checkpoints_own_tokenizer_is_the_default(tmp_path):
+    from transformers import AutoTokenizer
+
+    named = chat_folder(tmp_path / "chat")
+    model = make_model("llama")
+    config = {"model": model.config.to_dict(), "tokenizer": named}
+    path = save_checkpoint(model, tmp_path / "e.pt", config=config)
+    main(["--checkpoint", path, "--out", str(tmp_path / "out")])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.special_tokens_map.items() >= {
+        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>",
+    }.items()  # fmt: skip
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "ab</s>"
+    assert json.loads((tmp_path / "out/tokenizer_config.json").read_text())["tokenizer_class"] == (
+        "PreTrainedTokenizerFast"
+    )
+    generation = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert (generation["bos_token_id"], generation["eos_token_id"], generation["pad_token_id"]) == (0, 1, 3)
+    main(["--checkpoint", path, "--out", str(tmp_path / "without"), "--tokenizer", "none"])
+    assert not (tmp_path / "without/tokenizer.json").exists()
+
+
+def test_a_tokenizer_that_is_gone_is_named_with_the_way_out(tmp_path):
+    model = make_model("llama")
+    config = {"model": model.config.to_dict(), "tokenizer": str(tmp_path / "gone.json")}
+    path = save_checkpoint(model, tmp_path / "e.pt", config=config)
+    with pytest.raises(ConfigError, match=r"gone.json, which is not found .* --tokenizer none"):
+        main(["--checkpoint", path, "--out", str(tmp_path / "out")])
+
+
+def test_the_card_names_the_licence_and_nothing_private(tmp_path):
+    model = make_model("llama")
+    flags = {
+        "lr": 0.003, "train_data": ["s3://secret-bucket/shards/a.tar"], "logs": "/home/me/logs",
+        "wandb_project_name": "secret-project", "remote_sync": "s3://secret-bucket/runs", "model": "/home/me/m.json",
+        "dataset_manifest": ["/data/secret/manifest.jsonl"], "optimizer": "muon", "tokenizer": "secret-tok",
+    }  # fmt: skip
+    metrics = [{"loss": 3.25, "val_data": ["s3://secret-bucket/valid/c4.tar::/secret/b.tar"]}]
+    facts = {"config": {"model": model.config.to_dict(), "flags": flags}, "evaluation_metrics": metrics}
+    path = save_checkpoint(model, tmp_path / "e.pt", **facts)
+    main(["--checkpoint", path, "--out", str(tmp_path / "out"), "--license", "apache-2.0"])
+    card = (tmp_path / "out/README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["license"] == "apache-2.0"
+    assert "validation loss (c4) | 3.2500" in card and 'optimizer: "muon"' in card
+    for word in ("secret", "/home", "s3://", "/data", str(tmp_path)):
+        assert word not in card
+
+
+@pytest.mark.parametrize("check", ["weights", "none"])
+def test_large_models_are_checked_tensor_by_tensor_or_not_at_all(tmp_path, check, monkeypatch):
+    path = save_checkpoint(make_model("own_geglu"), tmp_path / "e.pt")
+    monkeypatch.setattr("open_lm.hf.export.largest_difference", None)
+    assert main(["--checkpoint", path, "--out", str(tmp_path / "out"), "--check", check]) is None
+    with torch.inference_mode():
+        assert torch.allclose(open_lm.load_model(tmp_path / "out")(IDS)[0], make_model("own_geglu")(IDS)[0])
+
+
+def test_a_tensor_that_was_written_wrong_is_noticed(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from open_lm.hf.classes import save, to_transformers
+    from open_lm.hf.export import require_same_weights
+
+    model = make_model("llama_tied_wide")
+    theirs = to_transformers(model.config, model.state_dict())
+    (tmp_path / "out").mkdir()
+    save(theirs, tmp_path / "out")
+    require_same_weights(theirs, tmp_path / "out")
+    weights = load_file(tmp_path / "out/model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] + 1e-3
+    save_file(weights, tmp_path / "out/model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model.norm.weight is not what was written"):
+        require_same_weights(theirs, tmp_path / "out")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "out/model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model.norm.weight was not written"):
+        require_same_weights(theirs, tmp_path / "out")

@@ -100,7 +100,7 @@ def test_the_value_under_the_mouse_is_the_nearest_measured_one():
     chart = line_chart(
         [Series("loss", points, "train")],
         label="",
-        x_name="",
+        x_name="tokens",
         write_x=lambda x: f"at {x:.0f}",
         write_y=lambda y: f"{y}",
     )

@@ -7,7 +7,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import xxhash
@@ -137,7 +137,7 @@ def decode_member(payload: bytes, key: str) -> np.ndarray:
 
 def checksum(payload: bytes | memoryview | np.ndarray, key: str) -> int:
     """What a header holds of its payload: xxh3 of it; of an npy vector without the npy header, so of its ids."""
-    view = memoryview(payload)
+    view = memoryview(cast(Any, payload))
     return xxhash.xxh3_64_intdigest(view[NPY_HEADER_BYTES:] if key == "npy" else view)
 
 
@@ -228,7 +228,7 @@ def _npy_members(samples: np.ndarray, first_number: int) -> np.ndarray:
     head = np.frombuffer(npy_header(samples.dtype, length), np.uint8)
     size = len(head) + length * samples.dtype.itemsize
     rows = np.ascontiguousarray(samples).view(np.uint8).reshape(n, -1)
-    sums = np.fromiter((xxhash.xxh3_64_intdigest(row) for row in rows), np.uint64, n)
+    sums = np.fromiter((xxhash.xxh3_64_intdigest(row.data) for row in rows), np.uint64, n)
     table = np.zeros((n, BLOCK + padded(size)), np.uint8)
     table[:, :BLOCK] = headers_for(np.arange(first_number, first_number + n), size, "npy", sums)
     table[:, BLOCK : BLOCK + len(head)] = head

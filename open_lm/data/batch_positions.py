@@ -1,24 +1,26 @@
-"""Batch positions: which part of the sample stream each rank reads at each step."""
+"""Batch positions: which places of the stream a rank's share of a step holds, and the plan the flags ask for."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from open_lm.data.config import DataConfig
+from open_lm.data.mixture import Plan, make_mixture
 from open_lm.data.plan import (
-    DEFAULT_LANES,
-    DEFAULT_WINDOW,
-    LaneStream,
-    Plan,
+    DEFAULT_BLOCK,
+    DEFAULT_STRIPES,
     ResampledStream,
     Stream,
-    choose_lanes,
-    share_columns,
+    StripedStream,
+    choose_stripes,
 )
 from open_lm.data.sources import Source
 from open_lm.errors import ConfigError
+
+LEAST_STRIPES = 16
 
 
 @dataclass(frozen=True)
@@ -65,28 +67,52 @@ def make_batch_positions(config: DataConfig, *, global_batch: int, rank: int, wo
     return BatchPositions(global_batch, rank, world_size, skipped)
 
 
-def make_plan(sources: list[Source], config: DataConfig, *, seed: int, global_batch: int) -> Plan:
-    """The order of the samples of `sources`."""
+def make_plan(
+    sources: list[Source],
+    config: DataConfig,
+    *,
+    seed: int,
+    global_batch: int,
+    shapes: Sequence[tuple[int, int]] | None = None,
+    period: int | None = None,
+) -> Plan:
+    """The order of the samples of `sources`. `shapes` (stripes and shuffle block of each) and `period` are those of a
+    run that began with them."""
+    row = _row(global_batch)
     if len(sources) == 1:
-        return Plan((_stream(sources[0], config, seed=seed, salt=0, columns=global_batch),))
+        return Plan((_stream(sources[0], config, 0, seed, global_batch, DEFAULT_STRIPES, shapes),))
     weights = config.train_data_mix_weights or tuple(source.n_sequences * source.factor for source in sources)
-    pattern = share_columns(weights, max(_row(global_batch), len(sources)))
-    columns = np.bincount(pattern).tolist()
-    streams = (_stream(source, config, seed=seed, salt=k, columns=columns[k]) for k, source in enumerate(sources))
-    return Plan(tuple(streams), pattern)
+    mixture = make_mixture(weights, row, period)
+    fits = 0 < mixture.period <= max(row, len(sources))  # each rank reads the same columns, so whole stripes
+    streams = []
+    for k, source in enumerate(sources):
+        columns = int(mixture.used(mixture.period)[k]) if fits else 1
+        least = DEFAULT_STRIPES if fits else max(LEAST_STRIPES, round(row * float(mixture.shares[k])))
+        streams.append(_stream(source, config, k, seed, columns, least, shapes))
+    return Plan(tuple(streams), mixture)
 
 
 def _row(columns: int) -> int:
-    """The smallest multiple of `columns` that makes a good number of lanes."""
-    return columns * -(-DEFAULT_LANES // columns)
+    """The smallest multiple of `columns` that makes a good number of stripes."""
+    return columns * -(-DEFAULT_STRIPES // columns)
 
 
-def _stream(source: Source, config: DataConfig, *, seed: int, salt: int, columns: int) -> Stream:
+def _stream(
+    source: Source,
+    config: DataConfig,
+    salt: int,
+    seed: int,
+    columns: int,
+    least: int,
+    shapes: Sequence[tuple[int, int]] | None,
+) -> Stream:
     names, counts = [shard.name for shard in source.shards], [shard.n_sequences for shard in source.shards]
-    lanes, window = choose_lanes(source.n_sequences, columns)
-    kind: type[LaneStream | ResampledStream] = LaneStream
+    stripes, block = choose_stripes(source.n_sequences, columns, least)
+    kind: type[StripedStream | ResampledStream] = StripedStream
     if config.dataset_resampled:
-        kind, lanes, window = ResampledStream, _row(columns), DEFAULT_WINDOW
-    lanes = config.shuffle_lanes or lanes
-    window = 1 if config.disable_buffer else config.shuffle_window or window
-    return kind(names, counts, seed=seed, salt=salt, lanes=lanes, window=window)
+        kind, stripes, block = ResampledStream, _row(columns), DEFAULT_BLOCK
+    stripes = config.shuffle_lanes or stripes
+    block = 1 if config.disable_buffer else config.shuffle_window or block
+    if shapes:
+        stripes, block = shapes[salt]
+    return kind(names, counts, seed=seed, salt=salt, stripes=stripes, shuffle_block=block)

@@ -11,7 +11,7 @@ import contextlib
 import importlib
 import struct
 import zlib
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import orjson
@@ -161,6 +161,23 @@ def _read_npy_header(head: bytes) -> tuple[np.dtype, int, int]:
     if start == 128 and len(_headers) < 1000:
         _headers[bytes(head[:128])] = dtype, shape[0], start
     return dtype, shape[0], start
+
+
+class PlainNpy(NamedTuple):
+    """What an npy header of 128 bytes says of a vector of plain integers."""
+
+    dtype: np.dtype
+    length: int
+
+
+def plain_npy_header(head: bytes, n_bytes: int) -> PlainNpy | None:
+    """The content of a whole header of 128 bytes, when header and ids together are `n_bytes`; None otherwise."""
+    try:
+        dtype, length, start = _read_npy_header(head)
+    except ValueError:
+        return None
+    plain = dtype.kind in "iu" and start == 128 and start + dtype.itemsize * length == n_bytes
+    return PlainNpy(dtype, length) if plain else None
 
 
 NPY, TXT, JSON, JSON_GZ = _Npy(), _Txt(), _Json(), _JsonGz()

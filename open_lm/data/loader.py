@@ -1,10 +1,10 @@
-"""Training loader: batch k is a function of the data, the weights, the seed and k, on any number of ranks."""
+"""The loader: batch k is a function of the data, the weights, the seed and k, whoever reads it."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,15 @@ import torch
 
 from open_lm.data.batch import IGNORED, Batch
 from open_lm.data.batch_positions import BatchPositions, make_batch_positions, make_plan
-from open_lm.data.cache import ShardCache
 from open_lm.data.config import DataConfig
 from open_lm.data.masking import batch_of
-from open_lm.data.pipeline import Filled, StepSource, run_pipeline
-from open_lm.data.plan import ORDER, Plan, key, mix
-from open_lm.data.reader import SampleReader, mark_of
-from open_lm.data.sources import Source, document_end, open_sources
+from open_lm.data.mixture import Plan
+from open_lm.data.pipeline import StepRows, StepSource, run_pipeline
+from open_lm.data.plan import ORDER
+from open_lm.data.reader import SampleReader
+from open_lm.data.rows import changed_row
+from open_lm.data.samples import PlannedSamples, SyntheticSamples
+from open_lm.data.sources import Source, cache_for, document_end, open_sources
 from open_lm.data.validation import validation_batches
 from open_lm.errors import CheckpointError, ConfigError, DataError
 
@@ -30,7 +32,7 @@ _READ_AHEAD_STEPS = 16
 
 
 class Loader:
-    """One rank's batches. Close to a function: the only thing it holds is which data there is."""
+    """One rank's batches. Nearly stateless: batch k is a function of k."""
 
     def __init__(
         self,
@@ -47,7 +49,7 @@ class Loader:
         """`rows` are the sequences that one sample holds; they stay together in batches."""
         self.plan, self.sources, self.geometry = plan, sources, geometry
         self.n_sequences, self._rows = n_sequences, rows
-        self.holes: list[dict[str, Any]] = []
+        self.unreadable: list[dict[str, Any]] = []
         self._fill, self._config, self._seed = fill, config, seed
         self._planned_batch = geometry.global_batch
         self._document_end = document_end(config, sources)
@@ -65,19 +67,26 @@ class Loader:
             self._fill,
             n_workers=self._config.workers,
             batch=self.geometry.local_batch,
-            ahead=_READ_AHEAD_STEPS if self._config.data_cache else 0,
+            ahead=_READ_AHEAD_STEPS if self._fill.reads_remote else 0,
         )
-        for step, (tokens_BS, holes, mark) in enumerate(steps, start_step):
-            self._check_mark(mark, step)
-            yield self._masked(tokens_BS, holes, step)
+        for step, rows in enumerate(steps, start_step):
+            self._check(rows, step)
+            yield self._masked(rows.tokens, rows.unreadable, step)
 
-    def _check_mark(self, mark: int, step: int) -> None:
-        """Compare what the readers say they read with what the plan wants, whoever read it."""
-        expected = self._fill.mark(self.geometry.positions_of(step))
-        if mark != expected:
+    def _check(self, rows: StepRows, step: int) -> None:
+        """Compare what was read with what the plan wants, and ids with the checksums of their writer."""
+        expected = self._fill.expected_checksum(self.geometry.positions_of(step))
+        if rows.read_checksum != expected:
             raise DataError(
-                f"step {step}: the data workers read other samples than planned (mark {mark:016x}, expected "
-                f"{expected:016x}). This is a bug or a broken machine: start again with --resume latest."
+                f"step {step}: the data workers read other samples than planned (checksum {rows.read_checksum:016x}, "
+                f"expected {expected:016x}). This is a bug or a broken machine: start again with --resume latest."
+            )
+        changed = changed_row(rows.tokens.numpy(), rows.stored, rows.widths, step)
+        if changed is not None:
+            position = self.geometry.positions_of(step)[changed : changed + 1]
+            raise DataError(
+                f"step {step}: {self._fill.describe(position)}: its ids are not those that were written (checksum). "
+                "Copy the shard again; if it is whole, this is a broken machine."
             )
 
     def require(self, n_steps: int) -> None:
@@ -107,9 +116,9 @@ class Loader:
             "steps": step,
             "samples_consumed": consumed,
             "resampled": self._config.dataset_resampled,
-            "pattern": len(self.plan.pattern),
+            "pattern": self.plan.mixture.period,
             "skips": [list(span) for span in self.geometry.skipped],
-            "holes": len(self.holes),
+            "holes": len(self.unreadable),
             "sources": [
                 self._source_state(k, source) | {"consumed": int(counts[k])} for k, source in enumerate(self.sources)
             ],
@@ -117,13 +126,12 @@ class Loader:
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Check that a saved `state` continues here. Ranks, workers and the batch may differ: another global batch goes
-        on with the next unused sequence, in the order the run began with.
+        on with the next unused sequence. The order is that the run began with, also where today's choice is another.
 
         Raises:
             CheckpointError: the data, the seed or another setting of the order is not the one the run began with.
         """
-        planned = self._planned_batch, self.geometry.consumed(int(state.get("steps", 0)))
-        if (state.get("planned_batch"), state.get("samples_consumed")) != planned:
+        if self._order(state) != self._order(self.state(int(state.get("steps", 0)))):
             self._continue_from(state)
         here = self.state(int(state.get("steps", 0)))
         for name in ("version", "order", "seed", "samples_consumed", "resampled", "pattern"):
@@ -136,12 +144,30 @@ class Loader:
             for name in ("fingerprint", "sequences", "columns", "lanes", "window", "consumed"):
                 if before.get(name) != now[name]:
                     raise CheckpointError(_differs(f"{name} of source {now['name']}", before.get(name), now[name]))
+            contents = before.get("content"), now["content"]
+            if None not in contents and contents[0] != contents[1]:
+                what = f"content of source {now['name']} (bytes or checksums of its shards)"
+                raise CheckpointError(_differs(what, *contents))
+
+    def _order(self, state: dict[str, Any]) -> tuple[Any, ...]:
+        """What the order of a state depends on that this loader can take over."""
+        shapes = [(source.get("lanes"), source.get("window")) for source in state.get("sources", [])]
+        return state.get("planned_batch"), state.get("samples_consumed"), state.get("pattern"), shapes
 
     def _continue_from(self, state: dict[str, Any]) -> None:
-        """Plan as the run that began with another global batch, and go on where it stood."""
+        """Plan as the run that began with other settings of the order, and go on where it stood."""
         self._planned_batch = int(state.get("planned_batch") or self._planned_batch)
+        shapes = [(source.get("lanes"), source.get("window")) for source in state.get("sources", [])]
+        chosen = self._config.shuffle_lanes or self._config.shuffle_window or self._config.disable_buffer
         if isinstance(self._fill, PlannedSamples):
-            self.plan = make_plan(self.sources, self._config, seed=self._seed, global_batch=self._planned_batch)
+            self.plan = make_plan(
+                self.sources,
+                self._config,
+                seed=self._seed,
+                global_batch=self._planned_batch,
+                shapes=shapes if len(shapes) == len(self.sources) and not chosen else None,
+                period=state.get("pattern"),
+            )
             self._fill = PlannedSamples(self.plan, self._fill.reader)
         self.geometry = replace(
             self.geometry,
@@ -152,39 +178,40 @@ class Loader:
 
     def _source_state(self, number: int, source: Source) -> dict[str, Any]:
         stream = self.plan.streams[number]
+        mixture = self.plan.mixture
         return {
             "name": source.name,
             "fingerprint": source.fingerprint,
+            "content": source.content_fingerprint,
             "sequences": source.n_sequences,
-            "columns": int(self.plan.columns[number]),
-            "share": self.plan.shares[number],
-            "lanes": getattr(stream, "lanes", 1),
-            "window": getattr(stream, "window", 1),
+            "columns": int(mixture.used(mixture.period)[number]),
+            "share": float(mixture.shares[number]),
+            "lanes": getattr(stream, "stripes", 1),
+            "window": getattr(stream, "shuffle_block", 1),
         }
 
     def _consumed_by_source(self, consumed: int) -> np.ndarray:
         end = int(self.geometry.shifted(np.array([consumed - 1]))[0]) + 1 if consumed else 0
-        rows, rest = divmod(end, len(self.plan.pattern))
-        return rows * self.plan.columns + np.bincount(self.plan.pattern[:rest], minlength=len(self.plan.streams))
+        return self.plan.mixture.used(end)
 
-    def _masked(self, tokens_BS: torch.Tensor, holes: list[tuple[int, str]], step: int) -> Batch:
-        """The batch; the rows of holes are masked, or end the run."""
+    def _masked(self, tokens_BS: torch.Tensor, unreadable: list[tuple[int, str]], step: int) -> Batch:
+        """The batch; the rows of unreadable samples are masked, or end the run."""
         n_rows = self._rows
         batch = batch_of(tokens_BS.view(len(tokens_BS) * n_rows, -1), self._config, self._document_end)
         batch = batch if n_rows == 1 else replace(batch, group=n_rows)
-        if not holes:
+        if not unreadable:
             return batch
         if not self._config.ignore_parse_errors:
             raise DataError(
-                f"{holes[0][1]} Repair the shard, or go on without such samples with --ignore-parse-errors."
+                f"{unreadable[0][1]} Repair the shard, or go on without such samples with --ignore-parse-errors."
             )
         inputs_BT, targets_BT = batch.inputs_BT.clone(), batch.targets_BT.clone()
-        for number, reason in holes:
+        for number, reason in unreadable:
             rows = slice(number * n_rows, (number + 1) * n_rows)
             inputs_BT[rows], targets_BT[rows] = 0, IGNORED
             position = int(self.geometry.positions_of(step)[number])
-            self.holes.append({"step": step, "position": position, "reason": reason})
-            log.warning("step %d: %s It is masked; %d so far on this rank.", step, reason, len(self.holes))
+            self.unreadable.append({"step": step, "position": position, "reason": reason})
+            log.warning("step %d: %s It is masked; %d so far on this rank.", step, reason, len(self.unreadable))
         return replace(batch, inputs_BT=inputs_BT, targets_BT=targets_BT)
 
 
@@ -207,10 +234,12 @@ def build_loader(
     n_steps: int | None = None,
     form: str = "samples",
     rows: int = 1,
+    on_rank0: Callable[[Callable[[], list[Source]]], list[Source]] = lambda work: work(),
 ) -> Loader:
     """The loader of one rank. `n_steps`, when given, is checked against the data now, not in the middle of the run.
 
     `form` is that of the samples, which manifests state, and `rows` the sequences of `seq_len` + 1 tokens in each.
+    `on_rank0` runs its argument on one rank and gives the outcome to all: shards are looked at once.
 
     Raises:
         ConfigError: no data was named, they are of another form, or the batch does not divide among the ranks.
@@ -218,23 +247,19 @@ def build_loader(
     """
     if config.data_tolerate_error_p != 0.09 or config.data_tolerate_num_ckpts:
         log.warning("--data-tolerate-*: ignored, every step gets its whole batch. See --ignore-parse-errors.")
-    if config.squash_mask_left:
-        seq_len += 1
-    sample_tokens = rows * (seq_len + 1)
+    sample_tokens = tokens_of_sample(config, seq_len, rows)
     geometry = make_batch_positions(config, global_batch=global_batch, rank=rank, world_size=world_size)
+    options: dict[str, Any] = {"config": config, "seed": seed, "rows": rows}
     if config.dataset_type == "synthetic":
         random_ids = SyntheticSamples(vocab_size, sample_tokens - 1, seed)
         nowhere = [Source(f"synthetic {vocab_size} {sample_tokens - 1}", ())]
-        endless: dict[str, Any] = {"config": config, "seed": seed, "n_sequences": None, "rows": rows}
-        return Loader(Plan((random_ids,)), nowhere, random_ids, geometry, **endless)
-    if not (config.train_data or config.dataset_manifest):
-        raise ConfigError("--train-data or --dataset-manifest: neither was given. Name the training shards.")
-    sources = open_sources(config, vocab_size=vocab_size, sample_tokens=sample_tokens)
+        return Loader(Plan((random_ids,)), nowhere, random_ids, geometry, n_sequences=None, **options)
+    sources = on_rank0(lambda: open_sources(config, vocab_size=vocab_size, sample_tokens=sample_tokens))
     require_form(sources, form)
     plan = make_plan(sources, config, seed=seed, global_batch=global_batch)
     if len(sources) > 1:
-        shares = ", ".join(f"{source.name} {share:.4f}" for source, share in zip(sources, plan.shares, strict=True))
-        log.info("share of each source in every batch: %s", shares)
+        shares = zip(sources, plan.mixture.shares.tolist(), strict=True)
+        log.info("share of each source: %s", ", ".join(f"{source.name} {share:.4f}" for source, share in shares))
     n_sequences = None if config.dataset_resampled else plan.length([source.n_sequences for source in sources])
     reader = SampleReader(
         [source.shards for source in sources],
@@ -242,13 +267,17 @@ def build_loader(
         vocab_size=vocab_size,
         seq_len=sample_tokens - 1,
         seed=seed,
-        cache=ShardCache(config.data_cache, config.data_cache_gb * 1e9) if config.data_cache else None,
+        cache=cache_for(sources, config, world_size),
     )
-    options: dict[str, Any] = {"config": config, "seed": seed, "n_sequences": n_sequences, "rows": rows}
-    loader = Loader(plan, sources, PlannedSamples(plan, reader), geometry, **options)
+    loader = Loader(plan, sources, PlannedSamples(plan, reader), geometry, n_sequences=n_sequences, **options)
     if n_steps is not None:
         loader.require(n_steps)
     return loader
+
+
+def tokens_of_sample(config: DataConfig, seq_len: int, rows: int = 1) -> int:
+    """The ids that a sample must hold."""
+    return rows * (seq_len + 1 + config.squash_mask_left)
 
 
 def require_form(sources: list[Source], form: str) -> None:
@@ -262,50 +291,3 @@ def require_form(sources: list[Source], form: str) -> None:
             raise ConfigError(
                 f"shard {shard.name} holds {shard.form}, --task needs {form}. Name data made for this task."
             )
-
-
-@dataclass(frozen=True)
-class PlannedSamples:
-    """Samples by position: the plan says which, the reader gets them."""
-
-    plan: Plan
-    reader: SampleReader
-
-    def __call__(self, positions: np.ndarray) -> Filled:
-        found = self.plan.locate(positions)
-        return self.reader.read(found.source, found.shard, found.place, positions)
-
-    def mark(self, positions: np.ndarray) -> int:
-        """What the reader's mark of these positions must be."""
-        source, shard, place = self.plan.locate(positions)
-        shards = self.reader.shards
-        return mark_of([shards[s][k].url for s, k in zip(source.tolist(), shard.tolist(), strict=True)], place)
-
-    def fetch_ahead(self, positions: np.ndarray) -> None:
-        """Have the shards of these positions fetched in the background."""
-        found = self.plan.locate(positions)
-        self.reader.fetch_ahead(found.source, found.shard)
-
-
-@dataclass(frozen=True)
-class SyntheticSamples:
-    """Random ids, a hash of seed and place: for measuring speed and trying settings without data."""
-
-    vocab_size: int
-    seq_len: int
-    seed: int
-
-    def mark(self, positions: np.ndarray) -> int:
-        """The mark of random ids is that of one shard, which nobody reads."""
-        return mark_of([""] * len(positions), positions)
-
-    def __call__(self, positions: np.ndarray) -> Filled:
-        places = positions[:, None] * (self.seq_len + 1) + np.arange(self.seq_len + 1)
-        hashes = mix(places.astype(np.uint64) ^ key("synthetic", self.seed))
-        return Filled((hashes % np.uint64(self.vocab_size)).astype(np.int32), [], self.mark(positions))
-
-    def lane_of(self, positions: np.ndarray) -> np.ndarray:
-        return positions
-
-    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return np.zeros_like(positions), positions

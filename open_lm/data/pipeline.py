@@ -1,12 +1,12 @@
-"""Loader pipeline: a webdataset pipeline in each worker, joined in the main process."""
+"""The pipeline from planned steps to batches: webdataset stages in each worker; the main process joins their parts."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +18,7 @@ import torch
 import webdataset as wds
 from torch.utils.data import get_worker_info
 
+from open_lm.data.rows import PROOF_BYTES, Rows
 from open_lm.errors import DataError, OpenLMError
 
 warnings.filterwarnings("ignore", "This DataLoader will create")  # how many workers is the user's choice
@@ -37,15 +38,7 @@ class Request(NamedTuple):
     positions: np.ndarray
 
 
-class Filled(NamedTuple):
-    """Samples (n, seq_len + 1), (row, reason) of the holes among them, and the mark of which they are."""
-
-    tokens: np.ndarray
-    holes: list[tuple[int, str]]
-    mark: int = 0
-
-
-Fill = Callable[[np.ndarray], Filled]
+Fill = Callable[[np.ndarray], Rows]
 """From positions to their samples."""
 
 
@@ -78,13 +71,11 @@ class ReadStage:
         for request in self._announced(requests) if self.ahead else requests:
             part: dict[str, Any] = {"step": request.step, "worker": request.worker}
             try:
-                tokens, holes, mark = self.fill(request.positions)
+                rows = self.fill(request.positions)
             except OpenLMError as error:
                 yield part | {"error": error}
                 return
-            holes = [(int(request.slots[row]), reason) for row, reason in holes]
-            found = {"tokens": torch.from_numpy(tokens), "holes": holes, "mark": mark}
-            yield part | {"slots": torch.from_numpy(request.slots)} | found
+            yield part | {"slots": request.slots} | _packed(rows)
 
     def _announced(self, requests: Iterable[Request]) -> Iterator[Request]:
         """The same requests, each made known to `fill` some steps before its turn."""
@@ -97,15 +88,36 @@ class ReadStage:
         yield from waiting
 
 
-class StepParts(NamedTuple):
-    """One rank's samples of one step (B, seq_len + 1) as int64, (row, reason) of its holes, and the sum of marks."""
+_SIGNED = {np.dtype("<u2"): "<i2", np.dtype("<u4"): "<i4"}
+
+
+def _packed(rows: Rows) -> dict[str, Any]:
+    """`rows` as it travels to the main process: ids as wide as they are stored, in a tensor, so in shared memory.
+
+    A worker sends a copy: its reader fills the same table again while this one is still on its way.
+    """
+    tokens = rows.tokens.copy() if get_worker_info() else np.ascontiguousarray(rows.tokens)
+    is_unsigned = tokens.dtype in _SIGNED
+    tensor = torch.from_numpy(tokens.view(_SIGNED[tokens.dtype]) if is_unsigned else tokens)
+    return {"tokens": tensor, "unsigned": is_unsigned, "rows": rows._replace(tokens=np.zeros(0))}
+
+
+def _ids(part: dict[str, Any]) -> np.ndarray:
+    tokens = part["tokens"].numpy()
+    return tokens.view(f"<u{tokens.itemsize}") if part["unsigned"] else tokens
+
+
+class StepRows(NamedTuple):
+    """One rank's samples of one step: as `Rows`, its tokens int64, the rows in the order of the plan."""
 
     tokens: torch.Tensor
-    holes: list[tuple[int, str]]
-    mark: int
+    unreadable: list[tuple[int, str]]
+    read_checksum: int
+    stored: np.ndarray
+    widths: np.ndarray
 
 
-def run_pipeline(source: StepSource, fill: Fill, *, n_workers: int, batch: int, ahead: int = 0) -> Iterator[StepParts]:
+def run_pipeline(source: StepSource, fill: Fill, *, n_workers: int, batch: int, ahead: int = 0) -> Iterator[StepRows]:
     """The steps of `source` in order, read by `n_workers` processes (0: by this one), announced `ahead` steps before.
 
     Raises:
@@ -115,13 +127,23 @@ def run_pipeline(source: StepSource, fill: Fill, *, n_workers: int, batch: int, 
     if not n_workers:
         yield from (_together([part], source.start + k, batch) for k, part in enumerate(iter(pipeline)))
         return
-    parts = iter(_web_loader(pipeline, n_workers).pipeline[0])  # torch's own iterator, so that it can be ended here
+    loader: Any = _web_loader(pipeline, n_workers)
+    parts = iter(loader)
     try:
         for step in range(source.start, source.stop):
             yield _together([_next(parts, step) for _ in range(n_workers)], step, batch)
+    except BaseException as error:
+        _let_go(error)  # a traceback that somebody keeps would keep the workers
+        raise
     finally:
-        with contextlib.suppress(RuntimeError):  # torch says once more that a worker was killed
-            parts._shutdown_workers()  # else a traceback that somebody keeps would keep the workers
+        del parts, loader
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Free what the frames of an error and of its causes hold."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _web_loader(pipeline: wds.DataPipeline, n_workers: int) -> wds.WebLoader:
@@ -150,21 +172,26 @@ def _next(parts: Any, step: int) -> dict[str, Any]:
         ) from error
 
 
-def _together(parts: list[dict[str, Any]], step: int, batch: int) -> StepParts:
+def _together(parts: list[dict[str, Any]], step: int, batch: int) -> StepRows:
     """The parts of one step in the plan's order; each worker must have sent exactly one."""
     for worker, part in enumerate(parts):
         if (part["step"], part["worker"]) != (step, worker):
             raise DataError(f"--workers: worker {worker} sent no part of step {step}: it has ended. Use --workers 0.")
         if "error" in part:
             raise part["error"]
-    holes = sorted(hole for part in parts for hole in part["holes"])
-    mark = sum(part["mark"] for part in parts) % 2**64
-    if len(parts) == 1:
-        return StepParts(parts[0]["tokens"].long(), holes, mark)
-    tokens = torch.empty((batch, parts[0]["tokens"].shape[1]), dtype=torch.int64)
+    tokens = np.empty((batch, parts[0]["tokens"].shape[1]), np.int64)
+    stored, widths = np.zeros((batch, PROOF_BYTES), np.uint8), np.zeros(batch, np.uint8)
+    unreadable: list[tuple[int, str]] = []
+    read_sum = 0
     for part in parts:
-        tokens[part["slots"]] = part["tokens"].long()
-    return StepParts(tokens, holes, mark)
+        slots: Any = part["slots"] if len(parts) > 1 else slice(None)
+        rows: Rows = part["rows"]
+        tokens[slots] = _ids(part)
+        if rows.stored is not None and rows.widths is not None:
+            stored[slots], widths[slots] = rows.stored, rows.widths
+        unreadable += [(int(part["slots"][row]), reason) for row, reason in rows.unreadable]
+        read_sum += rows.read_checksum
+    return StepRows(torch.from_numpy(tokens), sorted(unreadable), read_sum % 2**64, stored, widths)
 
 
 def _one_thread(_: int) -> None:

@@ -1,8 +1,9 @@
-"""Data order: which sample stands at which position of the stream; a pure function of manifests, weights, seed.
+"""The order of one source's samples: a pure function of names, counts and seed.
 
 Words: a *source* is a list of shards; its stream runs through all its samples (one *pass*), then through all of
-them again in another order, for ever. A *lane* is a stretch of a pass that one reader walks through; a *window* is
-the piece of a lane inside which samples are permuted. `docs/data.md` draws it. Nothing here knows ranks or files.
+them again in another order, for ever. A *stripe* is a stretch of a pass that one reader walks through; a *shuffle
+block* is the piece of a stripe inside which samples are permuted. `docs/data.md` draws it. Nothing here knows ranks
+or files.
 """
 
 from __future__ import annotations
@@ -11,24 +12,24 @@ import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
 ORDER = "lanes-1"
 """Name of the order this file implements; a checkpoint made with another one is refused."""
 
-DEFAULT_LANES = 1024
-DEFAULT_WINDOW = 256
-SMALL_WINDOW = 64
-ONE_LANE_SEQUENCES = 16_384
-"""A source up to this size is one lane and one window: a true permutation in every pass."""
+DEFAULT_STRIPES = 1024
+DEFAULT_BLOCK = 256
+SMALL_BLOCK = 64
+LEAST_BLOCK = 16
+ONE_STRIPE_SEQUENCES = 16_384
+"""A source up to this size is one stripe and one shuffle block: a true permutation in every pass."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _STRIDE = np.uint64(0xD1B54A32D192ED03)
 _LAST = np.uint64(0xFFFFFFFFFFFFFFFF)
-_KEPT_WINDOW_VALUES = 4 << 20
+_KEPT_VALUES = 4 << 20
 
 
 def mix(values: np.ndarray) -> np.ndarray:
@@ -49,36 +50,30 @@ def identity(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
-class Samples(NamedTuple):
-    """Where samples lie: source, shard of it and place in that, int64 arrays of one length, all counted from 0."""
-
-    source: np.ndarray
-    shard: np.ndarray
-    place: np.ndarray
-
-
 class Stream(Protocol):
     """An endless order of one source's samples."""
 
-    def lane_of(self, positions: np.ndarray) -> np.ndarray:
-        """The lane each position belongs to; a reader of one lane walks through neighbouring samples."""
+    def stripe_of(self, positions: np.ndarray) -> np.ndarray:
+        """The stripe of each position; a reader of one stripe walks through neighbouring samples."""
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard number and index inside the shard of the samples at `positions`."""
 
 
-def choose_lanes(n_sequences: int, global_batch: int) -> tuple[int, int]:
-    """Lanes and window for a source: many of both for a good shuffle, fewer when there is little data.
+def choose_stripes(n_sequences: int, columns: int, least: int = DEFAULT_STRIPES) -> tuple[int, int]:
+    """Stripes and shuffle block of a source that fills `columns` columns of a batch.
 
-    Big data: the smallest multiple of the batch from 1024 up, windows of 256. A lane holds at least four windows;
-    to keep that, first the window shrinks to 64, then the lanes to the batch, then the window again.
+    Many of both for a good shuffle, fewer when there is little data. Big data: the smallest multiple of `columns` from
+    `least` up, blocks of 256. A stripe holds at least four blocks; to keep that, first the block shrinks to 64, then
+    the stripes to `columns`, then the block again. Where less than 16 would be left, the source is one permutation.
     """
-    if n_sequences <= ONE_LANE_SEQUENCES:
+    if n_sequences <= ONE_STRIPE_SEQUENCES:
         return 1, max(1, n_sequences)
-    lanes = global_batch * -(-DEFAULT_LANES // global_batch)
-    fits = n_sequences // (4 * SMALL_WINDOW)
-    lanes = min(lanes, max(global_batch, fits // global_batch * global_batch))
-    return lanes, min(DEFAULT_WINDOW, max(1, n_sequences // (4 * lanes)))
+    stripes = columns * -(-least // columns)
+    fits = n_sequences // (4 * SMALL_BLOCK)
+    stripes = min(stripes, max(columns, fits // columns * columns))
+    block = min(DEFAULT_BLOCK, n_sequences // (4 * stripes))
+    return (stripes, block) if block >= LEAST_BLOCK else (1, n_sequences)
 
 
 def _coprime_near(fraction: float, n: int) -> int:
@@ -86,241 +81,251 @@ def _coprime_near(fraction: float, n: int) -> int:
     return next(k for k in range(max(1, int(n * fraction)), 2 * n + 1) if math.gcd(k, n) == 1)
 
 
-class _Windows:
-    """Permutations of windows, computed many at a time and kept while their lanes walk through them."""
+def _argsort(hashes: np.ndarray) -> np.ndarray:
+    """np.argsort(hashes, kind="stable"), faster: numpy sorts 16 bits by counting, so their upper 48 in three rounds."""
+    order = np.argsort((hashes >> np.uint64(16)).astype(np.uint16), kind="stable")
+    for shift in (32, 48):
+        order = order[np.argsort((hashes >> np.uint64(shift)).astype(np.uint16)[order], kind="stable")]
+    upper = hashes[order] >> np.uint64(16)
+    return np.argsort(hashes, kind="stable") if (upper[1:] == upper[:-1]).any() else order
 
-    def __init__(self, window: int):
-        self.window = window
-        self._kept: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
-        self._room = max(4, _KEPT_WINDOW_VALUES // window)
 
-    def permuted(self, ids: np.ndarray, keys: np.ndarray, lengths: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-        """Where window `ids[k]` (rows of pass, lane, window) of `lengths[k]` puts its place `offsets[k]`."""
-        names = list(map(tuple, ids.tolist()))
-        missing = [k for k, name in enumerate(dict.fromkeys(names)) if name not in self._kept]
-        if missing:
-            first = {name: k for k, name in reversed(list(enumerate(names)))}
-            self._compute([n for n in first if n not in self._kept], first, keys, lengths)
-        found = np.fromiter(
-            (self._kept[name][offset] for name, offset in zip(names, offsets.tolist(), strict=True)),
-            np.int64,
-            len(names),
-        )
-        while len(self._kept) > self._room:
-            self._kept.popitem(last=False)
-        return found
+class _Permutations:
+    """Permutations of shuffle blocks of up to `width` samples, computed many at a time, the latest ones kept."""
 
-    def _compute(
-        self,
-        names: list[tuple[int, int, int]],
-        first: dict[tuple[int, int, int], int],
-        keys: np.ndarray,
-        lengths: np.ndarray,
-    ) -> None:
-        places = np.arange(self.window, dtype=np.uint64)
-        for start in range(0, len(names), 1024):
-            part = names[start : start + 1024]
+    def __init__(self, width: int):
+        self._width, self._room = width, max(4, _KEPT_VALUES // width)
+        self._slots: OrderedDict[int, int] = OrderedDict()
+        self._table = np.empty((0, width), np.uint16 if width <= 65536 else np.uint32)
+
+    def permuted(self, keys: np.ndarray, lengths: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+        """Where the block of key `keys[k]`, `lengths[k]` samples long, puts its place `offsets[k]`."""
+        names = keys.tolist()
+        known = self._slots
+        try:
+            slots = [known[name] for name in names]
+        except KeyError:
+            if len(set(names)) > self._room:
+                half = len(names) // 2
+                parts = [slice(None, half), slice(half, None)]
+                return np.concatenate([self.permuted(keys[p], lengths[p], offsets[p]) for p in parts])
+            self._compute(names, keys, lengths)
+            slots = [known[name] for name in names]
+        return self._table[slots, offsets].astype(np.int64)
+
+    def _compute(self, names: list[int], keys: np.ndarray, lengths: np.ndarray) -> None:
+        first = {name: k for k, name in reversed(list(enumerate(names)))}
+        for name in first:
+            if name in self._slots:
+                self._slots.move_to_end(name)  # needed now: others give way
+        missing = [name for name in first if name not in self._slots]
+        places = np.arange(self._width, dtype=np.uint64)
+        for start in range(0, len(missing), 1024):
+            part = missing[start : start + 1024]
             rows = np.array([first[name] for name in part])
             hashes = mix(keys[rows, None] + places * _STRIDE)
             hashes[places >= lengths[rows, None].astype(np.uint64)] = _LAST
-            order = np.argsort(hashes, axis=1, kind="stable").astype(np.uint16 if self.window <= 65536 else np.uint32)
-            self._kept.update(zip(part, order, strict=True))
+            slots = [self._new_slot(name) for name in part]
+            self._table[slots] = np.argsort(hashes, axis=1, kind="stable")
+
+    def _new_slot(self, name: int) -> int:
+        if len(self._slots) < self._room:
+            slot = len(self._slots)
+            if slot == len(self._table):
+                more = np.empty((min(self._room, max(64, 2 * slot)), self._width), self._table.dtype)
+                more[:slot] = self._table
+                self._table = more
+        else:
+            slot = self._slots.popitem(last=False)[1]
+        self._slots[name] = slot
+        return slot
 
 
-class LaneStream:
+class StripedStream:
     """Every sample exactly once per pass, in an order that differs from pass to pass.
 
-    Shards in the order of a hash are laid one after the other and cut into `lanes` stretches of equal length (to one
-    sample); row j of the stream is the j-th sample of every lane; samples are permuted inside windows of a lane.
-    Neighbours in a row are lanes far apart, so that a batch smaller than a row is drawn from the whole pass.
+    Shards in the order of a hash are laid one after the other and cut into `stripes` stretches of equal length (to one
+    sample); row j of the stream is the j-th sample of every stripe; samples are permuted inside shuffle blocks of a
+    stripe. Neighbours in a row are stripes far apart, so that a batch smaller than a row is drawn from the whole pass.
     """
 
-    def __init__(self, names: Sequence[str], counts: Sequence[int], *, seed: int, salt: int, lanes: int, window: int):
-        assert len(names) == len(counts) and lanes >= 1 and window >= 1, (len(names), len(counts), lanes, window)
-        self.seed, self.salt, self.lanes = seed, salt, lanes
+    def __init__(
+        self, names: Sequence[str], counts: Sequence[int], *, seed: int, salt: int, stripes: int, shuffle_block: int
+    ):
+        assert len(names) == len(counts) and stripes >= 1 and shuffle_block >= 1, (len(names), stripes, shuffle_block)
+        self.seed, self.salt, self.stripes = seed, salt, stripes
         self.counts = np.asarray(counts, np.int64)
         self.n_sequences = int(self.counts.sum())
-        self.window = min(window, max(1, -(-self.n_sequences // lanes)))
-        self._by_name = np.array(sorted(range(len(names)), key=names.__getitem__), np.int64)
-        self._identities = np.array([identity(names[k]) for k in self._by_name], np.uint64)
-        self._spread = _coprime_near(0.6180339887, lanes)
-        self._passes: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
-        self._windows = _Windows(self.window)
+        self.shuffle_block = min(shuffle_block, max(1, -(-self.n_sequences // stripes)))
+        self.by_name = np.array(sorted(range(len(names)), key=names.__getitem__), np.int64)
+        self.by_name = self.by_name[self.counts[self.by_name] > 0]
+        self._identities = np.array([identity(names[k]) for k in self.by_name], np.uint64)
+        self.spread = _coprime_near(0.6180339887, stripes)
+        self._alone: StripedStreams | None = None
 
-    def lane_of(self, positions: np.ndarray) -> np.ndarray:
-        return self._rows(positions % self.n_sequences)[1]
+    def stripe_of(self, positions: np.ndarray) -> np.ndarray:
+        return self._mine().stripe_of(np.zeros_like(positions), positions)
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        pass_number, inside = np.divmod(positions, self.n_sequences)
-        row, lane = self._rows(inside)
-        place = lane * self.n_sequences // self.lanes + self._shuffled(pass_number, lane, row)
-        shard, index = np.empty_like(place), np.empty_like(place)
-        for number in np.unique(pass_number):
-            here = pass_number == number
-            order, starts = self._pass(int(number))
-            at = np.searchsorted(starts, place[here], side="right") - 1
-            shard[here], index[here] = order[at], place[here] - starts[at]
+        return self._mine().locate(np.zeros_like(positions), positions)
+
+    def _mine(self) -> StripedStreams:
+        self._alone = self._alone or StripedStreams((self,))
+        return self._alone
+
+    def pass_order(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards of pass `number` in order, and the place where each begins; empty shards are left out."""
+        hashes = mix(self._identities ^ key("shards", self.seed, self.salt, number))
+        shards = self.by_name[_argsort(hashes)]
+        starts = np.cumsum(self.counts[shards])
+        starts[1:], starts[:1] = starts[:-1].copy(), 0
+        return shards, starts
+
+    def pass_key(self, number: int) -> np.uint64:
+        """What the keys of all stripes of one pass are made of."""
+        return key("lane", self.seed, self.salt, number)
+
+
+class StripedStreams:
+    """The streams of many sources as one: positions in any of them are located together."""
+
+    def __init__(self, streams: Sequence[StripedStream]):
+        self._streams = tuple(streams)
+        self._n = np.array([max(1, s.n_sequences) for s in streams], np.int64)
+        self._stripes = np.array([s.stripes for s in streams], np.int64)
+        self._block = np.array([s.shuffle_block for s in streams], np.int64)
+        self._spread = np.array([s.spread for s in streams], np.int64)
+        self._in_one_block = -(-self._n // self._stripes) <= self._block
+        sizes = [len(s.by_name) for s in streams]
+        self._first_place = np.concatenate([np.zeros(1, np.int64), np.cumsum(self._n)[:-1]])
+        self._first_shard = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+        self._held, self._held_keys = np.full(len(streams), -1, np.int64), np.zeros(len(streams), np.uint64)
+        self._order = np.zeros(sum(sizes), np.int64)
+        self._starts = np.repeat(self._first_place, sizes)
+        self._permutations = {width: _Permutations(width) for width in set(self._block.tolist())}
+
+    def stripe_of(self, source: np.ndarray, own: np.ndarray) -> np.ndarray:
+        """The stripe of each position `own` of its source."""
+        at = self._columns(source)
+        return self._rows(own % self._n[at], at)[1]
+
+    def locate(self, source: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shard of its source, and index inside it, of each sample at position `own` of its source."""
+        at = self._columns(source)
+        pass_number, inside = np.divmod(own, self._n[at])
+        ready = self._ready(source, pass_number)
+        if not ready.all():
+            return self._in_two(ready, source, own)
+        row, stripe = self._rows(inside, at)
+        start = stripe * self._n[at] // self._stripes[at]
+        length = (stripe + 1) * self._n[at] // self._stripes[at] - start
+        place = self._first_place[at] + start + self._shuffled(at, stripe, row, length)
+        found = np.searchsorted(self._starts, place, side="right") - 1
+        return self._order[found], place - self._starts[found]
+
+    def _ready(self, source: np.ndarray, pass_number: np.ndarray) -> np.ndarray:
+        """Where the pass asked for is the one held of its source; each source holds the first that is asked for."""
+        stale = np.flatnonzero(self._held[source] != pass_number)
+        if len(stale):
+            places = zip(source[stale].tolist(), pass_number[stale].tolist(), strict=True)
+            for s, number in dict(reversed(list(places))).items():
+                self._hold(s, number)
+        return self._held[source] == pass_number
+
+    def _in_two(self, first: np.ndarray, source: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`locate` in two parts, since some source is at two of its passes."""
+        shard, index = np.empty_like(own), np.empty_like(own)
+        for part in (first, ~first):
+            shard[part], index[part] = self.locate(source[part], own[part])
         return shard, index
 
-    def _rows(self, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Row and lane of places inside a pass; the last row holds only the lanes that have one sample more."""
-        full_rows, longer = divmod(self.n_sequences, self.lanes)
-        row, column = np.divmod(inside, self.lanes)
-        lane = column * self._spread % self.lanes
-        if not longer:
-            return row, lane
-        kth_longer = -(-(column + 1) * self.lanes // longer) - 1
-        return row, np.where(row < full_rows, lane, kth_longer)
+    def _columns(self, source: np.ndarray) -> np.ndarray | int:
+        """What to take from the columns of all sources: their only row, where there is one source."""
+        return source if len(self._streams) > 1 else 0
 
-    def _shuffled(self, pass_number: np.ndarray, lane: np.ndarray, row: np.ndarray) -> np.ndarray:
-        lane_keys = self._lane_keys(pass_number, lane)
-        length = (lane + 1) * self.n_sequences // self.lanes - lane * self.n_sequences // self.lanes
-        whole = -(-self.n_sequences // self.lanes) <= self.window
-        first = self.window if whole else (lane_keys % np.uint64(self.window)).astype(np.int64) + 1
-        number = np.where(row < first, 0, 1 + (row - first) // self.window)
-        start = np.where(number == 0, 0, first + (number - 1) * self.window)
-        end = np.minimum(np.where(number == 0, first, start + self.window), length)
-        ids = np.stack([pass_number, lane, number], axis=1)
-        window_keys = mix(lane_keys + number.astype(np.uint64) * _STRIDE)
-        return start + self._windows.permuted(ids, window_keys, end - start, row - start)
+    def _rows(self, inside: np.ndarray, at: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
+        """Row and stripe of places inside a pass; the last row holds only the stripes that have one sample more."""
+        stripes = self._stripes[at]
+        full_rows, longer = np.divmod(self._n[at], stripes)
+        row, column = np.divmod(inside, stripes)
+        stripe = column * self._spread[at] % stripes
+        in_last = row >= full_rows
+        if in_last.any():
+            stripe = np.where(in_last, -(-(column + 1) * stripes // np.maximum(longer, 1)) - 1, stripe)
+        return row, stripe
 
-    def _lane_keys(self, pass_number: np.ndarray, lane: np.ndarray) -> np.ndarray:
-        keys = np.empty(len(lane), np.uint64)
-        for number in np.unique(pass_number):
-            here = pass_number == number
-            keys[here] = mix(key("lane", self.seed, self.salt, int(number)) ^ mix(lane[here].astype(np.uint64)))
-        return keys
+    def _shuffled(self, at: np.ndarray | int, stripe: np.ndarray, row: np.ndarray, length: np.ndarray) -> np.ndarray:
+        block = self._block[at]
+        keys = mix(self._held_keys[at] ^ mix(stripe.astype(np.uint64)))
+        cut = (keys % np.asarray(block, np.uint64)).astype(np.int64) + 1
+        first = np.where(self._in_one_block[at], block, cut)  # the first block is cut short, elsewhere in each stripe
+        number = np.maximum(0, 1 + (row - first) // block)
+        start = np.maximum(0, first + (number - 1) * block)
+        end = np.minimum(first + number * block, length)
+        keys = mix(keys + number.astype(np.uint64) * _STRIDE)
+        if len(self._permutations) == 1:
+            (one,) = self._permutations.values()
+            return start + one.permuted(keys, end - start, row - start)
+        places = np.empty_like(row)
+        for width in np.unique(block).tolist():
+            here = block == width
+            found = self._permutations[width].permuted(keys[here], (end - start)[here], (row - start)[here])
+            places[here] = start[here] + found
+        return places
 
-    def _pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """The shards of pass `number` in order, and the place where each begins; empty shards are left out."""
-        if number not in self._passes:
-            hashes = mix(self._identities ^ key("shards", self.seed, self.salt, number))
-            order = self._by_name[np.argsort(hashes, kind="stable")]
-            order = order[self.counts[order] > 0]
-            starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.counts[order])[:-1]])
-            self._passes[number] = order, starts
-            while len(self._passes) > 3:
-                self._passes.popitem(last=False)
-        return self._passes[number]
+    def _hold(self, source: int, number: int) -> None:
+        """Have the order of pass `number` of one source at hand; each source holds one."""
+        mine = slice(int(self._first_shard[source]), int(self._first_shard[source + 1]))
+        order, starts = self._streams[source].pass_order(number)
+        self._order[mine], self._starts[mine] = order, self._first_place[source] + starts
+        self._held[source], self._held_keys[source] = number, self._streams[source].pass_key(number)
 
 
 class ResampledStream:
     """Shards drawn with replacement for ever, all samples of a drawn shard used: `--dataset-resampled`.
 
-    The k-th shard of lane l is a hash of (seed, l, k), so it does not depend on who reads it.
+    The k-th shard of stripe l is a hash of (seed, l, k), so it does not depend on who reads it.
     """
 
-    def __init__(self, names: Sequence[str], counts: Sequence[int], *, seed: int, salt: int, lanes: int, window: int):
+    def __init__(
+        self, names: Sequence[str], counts: Sequence[int], *, seed: int, salt: int, stripes: int, shuffle_block: int
+    ):
         by_name = sorted((k for k in range(len(names)) if counts[k] > 0), key=names.__getitem__)
         self._shards = np.array(by_name, np.int64)
         self.counts = np.asarray(counts, np.int64)
-        self.lanes, self.window = lanes, window
+        self.stripes, self.shuffle_block = stripes, shuffle_block
         self._key = key("draws", seed, salt)
         self._draws: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._windows = _Windows(window)
+        self._permutations = _Permutations(shuffle_block)
 
-    def lane_of(self, positions: np.ndarray) -> np.ndarray:
-        return positions % self.lanes
+    def stripe_of(self, positions: np.ndarray) -> np.ndarray:
+        return positions % self.stripes
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        row, lane = np.divmod(positions, self.lanes)
-        lane_keys = mix(self._key ^ mix(lane.astype(np.uint64)))
-        number = row // self.window
-        ids = np.stack([np.zeros_like(lane), lane, number], axis=1)
-        full = np.full(len(lane), self.window)
-        keys = mix(lane_keys + number.astype(np.uint64) * _STRIDE)
-        place = number * self.window + self._windows.permuted(ids, keys, full, row % self.window)
+        row, stripe = np.divmod(positions, self.stripes)
+        stripe_keys = mix(self._key ^ mix(stripe.astype(np.uint64)))
+        number = row // self.shuffle_block
+        full = np.full(len(stripe), self.shuffle_block)
+        keys = mix(stripe_keys + number.astype(np.uint64) * _STRIDE)
+        inside = self._permutations.permuted(keys, full, row % self.shuffle_block)
+        place = number * self.shuffle_block + inside
         shard, index = np.empty_like(place), np.empty_like(place)
-        for k, (one_lane, at) in enumerate(zip(lane.tolist(), place.tolist(), strict=True)):
-            drawn, starts = self._drawn(one_lane, at, lane_keys[k])
+        for k, (one_stripe, at) in enumerate(zip(stripe.tolist(), place.tolist(), strict=True)):
+            drawn, starts = self._drawn(one_stripe, at, stripe_keys[k])
             nth = int(np.searchsorted(starts, at, side="right")) - 1
             shard[k], index[k] = drawn[nth], at - starts[nth]
         return shard, index
 
-    def _drawn(self, lane: int, place: int, lane_key: np.uint64) -> tuple[np.ndarray, np.ndarray]:
-        """The shards drawn for `lane`, at least up to `place`, and where each begins."""
-        if lane in self._draws and self._draws[lane][1][-1] > place:
-            return self._draws[lane]
-        n_draws = 8 if lane not in self._draws else 2 * len(self._draws[lane][0])
+    def _drawn(self, stripe: int, place: int, stripe_key: np.uint64) -> tuple[np.ndarray, np.ndarray]:
+        """The shards drawn for `stripe`, at least up to `place`, and where each begins."""
+        if stripe in self._draws and self._draws[stripe][1][-1] > place:
+            return self._draws[stripe]
+        n_draws = 8 if stripe not in self._draws else 2 * len(self._draws[stripe][0])
         while True:
-            hashes = mix(lane_key ^ mix(np.arange(1, n_draws + 1, dtype=np.uint64)))
+            hashes = mix(stripe_key ^ mix(np.arange(1, n_draws + 1, dtype=np.uint64)))
             drawn = self._shards[(hashes % np.uint64(len(self._shards))).astype(np.int64)]
             starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.counts[drawn])])
             if starts[-1] > place:
-                self._draws[lane] = drawn, starts[:-1] if starts[-2] > place else starts
-                return self._draws[lane]
+                self._draws[stripe] = drawn, starts[:-1] if starts[-2] > place else starts
+                return self._draws[stripe]
             n_draws *= 2
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The training stream of all sources: `locate` says which samples stand at given positions.
-
-    Position P belongs to the source that a fixed pattern names for column P mod period, so every batch has the same
-    mix; inside its source it is the next one of that source's own stream.
-    """
-
-    streams: tuple[Stream, ...]
-    pattern: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
-
-    @property
-    def shares(self) -> list[float]:
-        """The part of the stream that each source really gets."""
-        return (self.columns / len(self.pattern)).tolist()
-
-    @property
-    def columns(self) -> np.ndarray:
-        return np.bincount(self.pattern, minlength=len(self.streams))
-
-    def split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The source of each position, and the position in that source's own stream."""
-        row, column = np.divmod(positions, len(self.pattern))
-        source = self.pattern[column]
-        before = np.zeros(len(self.pattern), np.int64)
-        for s in range(len(self.streams)):
-            before[self.pattern == s] = np.arange(self.columns[s])
-        return source, row * self.columns[source] + before[column]
-
-    def reader_of(self, positions: np.ndarray, n_readers: int) -> np.ndarray:
-        """Which of `n_readers` reads each position: whole lanes where there are lanes enough."""
-        if n_readers <= 1:
-            return np.zeros(len(positions), np.int64)
-        source, own = self.split(positions)
-        reader = np.empty_like(own)
-        for s, stream in enumerate(self.streams):
-            here = source == s
-            lane = stream.lane_of(own[here])
-            reader[here] = (own[here] if getattr(stream, "lanes", 1) < n_readers else lane + s) % n_readers
-        return reader
-
-    def locate(self, positions: np.ndarray) -> Samples:
-        """The samples at `positions` (int64, any order)."""
-        source, own = self.split(np.asarray(positions, np.int64))
-        shard, place = (np.empty(len(own), np.int64) for _ in range(2))
-        for s, stream in enumerate(self.streams):
-            here = source == s
-            if here.any():
-                shard[here], place[here] = stream.locate(own[here])
-        return Samples(source, shard, place)
-
-    def length(self, n_sequences: Sequence[int]) -> int:
-        """How many positions pass before any source must repeat a sample, when source s holds `n_sequences[s]`."""
-        period = len(self.pattern)
-        ends = []
-        for s, n in enumerate(n_sequences):
-            own_columns = np.flatnonzero(self.pattern == s)
-            row, rest = divmod(n, len(own_columns))
-            ends.append(row * period + int(own_columns[rest]))
-        return min(ends)
-
-
-def share_columns(weights: Sequence[float], period: int) -> np.ndarray:
-    """A pattern of `period` source numbers, each source as often as its weight asks (at least once), evenly spread."""
-    wanted = np.asarray(weights, np.float64) / np.sum(weights) * period
-    counts = np.maximum(1, np.floor(wanted)).astype(np.int64)
-    while counts.sum() < period:
-        counts[np.argmax(wanted - counts)] += 1
-    while counts.sum() > period:
-        counts[np.argmax(np.where(counts > 1, counts - wanted, -np.inf))] -= 1
-    places = [((k + 0.5) / counts[s], s) for s in range(len(counts)) for k in range(counts[s])]
-    return np.array([s for _, s in sorted(places)], np.int64)

@@ -1,41 +1,30 @@
-"""Sample reader: planned samples read from shards by offset, decoded and checked; bad ones are masked."""
+"""Samples from shards into a table of ids: read by offset, checked together; one that cannot be read has a reason."""
 
 from __future__ import annotations
 
 import os
+import resource
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
 from open_lm import storage
-from open_lm.data.cache import ShardCache
+from open_lm.data.cache import BLOCK_BYTES, BlockCache
 from open_lm.data.flat import FLAT_KEYS
+from open_lm.data.formats import plain_npy_header
 from open_lm.data.manifest import Shard
-from open_lm.data.pipeline import Filled
-from open_lm.data.plan import identity, key, mix
-from open_lm.data.shards import BLOCK, ShardIndex, check_header, check_ids, decode_member
-from open_lm.data.sources import index_shard
+from open_lm.data.plan import key, mix
+from open_lm.data.rows import PROOF_BYTES, Rows, read_checksum, shard_ids
+from open_lm.data.sample_check import checked_sample, header_place
+from open_lm.data.shards import NPY_HEADER_BYTES, ShardIndex, index_file
+from open_lm.data.tar import BLOCK, CHECKSUM_PLACE
 from open_lm.errors import DataError, StorageError
 
-_KEPT_INDEXES = 4096
-_KEPT_FILES = 128
-_REMOTE_BLOCK = 1 << 20
-_REMOTE_BYTES = 1 << 30
-
-
-def mark_of(urls: Sequence[str], index: np.ndarray) -> int:
-    """A sum of 64 bits that tells which samples were read, in whatever order: number `index` of the shard at each url.
-
-    The loader computes it again from the plan: proof that a step used the samples it was to use, each of them once.
-    """
-    shards = np.array([_identity(url) for url in urls], np.uint64)
-    return int(mix(shards ^ mix(index.astype(np.uint64))).sum(dtype=np.uint64))
-
-
-_identity = lru_cache(maxsize=1 << 18)(identity)
+_INDEX_BYTES = 256 << 20
+_POWERS = 10 ** np.arange(11, -1, -1, dtype=np.int64)
+_NAME_END = np.frombuffer(b".npy\0", np.uint8)
 
 
 class SampleReader:
@@ -52,190 +41,275 @@ class SampleReader:
         vocab_size: int,
         seq_len: int,
         seed: int = 0,
-        cache: ShardCache | None = None,
+        cache: BlockCache | None = None,
     ):
-        self.shards, self.data_key = [list(source) for source in shards], data_key
-        self.vocab_size, self.seq_len = vocab_size, seq_len
+        self.shards = [shard for source in shards for shard in source]
+        self._first_of = np.cumsum([0, *(len(source) for source in shards)])
+        self.data_key, self.vocab_size, self.sample_tokens = data_key, vocab_size, seq_len + 1
         self._crop_key = key("crop", seed)
-        self._indexes: OrderedDict[str, ShardIndex] = OrderedDict()
-        self._announced: OrderedDict[str, None] = OrderedDict()
-        self._files, self._cache = _Files(), cache
+        self._files: Files = _CachedFiles(cache) if cache else _LocalFiles()
+        self._indexes, self._index_bytes = OrderedDict[int, ShardIndex](), 0
+        self._table = _Table()
 
-    def read(self, source: np.ndarray, shard: np.ndarray, index: np.ndarray, position: np.ndarray) -> Filled:
-        """The samples (n, seq_len + 1) as int32, and (row, reason) of those that cannot be read: their rows are -1."""
-        tokens = np.empty((len(index), self.seq_len + 1), np.int32)
-        holes: list[tuple[int, str]] = []
-        asked = [self.shards[s][k] for s, k in zip(source.tolist(), shard.tolist(), strict=True)]
-        self._fetch(asked, index.tolist())
-        for row, (one, at) in enumerate(zip(asked, index.tolist(), strict=True)):
+    def numbers(self, source: np.ndarray, shard: np.ndarray) -> np.ndarray:
+        """The shards' numbers among those of all sources."""
+        return self._first_of[source] + shard
+
+    def expected_checksum(self, source: np.ndarray, shard: np.ndarray, place: np.ndarray) -> int:
+        """What `read_checksum` of these samples must be."""
+        return read_checksum(self._ids(self.numbers(source, shard).tolist()), place)
+
+    def _ids(self, numbers: list[int]) -> np.ndarray:
+        return shard_ids([self.shards[number].url for number in numbers])
+
+    def read(self, source: np.ndarray, shard: np.ndarray, place: np.ndarray, position: np.ndarray) -> Rows:
+        """The samples (n, seq_len + 1), and (row, reason) of those that cannot be read: their rows are -1."""
+        numbers, n = self.numbers(source, shard).tolist(), len(place)
+        indexes: list[ShardIndex | str] = [self._index_or_reason(number) for number in numbers]
+        kinds = {(index.key, index.layout) for index in indexes if isinstance(index, ShardIndex)}
+        one = next(iter(kinds)) if len(kinds) == 1 else None
+        if one and one[1] and not any(isinstance(index, str) for index in indexes):
+            self._files.prepare([self.shards[k] for k in numbers], one[1][0] + one[1][1] * place, one[1][2])
+            rows = self._read_alike(numbers, place, one[0], one[1])
+            if rows is not None:
+                return rows
+        tokens = np.full((n, self.sample_tokens), -1, np.int32)
+        unreadable = []
+        self._prepare_each(numbers, place, indexes)
+        for row, (number, at, index) in enumerate(zip(numbers, place.tolist(), indexes, strict=True)):
             try:
-                tokens[row] = self._cropped(self._sample_or_reason(one, at), int(position[row]))
-            except ValueError as error:
-                tokens[row] = -1
-                holes.append((row, f"shard {storage.shown(one.url)}, sample {at}: {error}."))
-        return Filled(tokens, holes, mark_of([shard.url for shard in asked], index))
+                tokens[row] = self._sample(number, at, index, int(position[row]))
+            except (ValueError, OSError, StorageError, DataError) as error:
+                reason = str(error).removesuffix(".")
+                unreadable.append((row, f"shard {storage.shown(self.shards[number].url)}, sample {at}: {reason}."))
+        return Rows(tokens, unreadable, read_checksum(self._ids(numbers), place))
 
-    def _fetch(self, shards: list[Shard], indexes: list[int]) -> None:
-        """Get what is remote side by side before it is used one by one."""
-        wanted = []
-        for shard, at in zip(shards, indexes, strict=True):
-            if storage.is_remote(shard.url) and not self._cache:
-                found = self._index_of(shard)
-                if at < len(found):
-                    start = max(0, int(found.offsets[at]) - BLOCK)
-                    wanted.append((shard.url, start, int(found.offsets[at]) + int(found.sizes[at])))
-        if wanted:
-            self._files.fetch(wanted)
-
-    def _sample_or_reason(self, shard: Shard, at: int) -> np.ndarray:
-        """One sample; ValueError when it cannot be had. A copy that left the cache in between is fetched again."""
-        for _ in range(10 if self._cache else 1):
+    def _read_alike(self, numbers: list[int], place: np.ndarray, key: str, layout: tuple[int, int, int]) -> Rows | None:
+        """As `read`, where all samples are alike: one table of bytes, checked as a whole. None when something is not
+        as it should be: then each sample is looked at alone."""
+        first, step, size = layout
+        head = 0 if key in FLAT_KEYS else BLOCK
+        raw = self._table.of(len(place), head + size)
+        starts = (first - head + step * place).tolist()
+        for row, (number, start) in enumerate(zip(numbers, starts, strict=True)):
             try:
-                return self._sample(shard, at)
-            except (FileNotFoundError, StorageError) as error:
-                reason = str(error)
-        raise ValueError(reason)
+                if self._files.read_into(self.shards[number], number, start, self._table.views[row]) != head + size:
+                    return None
+            except (OSError, StorageError, DataError):
+                return None
+        if head:
+            return self._npy_rows(raw, numbers, place, size) if key == "npy" else None
+        ids = raw.view(FLAT_KEYS[key])
+        fits = ids.shape[1] == self.sample_tokens and int(ids.max()) < self.vocab_size
+        return Rows(ids, [], read_checksum(self._ids(numbers), place)) if fits else None
 
-    def _sample(self, shard: Shard, at: int) -> np.ndarray:
-        found = self._index_of(shard)
-        if at >= len(found):
-            raise ValueError(_miscounted(shard, found))
-        offset, size = int(found.offsets[at]), int(found.sizes[at])
-        if found.key in FLAT_KEYS:
-            content = self._files.read(self._place(shard), offset, offset + size)
-            return check_ids(np.frombuffer(content, FLAT_KEYS[found.key]), self.vocab_size)
-        content = self._files.read(self._place(shard), offset - BLOCK, offset + size)
-        if len(content) != BLOCK + size:
-            raise ValueError(f"the file ends at byte {offset - BLOCK + len(content)}, inside the sample")
-        name = check_header(content[:BLOCK], size, found.key)
-        try:
-            return check_ids(decode_member(content[BLOCK:], found.key), self.vocab_size)
-        except ValueError as error:
-            raise ValueError(f"member {name}: {error}") from None
+    def _npy_rows(self, raw: np.ndarray, numbers: list[int], place: np.ndarray, size: int) -> Rows | None:
+        plain = plain_npy_header(raw[0, BLOCK : BLOCK + NPY_HEADER_BYTES].tobytes(), size)
+        if plain is None or plain.length != self.sample_tokens:
+            return None
+        headers = raw[:, BLOCK : BLOCK + NPY_HEADER_BYTES].view(np.uint64)
+        sizes = raw[:, 124:135]
+        found = self._places(raw, numbers, place)
+        if found is None or (headers != headers[0]).any() or (sizes != np.frombuffer(b"%011o" % size, np.uint8)).any():
+            return None
+        ids = raw[:, BLOCK + NPY_HEADER_BYTES :].view(plain.dtype)
+        if int(ids.max()) >= self.vocab_size or (plain.dtype.kind == "i" and int(ids.min()) < 0):
+            return None
+        stored = raw[:, CHECKSUM_PLACE : CHECKSUM_PLACE + PROOF_BYTES].copy()
+        widths = np.full(len(ids), plain.dtype.itemsize, np.uint8)
+        return Rows(ids, [], read_checksum(self._ids(numbers), found), stored, widths)
+
+    def _places(self, raw: np.ndarray, numbers: list[int], place: np.ndarray) -> np.ndarray | None:
+        """The places of the samples in their shards, by the numbers in their names; None when one is not as asked."""
+        first = [self.shards[number].first_number for number in numbers]
+        if None in first:
+            names = [header_place(raw[row, :BLOCK].tobytes(), "npy") for row in range(len(raw))]
+            return place if all(names) else None
+        digits = raw[:, :12] - np.uint8(ord("0"))
+        found = digits.astype(np.int64) @ _POWERS - np.array(first, np.int64)
+        wrong = (digits > 9).any() or (raw[:, 12:17] != _NAME_END).any() or (found != place).any()
+        return None if wrong else found
+
+    def _sample(self, number: int, at: int, index: ShardIndex | str, position: int) -> np.ndarray:
+        """One sample; an error that says why it cannot be had."""
+        if isinstance(index, str):
+            raise ValueError(index)
+        shard = self.shards[number]
+        if not 0 <= at < len(index):
+            raise ValueError(_miscounted(shard, index))
+        offset, size = index.span(at)
+        head = 0 if index.key in FLAT_KEYS else BLOCK
+        content = bytearray(head + size)
+        n_read = self._files.read_into(shard, number, offset - head, memoryview(content))
+        if n_read != head + size:
+            raise ValueError(f"the file ends at byte {offset - head + n_read}, inside the sample")
+        tokens = checked_sample(bytes(content), shard, index, at, self.vocab_size)
+        return self._cropped(tokens, position)
 
     def _cropped(self, tokens: np.ndarray, position: int) -> np.ndarray:
-        spare = len(tokens) - (self.seq_len + 1)
+        spare = len(tokens) - self.sample_tokens
         if spare < 0:
-            raise ValueError(f"{len(tokens)} ids, but seq_len {self.seq_len} needs {self.seq_len + 1}")
+            raise ValueError(f"{len(tokens)} ids, but seq_len {self.sample_tokens - 1} needs {self.sample_tokens}")
         if spare == 0:
             return tokens
         start = int(mix(np.array([position], np.uint64) ^ self._crop_key)[0] % np.uint64(spare + 1))
-        return tokens[start : start + self.seq_len + 1]
+        return tokens[start : start + self.sample_tokens]
 
-    def _index_of(self, shard: Shard) -> ShardIndex:
-        found = self._indexes.get(shard.url)
-        if found is None:
-            found = self._make_index(shard)
-            self._indexes[shard.url] = found
-            if len(self._indexes) > _KEPT_INDEXES:
-                self._indexes.popitem(last=False)
-        else:
-            self._indexes.move_to_end(shard.url)
+    def _index_or_reason(self, number: int) -> ShardIndex | str:
+        found = self._indexes.get(number)
+        if found is not None:
+            return found
+        try:
+            found = self._make_index(self.shards[number], number)
+        except (ValueError, OSError, StorageError, DataError) as error:
+            return str(error).removesuffix(".")
+        self._indexes[number] = found
+        self._index_bytes += found.size_bytes + 200
+        while self._index_bytes > _INDEX_BYTES:
+            self._index_bytes -= self._indexes.popitem(last=False)[1].size_bytes + 200
         return found
 
-    def _make_index(self, shard: Shard) -> ShardIndex:
-        self._check_size(shard)
+    def _make_index(self, shard: Shard, number: int) -> ShardIndex:
+        self._files.check(shard)
         if shard.layout and shard.key and (self.data_key in ("auto", shard.key) or shard.key in FLAT_KEYS):
-            return ShardIndex.regular(shard.key, list(shard.layout), shard.n_sequences)
-        try:
-            found = index_shard(self._place(shard), self.data_key)
-        except DataError as error:
-            raise ValueError(str(error)) from None
+            return ShardIndex.regular(shard.key, shard.layout, shard.n_sequences)
+        found = self._files.index(shard, self.data_key)
         if len(found) != shard.n_sequences:
             raise ValueError(_miscounted(shard, found))
         return found
 
-    def _place(self, shard: Shard) -> str:
-        """Where the shard is read: its url, or its copy in the cache."""
-        if not self._cache or not storage.is_remote(shard.url):
-            return shard.url
-        return self._cache.local(shard.url)
+    def _prepare_each(self, numbers: list[int], place: np.ndarray, indexes: Sequence[ShardIndex | str]) -> None:
+        wanted = [
+            (self.shards[number], *index.span(at))
+            for number, at, index in zip(numbers, place.tolist(), indexes, strict=True)
+            if isinstance(index, ShardIndex) and 0 <= at < len(index)
+        ]
+        if wanted:
+            shards, offsets, sizes = zip(*wanted, strict=True)
+            self._files.prepare(list(shards), np.array(offsets), max(sizes))
 
-    def fetch_ahead(self, source: np.ndarray, shard: np.ndarray) -> None:
-        """Say which shards will be read soon."""
-        if self._cache:
-            places = dict.fromkeys(zip(source.tolist(), shard.tolist(), strict=True))
-            urls = dict.fromkeys(self.shards[s][k].url for s, k in places)
-            self._cache.fetch_ahead(url for url in urls if storage.is_remote(url) and self._is_news(url))
-
-    def _is_news(self, url: str) -> bool:
-        news = url not in self._announced
-        self._announced[url] = None
-        if len(self._announced) > _KEPT_INDEXES:
-            self._announced.popitem(last=False)
-        return news
-
-    def _check_size(self, shard: Shard) -> None:
-        if shard.size_bytes is None:
-            return
-        found = storage.size_bytes(self._place(shard))
-        if found != shard.size_bytes:
-            raise ValueError(
-                f"the manifest says {shard.size_bytes} bytes, the file has {found}; make the manifest again"
-            )
+    def fetch_ahead(self, source: np.ndarray, shard: np.ndarray, place: np.ndarray) -> None:
+        """Begin to fetch what will be read soon."""
+        for number, at in zip(self.numbers(source, shard).tolist(), place.tolist(), strict=True):
+            one = self.shards[number]
+            if one.layout and storage.is_remote(one.url):
+                offset = one.layout[0] + one.layout[1] * at
+                self._files.fetch_ahead(one, offset, one.layout[2])
 
 
 def _miscounted(shard: Shard, found: ShardIndex) -> str:
     return f"the manifest counts {shard.n_sequences} samples, the shard holds {len(found)}; make the manifest again"
 
 
-class _Files:
-    """Open local files and fetched blocks of remote ones, the least used given up first."""
+class _Table:
+    """A table of bytes that is used for batch after batch, with a view of each row."""
 
     def __init__(self) -> None:
-        self._descriptors: OrderedDict[str, int] = OrderedDict()
-        self._blocks: OrderedDict[tuple[str, int], bytes] = OrderedDict()
-        self._held_bytes = 0
+        self._whole = np.zeros((0, 0), np.uint8)
+        self.views: list[memoryview] = []
 
-    def read(self, url: str, start: int, stop: int) -> bytes:
-        """Bytes `start` to `stop` of `url`; fewer where it ends. ValueError when it cannot be opened."""
-        if storage.is_remote(url):
-            return self._read_remote(url, start, stop)
-        descriptor = self._descriptors.get(url)
-        if descriptor is None:
-            try:
-                descriptor = os.open(storage.local_path(url), os.O_RDONLY)
-            except FileNotFoundError:
-                raise
-            except OSError as error:
-                raise ValueError(f"cannot be opened ({error.strerror})") from None
-            self._descriptors[url] = descriptor
-            if len(self._descriptors) > _KEPT_FILES:
-                os.close(self._descriptors.popitem(last=False)[1])
-        else:
-            self._descriptors.move_to_end(url)
-        return os.pread(descriptor, stop - start, start)
-
-    def fetch(self, ranges: Sequence[tuple[str, int, int]]) -> None:
-        """Get the blocks under `ranges`, several requests at a time."""
-        missing = {
-            (url, block): None
-            for url, start, stop in ranges
-            for block in range(start // _REMOTE_BLOCK, (stop - 1) // _REMOTE_BLOCK + 1)
-            if (url, block) not in self._blocks
-        }
-        with ThreadPoolExecutor(min(16, max(1, len(missing)))) as pool:
-            for name, content in zip(missing, pool.map(lambda name: self._get(*name), missing), strict=True):
-                self._blocks[name] = content
-                self._held_bytes += len(content)
-        while self._held_bytes > _REMOTE_BYTES and len(self._blocks) > len(missing):
-            self._held_bytes -= len(self._blocks.popitem(last=False)[1])
-
-    def _get(self, url: str, block: int) -> bytes:
-        return storage.read_range(url, block * _REMOTE_BLOCK, (block + 1) * _REMOTE_BLOCK)
-
-    def _read_remote(self, url: str, start: int, stop: int) -> bytes:
-        first, last = start // _REMOTE_BLOCK, (stop - 1) // _REMOTE_BLOCK
-        if any((url, block) not in self._blocks for block in range(first, last + 1)):
-            try:
-                self.fetch([(url, start, stop)])
-            except StorageError as error:
-                raise ValueError(str(error)) from None
-        content = b"".join(self._blocks[url, block] for block in range(first, last + 1))
-        return content[start - first * _REMOTE_BLOCK : stop - first * _REMOTE_BLOCK]
+    def of(self, n_rows: int, width: int) -> np.ndarray:
+        """Its first `n_rows` rows of `width` bytes, each beginning at a multiple of 8."""
+        stride = -(-width // 8) * 8
+        if self._whole.shape[1] != stride or len(self._whole) < n_rows or len(self.views[0]) != width:
+            self._whole = np.zeros((n_rows, stride), np.uint8)
+            self.views = [memoryview(row)[:width] for row in self._whole]  # type: ignore[arg-type]
+        return self._whole[:n_rows, :width]
 
     def __getstate__(self) -> dict[str, object]:
-        return {}  # descriptors and blocks stay with the process that has them
+        return {}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__init__()  # type: ignore[misc]
+
+
+class Files(Protocol):
+    """The bytes of shards."""
+
+    def check(self, shard: Shard) -> None:
+        """Compare its size with the manifest's; DataError, ValueError or StorageError."""
+
+    def index(self, shard: Shard, key: str) -> ShardIndex:
+        """Where its samples lie, from its headers."""
+
+    def prepare(self, shards: Sequence[Shard], offsets: np.ndarray, size: int) -> None:
+        """Get what is remote side by side before it is used one by one; what fails is raised when it is read."""
+
+    def read_into(self, shard: Shard, number: int, offset: int, view: memoryview) -> int:
+        """Fill `view`; how many bytes there were."""
+
+    def fetch_ahead(self, shard: Shard, offset: int, size: int) -> None:
+        """Begin to fetch."""
+
+
+class _LocalFiles:
+    """Shards on local disks, kept open while they are used."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[int, int] = OrderedDict()
+        self._most = max(16, min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 - 64))
+
+    def check(self, shard: Shard) -> None:
+        if shard.size_bytes is not None and (found := storage.size_bytes(shard.url)) != shard.size_bytes:
+            raise ValueError(
+                f"the manifest says {shard.size_bytes} bytes, the file has {found}; make the manifest again"
+            )
+
+    def index(self, shard: Shard, key: str) -> ShardIndex:
+        return index_file(shard.url, storage.shown(shard.url), key)
+
+    def prepare(self, shards: Sequence[Shard], offsets: np.ndarray, size: int) -> None:
+        pass
+
+    def fetch_ahead(self, shard: Shard, offset: int, size: int) -> None:
+        pass
+
+    def read_into(self, shard: Shard, number: int, offset: int, view: memoryview) -> int:
+        descriptor = self._open.get(number)
+        if descriptor is None:
+            descriptor = self._open[number] = os.open(storage.local_path(shard.url), os.O_RDONLY)
+            if len(self._open) > self._most:
+                os.close(self._open.popitem(last=False)[1])
+        return os.preadv(descriptor, (view,), offset)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {}  # descriptors stay with the process that has them
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__init__()  # type: ignore[misc]
+
+
+class _CachedFiles:
+    """Remote shards through the block cache; local ones beside them."""
+
+    def __init__(self, cache: BlockCache):
+        self._cache, self._local = cache, _LocalFiles()
+
+    def check(self, shard: Shard) -> None:
+        if storage.is_remote(shard.url):
+            self._cache.find(shard)
+        else:
+            self._local.check(shard)
+
+    def index(self, shard: Shard, key: str) -> ShardIndex:
+        if storage.is_remote(shard.url):
+            return self._cache.index(self._cache.find(shard), key)
+        return self._local.index(shard, key)
+
+    def prepare(self, shards: Sequence[Shard], offsets: np.ndarray, size: int) -> None:
+        for shard, offset in zip(shards, offsets.tolist(), strict=True):
+            self.fetch_ahead(shard, offset, size)
+
+    def fetch_ahead(self, shard: Shard, offset: int, size: int) -> None:
+        if storage.is_remote(shard.url):
+            try:
+                found = self._cache.find(shard)
+            except (StorageError, DataError):
+                return  # raised when it is read
+            first = max(0, offset - BLOCK) // BLOCK_BYTES
+            self._cache.fetch_ahead(found, range(first, min(found.n_blocks, (offset + size - 1) // BLOCK_BYTES + 1)))
+
+    def read_into(self, shard: Shard, number: int, offset: int, view: memoryview) -> int:
+        if storage.is_remote(shard.url):
+            return self._cache.read_into(self._cache.find(shard), offset, view)
+        return self._local.read_into(shard, number, offset, view)

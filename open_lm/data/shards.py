@@ -1,59 +1,62 @@
-"""Tar shards: samples read by offset and written deterministically. The only file that knows tar's layout."""
+"""A shard: a tar of samples, indexed, read whole and written deterministically."""
 
 from __future__ import annotations
 
+import mmap
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any, Protocol
+from typing import IO, Any, cast
 
 import numpy as np
+import xxhash
 
 from open_lm import storage
 from open_lm.data.config import SAMPLE_FORMATS
 from open_lm.data.formats import MAX_MEMBER_BYTES, SampleFormat, npy_header
 from open_lm.data.marks import joined
+from open_lm.data.tar import BLOCK, END, Bytes, extension, headers_for, name_of, padded, regular_members, walk
 from open_lm.errors import DataError
 
-BLOCK = 512
-END = bytes(2 * BLOCK)
+NPY_HEADER_BYTES = 128
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where the samples of one shard lie: `offsets` and `sizes` of their payloads in bytes; a header is before each."""
+    """Where the samples of one shard lie: `offsets` and `sizes` of their payloads in bytes; a header is before each.
+
+    `header_sums` are the crc32 of these headers. Where all samples are alike, `layout` says all of this, and the three
+    arrays are empty.
+    """
 
     key: str
+    n_sequences: int
     offsets: np.ndarray
     sizes: np.ndarray
+    header_sums: np.ndarray
+    layout: tuple[int, int, int] | None = None
+    """[first offset, distance, size]: all that random access needs."""
 
     def __len__(self) -> int:
-        return len(self.offsets)
+        return self.n_sequences
 
     @property
-    def layout(self) -> list[int] | None:
-        """[first offset, distance, size] when all samples are alike: all that random access needs. None otherwise."""
-        if not len(self) or (self.sizes != self.sizes[0]).any():
-            return None
-        steps = np.diff(self.offsets)
-        if len(steps) and (steps != steps[0]).any():
-            return None
-        step = int(steps[0]) if len(steps) else _padded(int(self.sizes[0])) + BLOCK
-        return [int(self.offsets[0]), step, int(self.sizes[0])]
+    def size_bytes(self) -> int:
+        """The memory it takes."""
+        return self.offsets.nbytes + self.sizes.nbytes + self.header_sums.nbytes
+
+    def span(self, place: int) -> tuple[int, int]:
+        """Offset and size of one sample's payload."""
+        if self.layout:
+            return self.layout[0] + self.layout[1] * place, self.layout[2]
+        return int(self.offsets[place]), int(self.sizes[place])
 
     @classmethod
-    def regular(cls, key: str, layout: list[int], n_sequences: int) -> ShardIndex:
+    def regular(cls, key: str, layout: tuple[int, int, int], n_sequences: int) -> ShardIndex:
         """The index of `n_sequences` samples that are all alike."""
-        first, step, size = layout
-        return cls(key, first + step * np.arange(n_sequences, dtype=np.int64), np.full(n_sequences, size, np.int64))
-
-
-class Bytes(Protocol):
-    """A file's content by place: bytes, mmap, or anything sliced like them."""
-
-    def __getitem__(self, place: slice, /) -> bytes: ...
-    def __len__(self) -> int: ...
+        none = np.zeros(0, np.int64)
+        return cls(key, n_sequences, none, none, none.astype(np.uint32), layout)
 
 
 def read_index(content: Bytes, shard: str, key: str = "auto") -> ShardIndex:
@@ -62,114 +65,26 @@ def read_index(content: Bytes, shard: str, key: str = "auto") -> ShardIndex:
     Raises:
         DataError: the tar is empty, cut off or damaged, or holds no member with extension `key`; `shard` is named.
     """
-    headers, names, offsets, sizes = _walk(content, shard)
-    _check_headers(headers, offsets, shard)
-    if not names:
+    members = walk(content, shard)
+    if not members.names:
         raise DataError(f"shard {shard}: an empty tar. Write it again, or remove it from the manifest.")
-    extensions = [extension(name) for name in names]
+    extensions = [extension(name) for name in members.names]
     key = _find_key(set(extensions), key, shard)
     mine = np.array([k for k, found in enumerate(extensions) if found == key], np.int64)
-    return ShardIndex(key, np.array(offsets, np.int64)[mine], np.array(sizes, np.int64)[mine])
+    offsets, sizes = np.array(members.offsets, np.int64)[mine], np.array(members.sizes, np.int64)[mine]
+    sums = np.array(members.header_sums, np.uint32)[mine]
+    return ShardIndex(key, len(mine), offsets, sizes, sums)
 
 
-def extension(name: str) -> str:
-    """What follows the first dot of a member's base name: `json.gz` of `a/b.json.gz`, as webdataset splits names."""
-    return name.rpartition("/")[2].partition(".")[2]
-
-
-def _walk(content: Bytes, shard: str) -> tuple[list[bytes], list[str], list[int], list[int]]:
-    """Headers, names, payload offsets and sizes of the regular members, by following sizes from header to header."""
-    headers: list[bytes] = []
-    names: list[str] = []
-    offsets: list[int] = []
-    sizes: list[int] = []
-    position, total, long_name, pax = 0, len(content), None, {}
-    while True:
-        header = content[position : position + BLOCK]
-        if len(header) < BLOCK:
-            raise DataError(
-                f"shard {shard}: cut off at byte {total}, after {len(names)} members. Copy or write it again."
-            )
-        if header[0] == 0 and not any(header):
-            _check_end(content, position, shard)
-            return headers, names, offsets, sizes
-        size, kind = _number(header[124:136], shard, position), header[156:157]
-        start = position + BLOCK
-        if kind in b"Lxg":
-            payload = bytes(content[start : start + min(size, 1 << 20)])
-            if kind == b"L":
-                long_name = payload.rstrip(b"\0").decode(errors="replace")
-            elif kind == b"x":
-                pax = _pax(payload)
-        else:
-            size = int(pax.get("size", size))
-            if kind in b"0\0" or kind == b"7":
-                headers.append(header)
-                names.append(pax.get("path") or long_name or _name(header))
-                offsets.append(start)
-                sizes.append(size)
-            long_name, pax = None, {}
-        position = start + _padded(size)
-        if start + size > total:
-            raise DataError(
-                f"shard {shard}: cut off at byte {total}, inside member {_name(header)!r} "
-                f"that ends at byte {start + size}. Copy or write it again."
-            )
-
-
-def _check_end(content: Bytes, position: int, shard: str) -> None:
-    """A tar ends with two empty blocks; a header after one empty block is a hole in the file."""
-    for place in range(position + BLOCK, len(content), 1 << 20):
-        block = content[place : place + (1 << 20)]
-        if block.count(0) != len(block):
-            raise DataError(f"shard {shard}: a hole at byte {position} with data behind it. Copy or write it again.")
-    if len(content) < position + 2 * BLOCK:
-        raise DataError(f"shard {shard}: cut off at byte {len(content)}: no end mark. Copy or write it again.")
-
-
-def _check_headers(headers: list[bytes], offsets: list[int], shard: str) -> None:
-    if not headers:
-        return
-    table = np.frombuffer(b"".join(headers), np.uint8).reshape(-1, BLOCK)
-    sums = table.sum(axis=1, dtype=np.int64) - table[:, 148:156].sum(axis=1, dtype=np.int64) + 8 * ord(" ")
-    for k, (found, header) in enumerate(zip(sums.tolist(), headers, strict=True)):
-        if found != _number(header[148:156], shard, offsets[k] - BLOCK):
-            raise DataError(
-                f"shard {shard}: the tar header at byte {offsets[k] - BLOCK} is damaged (checksum). Copy it again."
-            )
-
-
-def _number(text: bytes, shard: str, position: int) -> int:
-    if text[0] & 0x80:
-        return int.from_bytes(text, "big") & ((1 << (8 * len(text) - 1)) - 1)
-    try:
-        return int(text.strip(b" \0") or b"0", 8)
-    except ValueError:
-        raise DataError(
-            f"shard {shard}: no tar header at byte {position}. Is it a tar? Copy or write it again."
-        ) from None
-
-
-def _name(header: bytes) -> str:
-    name, prefix = header[:100].rstrip(b"\0"), header[345:500].rstrip(b"\0")
-    in_parts = header[257:263] == b"ustar\0" and prefix
-    return (prefix + b"/" + name if in_parts else name).decode(errors="replace")
-
-
-def _pax(payload: bytes) -> dict[str, str]:
-    records: dict[str, str] = {}
-    while payload:
-        length, _, _ = payload.partition(b" ")
-        if not length.isdigit() or int(length) <= len(length) + 1:
-            break
-        keyword, _, value = payload[len(length) + 1 : int(length) - 1].partition(b"=")
-        records[keyword.decode(errors="replace")] = value.decode(errors="replace")
-        payload = payload[int(length) :]
-    return records
-
-
-def _padded(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
+def layout_of(index: ShardIndex) -> tuple[int, int, int] | None:
+    """[first offset, distance, size] when all samples are alike; None otherwise."""
+    if index.layout or not len(index) or (index.sizes != index.sizes[0]).any():
+        return index.layout
+    steps = np.diff(index.offsets)
+    if len(steps) and (steps != steps[0]).any():
+        return None
+    step = int(steps[0]) if len(steps) else padded(int(index.sizes[0])) + BLOCK
+    return int(index.offsets[0]), step, int(index.sizes[0])
 
 
 def _find_key(found: set[str], key: str, shard: str) -> str:
@@ -185,32 +100,27 @@ def _find_key(found: set[str], key: str, shard: str) -> str:
 
 
 def regular_index(read: Callable[[int, int], bytes], n_bytes: int) -> ShardIndex | None:
-    """The index of a shard of equal npy samples, from its first and last headers; None for any other shard.
+    """The index of a shard of equal npy samples, from its first and last headers; None for any other shard."""
+    found = regular_members(read, n_bytes, "npy")
+    return ShardIndex.regular("npy", (BLOCK, found[0], found[1]), found[2]) if found else None
 
-    `read(start, stop)` gives bytes of the file. A reader checks each header when it comes to it.
+
+def index_file(path: str, shard: str, key: str = "auto") -> ShardIndex:
+    """The index of a shard that is a local file; a regular npy shard is not read for it.
+
+    Raises:
+        DataError: as `read_index`.
     """
-    first = read(0, BLOCK)
-    if len(first) < BLOCK or first[156:157] not in b"0\0" or extension(_name(first)) != "npy":
-        return None
-    try:
-        size = _number(first[124:136], "", 0)
-        step = BLOCK + _padded(size)
-        n = (n_bytes - 1) // step + 1
-        while n > 0 and (n * step + len(END) > n_bytes or not any(read((n - 1) * step, (n - 1) * step + BLOCK))):
-            n -= 1
-        end = read(n * step, n * step + len(END))
-        check_header(read((n - 1) * step, (n - 1) * step + BLOCK), size, "npy")
-    except (DataError, ValueError):
-        return None
-    return ShardIndex.regular("npy", [BLOCK, step, size], n) if n > 0 and end == END else None
-
-
-def check_header(header: bytes, size: int, key: str) -> str:
-    """The member's name, when `header` is that of a payload of `size` bytes with extension `key`; else ValueError."""
-    name = _name(header)
-    if header[124:136].strip(b" \0") != b"%011o" % size or not name.endswith("." + key):
-        raise ValueError(f"found member {name!r:.80} where one of {size} bytes with extension .{key} should be")
-    return name
+    n_bytes = storage.size_bytes(path)
+    if n_bytes == 0:
+        raise DataError(f"shard {shard}: an empty file. Write it again, or remove it from the manifest.")
+    with storage.open_read(path) as file:
+        if key in ("auto", "npy"):
+            quick = regular_index(lambda start, stop: os.pread(file.fileno(), stop - start, start), n_bytes)
+            if quick:
+                return quick
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return read_index(content, shard, key)
 
 
 def sample_format(key: str) -> SampleFormat:
@@ -223,6 +133,12 @@ def decode_member(payload: bytes, key: str) -> np.ndarray:
     if len(payload) > MAX_MEMBER_BYTES:
         raise ValueError(f"a member of {len(payload)} bytes; the limit is {MAX_MEMBER_BYTES}")
     return sample_format(key).decode(payload)
+
+
+def checksum(payload: bytes | memoryview | np.ndarray, key: str) -> int:
+    """What a header holds of its payload: xxh3 of it; of an npy vector without the npy header, so of its ids."""
+    view = memoryview(cast(Any, payload))
+    return xxhash.xxh3_64_intdigest(view[NPY_HEADER_BYTES:] if key == "npy" else view)
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
@@ -247,7 +163,7 @@ def read_samples(url: str, *, key: str = "auto", vocab_size: int | None = None) 
     content = storage.read_bytes(url)
     index = read_index(content, storage.shown(url), key)
     for offset, size in zip(index.offsets.tolist(), index.sizes.tolist(), strict=True):
-        name = _name(content[offset - BLOCK : offset])
+        name = name_of(content[offset - BLOCK : offset])
         try:
             tokens = decode_member(content[offset : offset + size], index.key)
             tokens = tokens["ids"] if tokens.dtype.names else tokens
@@ -269,7 +185,7 @@ def describe_shard(content: bytes, shard: str, key: str = "auto") -> dict[str, A
     try:
         length = len(decode_member(content[first : first + int(index.sizes[0])], index.key))
     except ValueError as error:
-        raise DataError(f"shard {shard}, member {_name(content[first - BLOCK : first])}: {error}.") from None
+        raise DataError(f"shard {shard}, member {name_of(content[first - BLOCK : first])}: {error}.") from None
     row = {
         "num_sequences": len(index),
         "bytes": len(content),
@@ -279,17 +195,19 @@ def describe_shard(content: bytes, shard: str, key: str = "auto") -> dict[str, A
         "seq_len": length - 1,
         "data_key": index.key,
     }
-    return row | ({"layout": index.layout} if index.layout else {})
+    layout = layout_of(index)
+    return row | ({"layout": list(layout)} if layout else {})
 
 
 def _sample_key(header: bytes, key: str) -> str:
-    return _name(header).removesuffix("." + key)
+    return name_of(header).removesuffix("." + key)
 
 
 def write_shard(file: IO[bytes], samples: np.ndarray | Iterable[np.ndarray], key: str, first_number: int = 0) -> int:
     """Write samples (vectors of ids, of the dtype npy shall keep) as one tar; the bytes written.
 
-    Members are named by 12-digit numbers from `first_number`; times and owners are 0: equal samples give equal bytes.
+    Members are named by 12-digit numbers from `first_number`; times and owners are 0, but for each sample's checksum in
+    the place of its owner's name: equal samples give equal bytes.
     """
     if key == "npy" and isinstance(samples, np.ndarray):
         written = file.write(_npy_members(samples, first_number).data) if len(samples) else 0
@@ -298,7 +216,8 @@ def write_shard(file: IO[bytes], samples: np.ndarray | Iterable[np.ndarray], key
         encode = sample_format(key).encode
         for number, tokens in enumerate(samples, first_number):
             payload = encode(tokens)
-            header = _headers_for(np.array([number]), len(payload), key).tobytes()
+            sums = np.array([checksum(payload, key)], np.uint64)
+            header = headers_for(np.array([number]), len(payload), key, sums).tobytes()
             written += file.write(header + payload + bytes(-len(payload) % BLOCK))
     return written + file.write(END)
 
@@ -308,30 +227,13 @@ def _npy_members(samples: np.ndarray, first_number: int) -> np.ndarray:
     n, length = samples.shape
     head = np.frombuffer(npy_header(samples.dtype, length), np.uint8)
     size = len(head) + length * samples.dtype.itemsize
-    table = np.zeros((n, BLOCK + _padded(size)), np.uint8)
-    table[:, :BLOCK] = _headers_for(np.arange(first_number, first_number + n), size, "npy")
+    rows = np.ascontiguousarray(samples).view(np.uint8).reshape(n, -1)
+    sums = np.fromiter((xxhash.xxh3_64_intdigest(row.data) for row in rows), np.uint64, n)
+    table = np.zeros((n, BLOCK + padded(size)), np.uint8)
+    table[:, :BLOCK] = headers_for(np.arange(first_number, first_number + n), size, "npy", sums)
     table[:, BLOCK : BLOCK + len(head)] = head
-    table[:, BLOCK + len(head) : BLOCK + size] = np.ascontiguousarray(samples).view(np.uint8).reshape(n, -1)
+    table[:, BLOCK + len(head) : BLOCK + size] = rows
     return table
-
-
-def _headers_for(numbers: np.ndarray, size: int, key: str) -> np.ndarray:
-    """The tar headers (n, 512) of members `numbers`, each of `size` bytes."""
-    header = np.zeros(BLOCK, np.uint8)
-    for place, text in (
-        (12, b"." + key.encode()),
-        (100, b"0000644\0" + b"0000000\0" * 2 + b"%011o\0" % size + b"%011o\0" % 0 + b" " * 8 + b"0"),
-        (257, b"ustar\x0000"),
-    ):
-        header[place : place + len(text)] = np.frombuffer(text, np.uint8)
-    headers = np.repeat(header[None], len(numbers), axis=0)
-    for digit in range(12):
-        headers[:, 11 - digit] = numbers // 10**digit % 10 + ord("0")
-    sums = headers.sum(axis=1, dtype=np.int64)
-    for digit in range(6):
-        headers[:, 153 - digit] = (sums >> (3 * digit)) % 8 + ord("0")
-    headers[:, 154], headers[:, 155] = 0, ord(" ")
-    return headers
 
 
 def shard_name(url: str) -> str:

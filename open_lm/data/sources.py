@@ -1,19 +1,23 @@
-"""Data sources: URLs, braces, globs and manifests resolved to sources with known sample counts."""
+"""Sources: urls, braces, globs and manifests of the data flags turned into shards with known counts."""
 
 from __future__ import annotations
 
 import logging
-import mmap
 import os
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from open_lm import storage
+from open_lm.data.cache import BLOCK_BYTES, BlockCache
+from open_lm.data.cache_folder import open_cache
 from open_lm.data.config import DataConfig
 from open_lm.data.flat import open_flat
-from open_lm.data.manifest import FILENAME, Shard, fingerprint, read_manifest
-from open_lm.data.shards import ShardIndex, read_index, regular_index, shard_name
+from open_lm.data.manifest import FILENAME, Shard, content_fingerprint, fingerprint, read_manifest
+from open_lm.data.plan import DEFAULT_STRIPES
+from open_lm.data.shards import index_file, layout_of, shard_name
 from open_lm.errors import ConfigError, DataError, StorageError
 
 log = logging.getLogger(__name__)
@@ -21,19 +25,23 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Source:
-    """Shards that are mixed as one; `factor` is how much oftener than by its size it is read."""
+    """Shards that are mixed as one; `factor` is the sampling multiplier relative to its size."""
 
     name: str
     shards: tuple[Shard, ...]
     factor: float = 1.0
 
-    @property
+    @cached_property
     def n_sequences(self) -> int:
         return sum(shard.n_sequences for shard in self.shards)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         return fingerprint(self.shards)
+
+    @cached_property
+    def content_fingerprint(self) -> str | None:
+        return content_fingerprint(self.shards)
 
 
 def open_sources(config: DataConfig, *, vocab_size: int = 0, sample_tokens: int = 0) -> list[Source]:
@@ -44,7 +52,10 @@ def open_sources(config: DataConfig, *, vocab_size: int = 0, sample_tokens: int 
     Raises:
         DataError: a manifest or shard is damaged, or a source holds no samples.
         StorageError: something does not exist.
+        ConfigError: no data was named.
     """
+    if not (config.train_data or config.dataset_manifest):
+        raise ConfigError("--train-data or --dataset-manifest: neither was given. Name the training shards.")
     if config.dataset_manifest:
         sources = [Source(storage.shown(url), tuple(read_manifest(url))) for url in config.dataset_manifest]
     elif config.train_data_upsampling_factors:
@@ -59,8 +70,29 @@ def open_sources(config: DataConfig, *, vocab_size: int = 0, sample_tokens: int 
     return sources if weighted or len(sources) == 1 else [_pooled(sources)]
 
 
+def cache_for(sources: Sequence[Source], config: DataConfig, world_size: int) -> BlockCache | None:
+    """The block cache, where some shard is remote; warns where it is smaller than what the stripes hold at a time."""
+    remote = [shard for source in sources for shard in source.shards if storage.is_remote(shard.url)]
+    if not remote:
+        return None
+    cache = open_cache(config.data_cache, config.data_cache_gb, world_size=world_size)
+    stripes = config.shuffle_lanes or DEFAULT_STRIPES
+    known = sum(shard.size_bytes or 2 * BLOCK_BYTES * stripes for shard in remote)
+    needed = min(2 * BLOCK_BYTES * stripes * len(sources), known)
+    if needed > cache.limit_bytes:
+        log.warning(
+            "--data-cache %s: room for %.1f GB, but %d stripes need about %.1f GB at a time: blocks will be fetched "
+            "more than once. Raise --data-cache-gb, free space, or lower --shuffle-lanes.",
+            cache.folder,
+            cache.limit_bytes / 1e9,
+            stripes,
+            needed / 1e9,
+        )
+    return cache
+
+
 def named_tokenizer(sources: Sequence[Source]) -> str | None:
-    """The tokenizer that the manifests of `sources` name; None when they name none, or several (which is said)."""
+    """The tokenizer that the manifests of `sources` name; None when they name none, or if they disagree (logged)."""
     names = {shard.tokenizer for source in sources for shard in source.shards} - {None}
     if len(names) > 1:
         log.warning(
@@ -86,31 +118,37 @@ def document_end(config: DataConfig, sources: Sequence[Source]) -> int | None:
 
 
 def check_shards_are_there(source: Source) -> None:
-    """Look at every local shard, and at up to 64 remote ones, before a run depends on them.
+    """Check that all local shards (and a sample of remote ones) exist and have the size their manifest gives.
 
     Raises:
         StorageError: a shard is missing.
-        DataError: a shard does not have the size its manifest gives.
+        DataError: a shard has another size.
     """
     remote = [shard for shard in source.shards if storage.is_remote(shard.url)]
     spread = remote[:: max(1, len(remote) // 64)][:64]
-    local = [shard for shard in source.shards if not storage.is_remote(shard.url)]
-    with ThreadPoolExecutor(16) as pool:
-        sizes = list(pool.map(lambda shard: storage.size_bytes(shard.url), [*local, *spread]))
-    for shard, size in zip([*local, *spread], sizes, strict=True):
-        if shard.size_bytes not in (None, size):
-            raise DataError(
-                f"shard {storage.shown(shard.url)}: {size} bytes, its manifest says {shard.size_bytes}. "
-                "Copy it again, or make the manifest anew."
-            )
+    for shard in source.shards:
+        if not storage.is_remote(shard.url):
+            _check_size(shard, storage.size_bytes(shard.url))
+    if spread:
+        with ThreadPoolExecutor(16) as pool:
+            for shard, size in zip(spread, pool.map(lambda shard: storage.size_bytes(shard.url), spread), strict=True):
+                _check_size(shard, size)
+
+
+def _check_size(shard: Shard, size: int) -> None:
+    if shard.size_bytes not in (None, size):
+        raise DataError(
+            f"shard {storage.shown(shard.url)}: {size} bytes, its manifest says {shard.size_bytes}. "
+            "Copy it again, or make the manifest anew."
+        )
 
 
 def _open(config: DataConfig, value: str, vocab_size: int, sample_tokens: int) -> Source:
     if config.dataset_type != "npy":
-        return open_source(value, config.data_key)
+        return open_source(value, config.data_key, config)
     urls = [url for part in value.split("::") for url in expand(part)]
     flat = [open_flat(url, vocab_size=vocab_size, sample_tokens=sample_tokens) for url in urls]
-    shards = [replace(shard, name=name) for shard, name in zip(flat, _names(urls), strict=True)]
+    shards = [shard._replace(name=name) for shard, name in zip(flat, _names(urls), strict=True)]
     return Source(storage.shown(value), tuple(shards))
 
 
@@ -132,31 +170,44 @@ def _parts_with_factors(config: DataConfig, vocab_size: int, sample_tokens: int)
 
 def _pooled(sources: Sequence[Source]) -> Source:
     """All sources as one; a shard keeps its source's number in its name, so equal names do not clash."""
-    shards = [replace(shard, name=f"{k}/{shard.name}") for k, source in enumerate(sources) for shard in source.shards]
+    shards = [shard._replace(name=f"{k}/{shard.name}") for k, source in enumerate(sources) for shard in source.shards]
     return Source(" + ".join(source.name for source in sources), tuple(shards))
 
 
-def open_source(value: str, key: str = "auto") -> Source:
+def open_source(value: str, key: str = "auto", config: DataConfig | None = None) -> Source:
     """The shards one --train-data or --val-data value means: `::` joins urls, each with braces or a glob.
 
     Counts come from a manifest.jsonl beside the shards where it names them all, else from the shards' headers.
     """
     urls = [url for part in value.split("::") for url in expand(part)]
-    if duplicate := next((url for url in urls if urls.count(url) > 1), None) if len(urls) < 1000 else None:
+    if len(set(urls)) < len(urls):
+        twice = next(url for url, n in Counter(urls).items() if n > 1)
         raise DataError(
-            f"{value}: names {storage.shown(duplicate)} twice. Use --train-data-upsampling-factors to repeat data."
+            f"{value}: names {storage.shown(twice)} twice. Use --train-data-upsampling-factors to repeat data."
         )
     names = _names(urls)
     listed = {folder: _manifest_beside(folder) for folder in dict.fromkeys(storage.parent(url) for url in urls)}
     known = [listed[storage.parent(url)].get(shard_name(url)) for url in urls]
-    missing = [k for k, shard in enumerate(known) if shard is None]
-    if missing and any(storage.is_remote(urls[k]) for k in missing):
-        log.warning("%s: no manifest, so the headers of %d remote shards are read first. "
-                    "open_lm.utils.make_wds_manifest saves this.", storage.shown(value), len(missing))  # fmt: skip
-    with ThreadPoolExecutor(8) as pool:
-        counted = dict(zip(missing, pool.map(lambda k: count_shard(urls[k], key), missing), strict=True))
-    shards = [replace(known[k] or counted[k], name=names[k], url=url) for k, url in enumerate(urls)]
+    counted = _count([url for url, shard in zip(urls, known, strict=True) if shard is None], key, config)
+    shards = [
+        (shard or counted[url])._replace(name=name, url=url)
+        for url, name, shard in zip(urls, names, known, strict=True)
+    ]
     return Source(storage.shown(value), tuple(shards))
+
+
+def _count(urls: list[str], key: str, config: DataConfig | None) -> dict[str, Shard]:
+    """Shards without a manifest, by their headers. What is fetched for that stays in the block cache."""
+    remote = [url for url in urls if storage.is_remote(url)]
+    config = config or DataConfig()
+    cache = open_cache(config.data_cache, config.data_cache_gb) if remote else None
+    if remote:
+        log.warning(
+            "%s, …: no manifest, so the headers of %d remote shards are read first. open_lm.utils.make_wds_manifest "
+            "saves this.", storage.shown(remote[0]), len(remote),
+        )  # fmt: skip
+    with ThreadPoolExecutor(8) as pool:
+        return dict(zip(urls, pool.map(lambda url: count_shard(url, key, cache), urls), strict=True))
 
 
 def expand(part: str) -> list[str]:
@@ -210,23 +261,10 @@ def _manifest_beside(folder: str) -> dict[str, Shard]:
     return {shard.name.removesuffix(".tar"): shard for shard in read_manifest(url)} if storage.exists(url) else {}
 
 
-def count_shard(url: str, key: str) -> Shard:
+def count_shard(url: str, key: str, cache: BlockCache | None = None) -> Shard:
     """Name, count and layout of a shard without a manifest, from its headers."""
-    index = index_shard(url, key)
-    layout = index.layout
-    return Shard(shard_name(url), url, len(index), index.key, (layout[0], layout[1], layout[2]) if layout else None)
-
-
-def index_shard(url: str, key: str) -> ShardIndex:
-    """Where the samples of a shard lie; a regular npy shard is not read for it."""
-    shown, n_bytes = storage.shown(url), storage.size_bytes(url)
-    if n_bytes == 0:
-        raise DataError(f"shard {shown}: an empty file. Write it again, or remove it from the manifest.")
-    if key in ("auto", "npy") and (
-        quick := regular_index(lambda start, stop: storage.read_range(url, start, stop), n_bytes)
-    ):
-        return quick
-    if storage.is_remote(url):
-        return read_index(storage.read_bytes(url), shown, key)
-    with storage.open_read(url) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return read_index(content, shown, key)
+    if cache is not None and storage.is_remote(url):
+        index = cache.index(cache.find(Shard(shard_name(url), url, 0)), key)
+    else:
+        index = index_file(url, storage.shown(url), key)
+    return Shard(shard_name(url), url, len(index), index.key, layout_of(index))

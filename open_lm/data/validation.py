@@ -1,4 +1,4 @@
-"""Validation loader: each sequence exactly once, in equally many batches on every rank."""
+"""What a model is scored on: each held-out sequence exactly once, spread over the ranks in equally many batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from open_lm.data.batch import IGNORED, Batch
 from open_lm.data.config import DataConfig
 from open_lm.data.masking import batch_of
 from open_lm.data.reader import SampleReader
-from open_lm.data.sources import document_end, open_source
+from open_lm.data.sources import cache_for, document_end, open_source
 from open_lm.errors import DataError
 
 
@@ -46,16 +46,23 @@ def validation_batches(
     config = config or DataConfig()
     end_of_text = document_end(config, [source])
     n_tokens = seq_len + 1 + config.squash_mask_left
-    reader = SampleReader([source.shards], data_key=key, vocab_size=vocab_size, seq_len=n_tokens - 1)
+    reader = SampleReader(
+        [source.shards],
+        data_key=key,
+        vocab_size=vocab_size,
+        seq_len=n_tokens - 1,
+        cache=cache_for([source], config, world_size),
+    )
     for start in range(rank * batch, n_sequences + rank * batch, world_size * batch):
         places = np.arange(start, min(start + batch, n_sequences))
         shard = np.searchsorted(ends, places, side="right")
         index = places - np.concatenate([[0], ends])[shard]
-        tokens, holes, _ = reader.read(np.zeros_like(places), shard, index, places)
-        if holes:
-            raise DataError(f"--val-data: {holes[0][1]} Repair the shard, or leave it out.")
+        rows = reader.read(np.zeros_like(places), shard, index, places)
+        if rows.unreadable:
+            raise DataError(f"--val-data: {rows.unreadable[0][1]} Repair the shard, or leave it out.")
+        tokens = rows.tokens
         samples_BS = torch.full((batch, n_tokens), -1)
-        samples_BS[: len(tokens)] = torch.from_numpy(tokens)
+        samples_BS[: len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
         found = batch_of(samples_BS, config, end_of_text)
         yield found if len(tokens) == batch else _without_rows(found, len(tokens))
 

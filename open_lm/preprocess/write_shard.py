@@ -10,7 +10,8 @@ from typing import IO, cast
 import numpy as np
 
 from open_lm import storage
-from open_lm.data.shards import BLOCK, write_shard
+from open_lm.data.shards import write_shard
+from open_lm.data.tar import BLOCK
 from open_lm.preprocess.job import Job, Workplace
 from open_lm.preprocess.shuffle import SortedRuns
 

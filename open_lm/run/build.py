@@ -71,6 +71,7 @@ def build_loader_and_length(
         rank=world.rank,
         world_size=world.size,
         seed=config.train.seed,
+        on_rank0=world.on_rank0,
     )
     sample_len = kind.rows * architecture.seq_len
     steps = run_length_of(config, batch * sample_len, loader.n_sequences, sample_len)

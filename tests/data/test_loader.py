@@ -178,7 +178,7 @@ def test_a_bad_sample_stops_the_run_or_is_a_hole_that_shifts_nothing(data_set):
         for b in batches
     ]
     assert found == whole
-    assert len(tolerant.holes) == 1 and "00000001.tar" in tolerant.holes[0]["reason"]
+    assert len(tolerant.unreadable) == 1 and "00000001.tar" in tolerant.unreadable[0]["reason"]
 
 
 def test_a_manifest_that_lies_about_a_count_is_noticed(data_set):

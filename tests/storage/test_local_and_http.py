@@ -7,7 +7,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from open_lm import storage
+from open_lm import remote, storage
 from open_lm.errors import StorageError
 
 
@@ -65,7 +65,7 @@ class Silent(SimpleHTTPRequestHandler):
 
 def test_a_plain_web_server_without_ranges_is_read_to_the_end(tmp_path, monkeypatch):
     pytest.importorskip("aiohttp", reason="http:// needs aiohttp")
-    monkeypatch.setattr(storage, "_RANGE_BYTES", 1000)
+    monkeypatch.setattr(remote, "RANGE_BYTES", 1000)
     content = os.urandom(5500)
     (tmp_path / "a.bin").write_bytes(content)
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Silent, directory=str(tmp_path)))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from open_lm import storage
+from open_lm import remote, storage
 from open_lm.errors import ConfigError, StorageError
 
 pytest.importorskip("s3fs", reason="s3:// needs s3fs (pip install s3fs)")
@@ -87,11 +87,10 @@ def bucket(s3_server, monkeypatch):
         "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "1",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(storage, "_FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.01)
     fsspec.filesystem("s3").clear_instance_cache()
     s3_server.plan.clear()
-    filesystem = storage._filesystem("s3://bucket")
-    filesystem.retries = 1  # what is waited out, is waited out by us
+    filesystem = remote.filesystem("s3://bucket")
     if not filesystem.exists("s3://bucket"):
         filesystem.mkdir("s3://bucket")
     return "s3://bucket"
@@ -122,7 +121,7 @@ def test_nothing_appears_when_the_writer_fails(bucket):
 
 @pytest.mark.parametrize("fault", [503, "reset", "cut"])
 def test_faults_that_pass_are_waited_out_and_the_bytes_are_right(bucket, s3_server, fault, monkeypatch):
-    monkeypatch.setattr(storage, "_RANGE_BYTES", 100_000)
+    monkeypatch.setattr(remote, "RANGE_BYTES", 100_000)
     url = f"{bucket}/x"
     storage.write_bytes(url, CONTENT)
     with storage.open_read(url) as file:
@@ -153,7 +152,7 @@ def test_what_is_forbidden_is_not_tried_again_and_no_secret_is_shown(bucket, s3_
 
 def test_a_server_that_never_recovers_is_an_error_that_says_how_often_it_was_tried(bucket, s3_server, monkeypatch):
     storage.write_bytes(f"{bucket}/x", CONTENT)
-    monkeypatch.setattr(storage, "_TRIES", 3)
+    monkeypatch.setattr(remote, "TRIES", 3)
     s3_server.plan[:] = [503] * 50
     with pytest.raises(StorageError, match="tried 3 times"):
         storage.read_range(f"{bucket}/x", 0, 10)
@@ -167,13 +166,13 @@ def test_what_is_missing_is_said_at_once(bucket, s3_server):
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(bucket, monkeypatch):
-    monkeypatch.setattr(storage, "_RANGE_BYTES", 100_000)
+    monkeypatch.setattr(remote, "RANGE_BYTES", 100_000)
     url = f"{bucket}/x"
     storage.write_bytes(url, CONTENT)
     file = storage.open_read(url)
     file.read(10)
     storage.write_bytes(url, CONTENT[::-1])
-    with pytest.raises(StorageError, match="has changed while it was read"):
+    with pytest.raises(StorageError, match="changed during the read"):
         file.read()
 
 

@@ -1,0 +1,207 @@
+"""The training stream of several sources: which of them stands at a position, and which of its samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from open_lm.data.plan import Stream, StripedStream, StripedStreams
+
+MOST_ERROR = 0.01
+"""A source's share of the stream differs from what was asked for by less than this part of it."""
+LONGEST_PERIOD = 1 << 18
+_Q_BITS, _LOW_BITS = 32, 20
+
+
+class Samples(NamedTuple):
+    """Where samples lie: source, shard of it and place in that, int64 arrays of one length, all counted from 0."""
+
+    source: np.ndarray
+    shard: np.ndarray
+    place: np.ndarray
+
+
+class Mixture(Protocol):
+    """An endless, even interleaving of sources."""
+
+    period: int
+    shares: np.ndarray
+
+    def split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The source of each position, and the position in that source's own stream."""
+
+    def used(self, end: int) -> np.ndarray:
+        """How many of the positions below `end` each source has."""
+
+
+class Pattern:
+    """A pattern of source numbers that repeats: every batch has the same mix."""
+
+    def __init__(self, columns: np.ndarray, n_sources: int):
+        self.columns, self.period = columns, len(columns)
+        self.counts = np.bincount(columns, minlength=n_sources)
+        self.shares = self.counts / self.period
+        order = np.argsort(columns, kind="stable")
+        first = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.counts)[:-1]])
+        self._before = np.empty(self.period, np.int64)
+        self._before[order] = np.arange(self.period) - first[columns[order]]
+
+    def split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        row, column = np.divmod(positions, self.period)
+        source = self.columns[column]
+        return source, row * self.counts[source] + self._before[column]
+
+    def used(self, end: int) -> np.ndarray:
+        rows, rest = divmod(end, self.period)
+        return rows * self.counts + np.bincount(self.columns[:rest], minlength=len(self.counts))
+
+
+class SplitTree:
+    """A binary tree of sources for shares that no short pattern holds, exact to 2**-32 of each split.
+
+    At a node with part q on its left, position p goes left when p * q passes a whole number. So every source is spread
+    evenly, and is never more than the tree's depth away from its share.
+    """
+
+    period = 0
+
+    def __init__(self, weights: Sequence[float]):
+        self.shares = np.asarray(weights, np.float64) / np.sum(weights)
+        self._part: list[int] = []
+        self._children: list[tuple[int, int]] = []
+        self._root = self._node(np.argsort(self.shares, kind="stable").tolist())
+        self._parts = np.array(self._part, np.int64)
+        self._pairs = np.array(self._children, np.int64).reshape(-1, 2)
+
+    def _node(self, sources: list[int]) -> int:
+        """A leaf is -1 - source, another node its number."""
+        if len(sources) == 1:
+            return -1 - sources[0]
+        number, half = len(self._part), len(sources) // 2
+        left, right = sources[:half], sources[half:]
+        part = float(self.shares[left].sum() / (self.shares[left].sum() + self.shares[right].sum()))
+        self._part.append(min(2**_Q_BITS - 1, max(1, round(part * 2**_Q_BITS))))
+        self._children.append((0, 0))
+        self._children[number] = (self._node(left), self._node(right))
+        return number
+
+    def split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        own, node = np.array(positions, np.int64), np.full(len(positions), self._root, np.int64)
+        inner = np.arange(len(own)) if self._root >= 0 else np.zeros(0, np.int64)
+        while len(inner):
+            at, p = node[inner], own[inner]
+            part = self._parts[at]
+            before = _times(p, part)
+            left = _times(p + 1, part) > before
+            own[inner] = np.where(left, before, p - before)
+            node[inner] = self._pairs[at, np.where(left, 0, 1)]
+            inner = inner[node[inner] >= 0]
+        return -1 - node, own
+
+    def used(self, end: int) -> np.ndarray:
+        counts = np.zeros(len(self.shares), np.int64)
+        waiting = [(self._root, end)]
+        while waiting:
+            node, n = waiting.pop()
+            if node < 0:
+                counts[-1 - node] = n
+                continue
+            left = n * self._part[node] >> _Q_BITS
+            waiting += [(self._children[node][0], left), (self._children[node][1], n - left)]
+        return counts
+
+
+def _times(p: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """floor(p * part / 2**32) without overflow, for p below 2**51."""
+    high, low = p >> _LOW_BITS, p & ((1 << _LOW_BITS) - 1)
+    whole = high * part
+    rest = (whole & ((1 << (_Q_BITS - _LOW_BITS)) - 1)) << _LOW_BITS
+    return (whole >> (_Q_BITS - _LOW_BITS)) + ((rest + low * part) >> _Q_BITS)
+
+
+def make_mixture(weights: Sequence[float], row: int, period: int | None = None) -> Mixture:
+    """The shortest pattern from `row` columns up that gives every source its share, or a tree. `period`: of a run that
+    began with it."""
+    wanted = np.asarray(weights, np.float64) / np.sum(weights)
+    if period == 0:
+        return SplitTree(weights)
+    length = period or max(row, len(weights))
+    while length <= max(LONGEST_PERIOD, length if period else 0):
+        pattern = Pattern(share_columns(weights, length), len(weights))
+        if period or (np.abs(pattern.shares / wanted - 1) < MOST_ERROR).all():
+            return pattern
+        length *= 2
+    return SplitTree(weights)
+
+
+def share_columns(weights: Sequence[float], period: int) -> np.ndarray:
+    """A pattern of `period` source numbers, each source as often as its weight asks (at least once), evenly spread."""
+    wanted = np.asarray(weights, np.float64) / np.sum(weights) * period
+    counts = np.maximum(1, np.floor(wanted)).astype(np.int64)
+    while counts.sum() < period:
+        counts[np.argmax(wanted - counts)] += 1
+    while counts.sum() > period:
+        counts[np.argmax(np.where(counts > 1, counts - wanted, -np.inf))] -= 1
+    source = np.repeat(np.arange(len(counts)), counts)
+    nth = np.arange(period) - np.repeat(np.cumsum(counts) - counts, counts)
+    return source[np.lexsort((source, (nth + 0.5) / counts[source]))]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The training stream of all sources: `locate` says which samples stand at given positions."""
+
+    streams: tuple[Stream, ...]
+    mixture: Mixture = field(default_factory=lambda: Pattern(np.zeros(1, np.int64), 1))
+
+    @cached_property
+    def _striped(self) -> StripedStreams | None:
+        """All streams as one, where all are striped."""
+        striped = [stream for stream in self.streams if isinstance(stream, StripedStream)]
+        return StripedStreams(striped) if len(striped) == len(self.streams) else None
+
+    def split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The source of each position, and the position in that source's own stream."""
+        if len(self.streams) == 1:
+            return np.zeros(len(positions), np.int64), positions
+        return self.mixture.split(positions)
+
+    def reader_of(self, positions: np.ndarray, n_readers: int) -> np.ndarray:
+        """Which of `n_readers` reads each position: whole stripes where there are stripes enough."""
+        if n_readers <= 1:
+            return np.zeros(len(positions), np.int64)
+        source, own = self.split(positions)
+        n_stripes = np.array([getattr(stream, "stripes", 1) for stream in self.streams])[source]
+        if self._striped is not None:
+            stripe = self._striped.stripe_of(source, own)
+        else:
+            stripe = np.empty_like(own)
+            for s in np.unique(source).tolist():
+                stripe[source == s] = self.streams[s].stripe_of(own[source == s])
+        return np.where(n_stripes < n_readers, own, stripe + source) % n_readers
+
+    def locate(self, positions: np.ndarray) -> Samples:
+        """The samples at `positions` (int64, any order)."""
+        source, own = self.split(np.asarray(positions, np.int64))
+        if self._striped is not None:
+            return Samples(source, *self._striped.locate(source, own))
+        shard, place = (np.empty(len(own), np.int64) for _ in range(2))
+        for s in np.unique(source).tolist():
+            here = source == s
+            shard[here], place[here] = self.streams[s].locate(own[here])
+        return Samples(source, shard, place)
+
+    def length(self, n_sequences: Sequence[int]) -> int:
+        """How many positions pass before any source must repeat a sample, when source s holds `n_sequences[s]`."""
+        if len(self.streams) == 1:
+            return int(n_sequences[0])
+        held = np.asarray(n_sequences, np.int64)
+        low, high = 0, 2 * int(held.sum()) + 2
+        while low < high:  # the longest stretch that takes no more of any source than it holds
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if (self.mixture.used(middle) <= held).all() else (low, middle - 1)
+        return low

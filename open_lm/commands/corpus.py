@@ -21,6 +21,7 @@ from pathlib import Path
 from open_lm import storage, text
 from open_lm.errors import ConfigError, DataError
 from open_lm.flags import Parser, add_group, flag, read_group
+from open_lm.progress import progress
 
 STDLIB = "python"
 SUFFIXES = (".py", ".pyi", ".md", ".rst", ".txt")
@@ -137,12 +138,11 @@ def _in_packages(site_packages: str) -> Iterator[Document]:
 
 def judge(documents: Sequence[Document]) -> tuple[dict[Document, int], Counter[str]]:
     """The size in bytes of each document worth reading, and how many were rejected for which reason."""
-    from tqdm import tqdm
 
     sizes: dict[Document, int] = {}
     rejected: Counter[str] = Counter()
     seen: set[bytes] = set()
-    for document in tqdm(documents, desc="reading", unit="file", disable=None):
+    for document in progress(documents, unit="file", label="reading"):
         reason = flaw_of_name(document)
         if not reason:
             try:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from open_lm import storage, text
 from open_lm.errors import ConfigError, DataError
 from open_lm.flags import Parser, add_group, flag, read_group
+from open_lm.progress import progress
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = read_group(parser.parse_args(argv), ExportNpy)
 
     import numpy as np
-    from tqdm import tqdm
 
     from open_lm.data.flat import documents_csv
     from open_lm.data.formats import token_dtype
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shards = read_manifest(flags.input) if flags.input.endswith(".jsonl") else open_source(flags.input).shards
     storage.require_writable(flags.output_dir, "--output-dir")
     n_tokens, n_documents = 0, 0
-    for shard in tqdm(shards, unit="shard", desc="export", delay=5, disable=None):
+    for shard in progress(shards, unit="shard", label="export"):
         samples = [tokens for _, tokens in read_samples(shard.url, vocab_size=flags.vocab_size)]
         if len(samples) != shard.n_sequences:
             raise DataError(f"shard {shard.url}: {len(samples)} samples, the manifest says {shard.n_sequences}.")

@@ -11,6 +11,7 @@ from open_lm import command, storage, text
 from open_lm.data.config import DataConfig
 from open_lm.errors import ConfigError, DataError
 from open_lm.flags import Parser, add_group, flag, read_group
+from open_lm.progress import progress
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,10 @@ def verify(shards: Sequence[Any], flags: Inspect) -> int:
     """
     import zlib
 
-    from tqdm import tqdm
-
     from open_lm.data.shards import read_samples
 
     problems, n_tokens, lengths = [], 0, set()
-    for shard in tqdm(shards, unit="shard", desc="verify", delay=5, disable=None):
+    for shard in progress(shards, unit="shard", label="verify"):
         try:
             content = storage.read_bytes(shard.url)
             if shard.size_bytes not in (None, len(content)):

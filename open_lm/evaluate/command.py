@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from open_lm import storage
 from open_lm.distributed import World, start_world
@@ -21,6 +19,7 @@ from open_lm.evaluate.tasks.suite import Suite, read_suite, require_data
 from open_lm.flags import as_flags
 from open_lm.model.config import ModelFlags
 from open_lm.precision import Precision
+from open_lm.progress import progress
 
 DEFAULT_OUTPUT = "eval_results"
 
@@ -95,7 +94,7 @@ def _evaluate_one(
     )  # fmt: skip
     done = {(record.key, record.identity): _same(record, kept, eval_model) for run in kept for record in run.records}
     total = sum(runner.n_questions(key) for key in runner.keys)
-    bar = tqdm(total=total, unit="question", file=sys.stderr, disable=not world.is_master, dynamic_ncols=True)
+    bar = progress(total=total, unit="question", shown=world.is_master, delay_seconds=0)
     with bar:
         for key in runner.keys:
             bar.set_description(f"{eval_model.about.name}: {key}")

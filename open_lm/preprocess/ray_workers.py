@@ -14,10 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from tqdm import tqdm
-
 from open_lm.errors import ConfigError, DataError, OpenLMError
 from open_lm.preprocess.workers import Task
+from open_lm.progress import progress
 
 _ROOT = str(Path(__file__).resolve().parents[2])
 _TIMES_STARTED_AGAIN = 5
@@ -60,7 +59,7 @@ class RayTasks:
         start = self._starter()
         waiting: list[Task] = list(reversed(tasks))
         running: list[Any] = []
-        bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc=label, delay=5, mininterval=0.5, disable=None)
+        bar = progress(total=total_bytes, unit="B", label=label)
         with bar:
             try:
                 while waiting or running:

@@ -12,9 +12,8 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
 
-from tqdm import tqdm
-
 from open_lm.errors import DataError
+from open_lm.progress import Progress, progress
 
 Task = Callable[[], Iterator[int]]
 """A picklable piece of work that yields its progress in bytes."""
@@ -37,7 +36,7 @@ def run_tasks(tasks: Sequence[Task], n_workers: int, *, label: str, total_bytes:
     Raises:
         DataError: a worker was killed, for example for want of memory.
     """
-    bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc=label, delay=5, mininterval=0.5, disable=None)
+    bar = progress(total=total_bytes, unit="B", label=label)
     with bar:
         if n_workers <= 1 or len(tasks) <= 1:
             for task in tasks:
@@ -47,7 +46,7 @@ def run_tasks(tasks: Sequence[Task], n_workers: int, *, label: str, total_bytes:
         _run_in_processes(tasks, min(n_workers, len(tasks)), bar, label)
 
 
-def _run_in_processes(tasks: Sequence[Task], n_workers: int, bar: tqdm, label: str) -> None:
+def _run_in_processes(tasks: Sequence[Task], n_workers: int, bar: Progress, label: str) -> None:
     context = multiprocessing.get_context("spawn")  # a fork would copy the tokenizer's threads in an unknown state
     progress = context.Value("q", 0)
     pool = ProcessPoolExecutor(n_workers, mp_context=context, initializer=_start, initargs=(progress, os.getpid()))

@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from open_lm import text
 from open_lm.distributed import World
 from open_lm.errors import TrainingDiverged
 from open_lm.evaluate.validation import HeldOut
+from open_lm.progress import Progress, progress
 from open_lm.run.watchdog import LEEWAY, Watchdog
 from open_lm.tracking.devices import peak_flops
 from open_lm.tracking.meter import Meter, peak_memory_gib
@@ -47,12 +47,10 @@ class Recorder:
         self._sinks = sinks
         self._watchdog = watchdog
         self._meter = Meter(world, state.run_length.tokens_per_step, flops_per_token, _peak(world, peak_tflops))
-        self._bar: tqdm | None = None
+        self._bar: Progress | None = None
         self._total_steps = state.run_length.last_step
         if world.is_master and os.isatty(2) and state.step < self._total_steps:
-            self._bar = tqdm(
-                total=self._total_steps, initial=state.step, unit="step", dynamic_ncols=True, smoothing=0.05
-            )
+            self._bar = progress(total=self._total_steps, done=state.step, unit="step", delay_seconds=0)
 
     def add(self, report: StepReport, timing: Timing) -> None:
         """Count one step, without waiting for its figures; `timing` has been running since the last `write`."""

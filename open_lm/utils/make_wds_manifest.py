@@ -15,6 +15,7 @@ from open_lm import command, storage  # noqa: E402
 from open_lm.data.config import SAMPLE_FORMATS  # noqa: E402
 from open_lm.errors import ConfigError, DataError, StorageError  # noqa: E402
 from open_lm.flags import Parser, add_group, flag, read_group  # noqa: E402
+from open_lm.progress import progress  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,9 @@ def main(argv: Sequence[str] | None = None) -> str:
 def _read_all(urls: Sequence[str], flags: MakeManifest) -> tuple[list[dict[str, Any]], list[str]]:
     from concurrent.futures import ThreadPoolExecutor
 
-    from tqdm import tqdm
-
     with ThreadPoolExecutor(flags.num_workers) as pool:
         results = pool.map(lambda url: _row_or_problem(url, flags), urls)
-        done = list(tqdm(results, total=len(urls), unit="shard", desc="read shards", delay=5, disable=None))
+        done = list(progress(results, total=len(urls), unit="shard", label="read shards"))
     return [row for row in done if isinstance(row, dict)], [row for row in done if isinstance(row, str)]
 
 

@@ -20,7 +20,7 @@ ALSO = {"ModelFlags": ("ModelConfig", "HFConfig", "MambaConfig")}
 """Groups whose fields become fields of other classes under the same names."""
 WARNED = ("moe_weight_parallelism", "moe_expert_model_parallelism", "remote_sync_protocol")
 """Of the old system, without meaning here: declaring groups say so when they are given."""
-PLANTED = '    name: str = flag("", "Planted by a test: read by nothing, though other groups have a flag of this name.")\n'
+PLANTED = '    name: str = flag("", "Planted: read by nothing, though another group has a flag of this name.")\n'
 
 
 @pytest.fixture(scope="module")

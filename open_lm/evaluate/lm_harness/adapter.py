@@ -13,7 +13,6 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 from open_lm.distributed import World
 from open_lm.errors import ConfigError
@@ -24,6 +23,7 @@ from open_lm.evaluate.engine.icl import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
 from open_lm.evaluate.engine.scoring import Scorer
 from open_lm.evaluate.eval_model import EvalModel, load_eval_model
 from open_lm.precision import Precision
+from open_lm.progress import progress
 
 Pair = tuple[Sequence[int], Sequence[int]]
 
@@ -94,7 +94,7 @@ class OpenLMHarness(TemplateLM):
         """The greedy continuation of each context up to the first of its stop texts."""
         texts = {}
         writer = Writer(self.scorer, self.encoder, World(device=self._device))
-        for number, request in enumerate(tqdm(requests, disable=disable_tqdm)):
+        for number, request in enumerate(progress(requests, unit="request", shown=not disable_tqdm)):
             context, settings = request.args
             asked = normalize_gen_kwargs(dict(settings), 256)
             if asked["do_sample"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from open_lm.generate.prompts import check_prompt
 from open_lm.generate.stream import Stream
 from open_lm.generate.text import Text
 from open_lm.serve.refused import Refused
-from open_lm.serve.service import Service, Ticket
+from open_lm.serve.service import Events, Service, Ticket
 
 
 @dataclass(frozen=True)
@@ -50,24 +51,35 @@ class Served:
         ids = self.tokenizer.encode_prompt(text) if special else self.tokenizer.encode(text)
         return ids or [self.tokenizer.eot_id]
 
-    def ticket(self, prompt: Sequence[int], asked: Asked, copy: int = 0) -> Ticket:
+    def tickets(self, prompts: Sequence[Sequence[int]], asked: Sequence[Asked], n: int = 1) -> list[Ticket]:
+        """`n` texts to be written after each prompt, as its `asked` says.
+
+        Raises:
+            Refused: the model cannot read a prompt.
+        """
+        events: Events = asyncio.Queue()
+        jobs = [(prompt, one, copy) for prompt, one in zip(prompts, asked, strict=True) for copy in range(n)]
+        return [self._ticket(prompt, one, copy, events, index) for index, (prompt, one, copy) in enumerate(jobs)]
+
+    def _ticket(self, prompt: Sequence[int], asked: Asked, copy: int, events: Events, index: int) -> Ticket:
         """One text to be written.
 
         Raises:
             Refused: the model cannot read the prompt.
         """
         wanted = asked.max_tokens
-        context = self.context + 1 if wanted == 0 else self.context
+        context = self.context + 2 if wanted == 0 else self.context  # where nothing is written, all may be prompt
         try:
             check_prompt(prompt, self.service.model.config.vocab_size, context, "prompt")
         except ConfigError as error:
             code = "context_length_exceeded" if len(prompt) >= context else None
             raise Refused(400, str(error), "prompt", code) from None
-        room = self.context - len(prompt)
+        room = max(0, self.context - len(prompt))
         n_new = room if wanted is None else min(wanted, room)
         stop_ids = {self.tokenizer.eot_id, *asked.stop_ids}
         text = Text(prompt, asked.config, n_new, stop_ids, None, copy, asked.n_top, asked.score_from)
-        return Ticket(text, Stream(self.tokenizer, asked.stops, before=prompt), is_streamed=asked.is_streamed)
+        stream = Stream(self.tokenizer, asked.stops, before=prompt)
+        return Ticket(text, stream, events, index, is_streamed=asked.is_streamed)
 
     def chat_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """The ids that the assistant's answer to `messages` follows.

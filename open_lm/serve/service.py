@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -32,11 +32,12 @@ class Progress:
 
 
 class Ticket:
-    """One text of a request: given to the engine, followed on the event loop through `events`."""
+    """Text number `index` of a request: written by the engine, followed on the event loop through `events`, a queue
+    that the texts of a request share."""
 
-    def __init__(self, text: Text, stream: Stream, *, is_streamed: bool):
-        self.text, self.stream, self.is_streamed = text, stream, is_streamed
-        self.events: asyncio.Queue[Progress] = asyncio.Queue()
+    def __init__(self, text: Text, stream: Stream, events: Events, index: int, *, is_streamed: bool):
+        self.text, self.stream, self.events, self.index = text, stream, events, index
+        self.is_streamed = is_streamed
         self.asked, self.first_token = time.monotonic(), math.nan
         self._n_shown = self._n_scores = 0
         if is_streamed or stream.has_stops:
@@ -54,6 +55,9 @@ class Ticket:
         scores = tuple(self.text.scores[self._n_scores :])
         self._n_shown, self._n_scores = self.stream.n_certain, len(self.text.scores)
         return Progress(piece, scores, self.text.finish) if piece or scores or self.text.finish else None
+
+
+Events: TypeAlias = "asyncio.Queue[tuple[Ticket, Progress]]"
 
 
 class Service:
@@ -84,6 +88,15 @@ class Service:
         self._inbox.put(None)
         self._thread.join(timeout=30)
 
+    def check(self) -> None:
+        """See that the engine's thread is at work.
+
+        Raises:
+            Refused: it is not.
+        """
+        if not self.alive or not self._thread.is_alive():
+            raise Refused(503, f"{self.name} is not served any more.")
+
     def submit(self, tickets: Sequence[Ticket]) -> None:
         """Let texts wait for their turn.
 
@@ -96,16 +109,15 @@ class Service:
         if self._n_open + len(tickets) > room:
             wait = max(1, math.ceil(self._seconds * (self._n_open - self.n_slots + 1) / self.n_slots))
             raise Refused(429, "The server is busy: too many texts wait. Try again later.", retry_after=str(wait))
-        if not self.alive:
-            raise Refused(503, "The server is shutting down.")
+        self.check()
         self._n_open += len(tickets)
         for ticket in tickets:
             self._inbox.put(ticket)
 
     def cancel(self, tickets: Sequence[Ticket]) -> None:
-        """Stop writing texts that nobody waits for."""
+        """Stop writing texts that nobody waits for; those that have ended are left as they are."""
         for ticket in tickets:
-            ticket.text.cancelled = True
+            ticket.text.cancelled = ticket.text.finish is None
 
     def _work(self) -> None:
         with torch.inference_mode(), quick(self.model):
@@ -153,7 +165,7 @@ class Service:
 
     def _deliver(self, news: Sequence[tuple[Ticket, Progress]]) -> None:
         for ticket, progress in news:
-            ticket.events.put_nowait(progress)
+            ticket.events.put_nowait((ticket, progress))
             if progress.finish is not None:
                 self._n_open -= 1
                 self._count(ticket, progress.finish)

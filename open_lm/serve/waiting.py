@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -16,73 +15,54 @@ class ClientGone(Exception):
     """Nobody reads the answer any more."""
 
 
-@contextlib.contextmanager
-def submitted(service: Service, tickets: Sequence[Ticket]) -> Any:
-    """Texts at work until the block ends; what is unfinished then is cancelled."""
-    service.submit(tickets)
-    try:
-        yield
-    finally:
-        service.cancel([ticket for ticket in tickets if ticket.text.finish is None])
-
-
 async def until_written(request: Any, service: Service, tickets: Sequence[Ticket], seconds: float) -> None:
-    """Wait until every text has ended.
+    """Let `service` write every text and wait for the last; texts that are unfinished on an error are cancelled.
 
     Raises:
         ClientGone: the client has left.
-        Refused: time is up, or the engine failed.
+        Refused: the queue is full, time is up, or the engine failed.
     """
-    with submitted(service, tickets):
-        work = asyncio.ensure_future(_all_written(tickets))
-        gone = asyncio.ensure_future(_client_leaves(request))
-        try:
-            await asyncio.wait({work, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                work.result()
-            elif gone.done():
-                raise ClientGone
-            else:
-                raise too_long(seconds)
-        finally:
-            work.cancel()
-            gone.cancel()
+    service.submit(tickets)
+    work = asyncio.ensure_future(_all_written(service, tickets, seconds))
+    gone = asyncio.ensure_future(_client_leaves(request))
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientGone
+        work.result()
+    finally:
+        work.cancel()
+        gone.cancel()
+        service.cancel(tickets)
 
 
-async def pieces(service: Service, ticket: Ticket, deadline: float, seconds: float) -> AsyncIterator[Progress]:
-    """What comes to one text, until it has ended.
+async def progress_of(service: Service, tickets: Sequence[Ticket], seconds: float) -> AsyncIterator[tuple[Ticket, Progress]]:
+    """What comes to texts that have been submitted, until all have ended; whoever stops listening cancels them.
 
     Raises:
         Refused: time is up, or the engine failed.
     """
-    while True:
-        try:
-            progress = await asyncio.wait_for(ticket.events.get(), deadline - time.monotonic())
-        except asyncio.TimeoutError:
-            raise too_long(seconds) from None
-        _check(progress)
-        yield progress
-        if progress.finish is not None:
-            return
+    events, n_open = tickets[0].events, len(tickets)
+    deadline = time.monotonic() + seconds
+    try:
+        while n_open:
+            try:
+                ticket, progress = await asyncio.wait_for(events.get(), deadline - time.monotonic())
+            except asyncio.TimeoutError:
+                raise Refused(
+                    504, f"The request took longer than {seconds:g} seconds: ask for fewer tokens.", code="timeout"
+                ) from None
+            if progress.finish in ("error", "cancelled"):
+                raise Refused(500, "The model failed on this request; the server's log says why.")
+            n_open -= progress.finish is not None
+            yield ticket, progress
+    finally:
+        service.cancel(tickets)
 
 
-def too_long(seconds: float) -> Refused:
-    """The error of a request that takes too long."""
-    return Refused(504, f"The request took longer than {seconds:g} seconds: ask for fewer tokens.", code="timeout")
-
-
-async def _all_written(tickets: Sequence[Ticket]) -> None:
-    for ticket in tickets:
-        while True:
-            progress = await ticket.events.get()
-            _check(progress)
-            if progress.finish is not None:
-                break
-
-
-def _check(progress: Progress) -> None:
-    if progress.finish in ("error", "cancelled"):
-        raise Refused(500, "The model failed on this request; the server's log says why.")
+async def _all_written(service: Service, tickets: Sequence[Ticket], seconds: float) -> None:
+    async for _ in progress_of(service, tickets, seconds):
+        pass
 
 
 async def _client_leaves(request: Any) -> None:

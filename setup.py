@@ -15,6 +15,7 @@ def requirements(name: str) -> list[str]:
 
 EXTRAS = {
     "eval": requirements("requirements-eval.txt"),  # LLM Foundry itself comes with `make install-eval`
+    "serve": requirements("requirements-serve.txt"),
     "wandb": ["wandb==0.31.0"],
     "ray": ["ray[default]==2.60.0"],
     "parquet": ["pyarrow==26.0.1"],  # for data sets of the Hub

@@ -49,7 +49,7 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """The ids of a text to be continued: with what the tokenizer puts before a text (BOS), without what comes after."""
+        """The ids of a text to be continued: with what the tokenizer puts before it (BOS), none after it."""
         plain = self.encode(text)
         whole = self._backend.encode(text, add_special_tokens=True).ids
         n_before = next((k for k in range(len(whole) - len(plain) + 1) if whole[k : k + len(plain)] == plain), 0)

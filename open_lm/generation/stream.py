@@ -1,4 +1,4 @@
-"""Text that appears while it is written: tokens become pieces of text that are final, and stop strings end it."""
+"""Streaming of generated text: whole characters only, nothing after a stop string."""
 
 from __future__ import annotations
 

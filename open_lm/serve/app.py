@@ -88,6 +88,8 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> Response:
+        if isinstance(error.__cause__, Refused):  # raised while the body was read
+            return _json(error.__cause__)
         return _json(Refused(error.status_code, f"{error.detail}: {request.method} {request.url.path[:200]}"))
 
     @app.exception_handler(ClientGone)
@@ -105,7 +107,7 @@ def _refusal_of(error: RequestValidationError) -> Refused:
     """What is wrong with a body: the first fault, with the field it is in."""
     found = error.errors()[0]
     where = [str(part) for part in found["loc"] if part != "body"]
-    fields = [part for part in where if part.isdigit() or part.replace("_", "").isalpha() and part == part.lower()]
+    fields = [part for part in where if part.isdigit() or (part.replace("_", "").isalpha() and part == part.lower())]
     message = found["msg"].removeprefix("Value error, ")
     if found["type"] == "json_invalid":
         return Refused(400, f"The body is not JSON: {found.get('ctx', {}).get('error', message)}.")

@@ -15,9 +15,10 @@ class ServeConfig:
     """Server"""
 
     checkpoint: tuple[str, ...] = flag(
-        (), "Run folders (their newest checkpoint), weights files, folders of transformers, or hf://owner/name; each is "
+        (),
+        "Run folders (their newest checkpoint), weights files, folders of transformers, or hf://owner/name; each is "
         "served under the last part of its name.",
-    )  # fmt: skip
+    )
     tokenizer: str | None = flag(
         None, "Hub id, local folder or tokenizer.json. None: the one each checkpoint names, if it names one."
     )

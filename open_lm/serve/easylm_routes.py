@@ -11,7 +11,7 @@ from fastapi.responses import PlainTextResponse
 from open_lm.serve.openai_routes import encoded
 from open_lm.serve.refused import Refused
 from open_lm.serve.schemas import EasyBody, EasyChatBody
-from open_lm.serve.served import Asked, Served, config_of
+from open_lm.serve.served import EncodedPrompt, Served, config_of
 from open_lm.serve.service import Ticket
 from open_lm.serve.state import state_of
 from open_lm.serve.waiting import until_written
@@ -69,7 +69,7 @@ async def generate(body: EasyBody, request: Request) -> Any:
     served = state_of(request).first
     prefixes = _given(body.prefix_text, "prefix_text")
     temperature = 1.0 if body.temperature is None else body.temperature
-    asked = [Asked(config_of(temperature=temperature))] * len(prefixes)
+    asked = [EncodedPrompt(config_of(temperature=temperature))] * len(prefixes)
     return {
         "prefix_text": prefixes,
         "output_text": await _written(request, served, prefixes, asked),
@@ -84,7 +84,7 @@ async def greedy_until(body: EasyBody, request: Request) -> Any:
     prefixes, until = _given(body.prefix_text, "prefix_text"), _given(body.until, "until")
     if len(prefixes) != len(until):
         raise Refused(400, f"{len(prefixes)} prefix_text and {len(until)} until: give one each.", "until")
-    asked = [Asked(GREEDY, stops=(one,) if isinstance(one, str) else tuple(one)) for one in until]
+    asked = [EncodedPrompt(GREEDY, stops=(one,) if isinstance(one, str) else tuple(one)) for one in until]
     texts = await _written(request, served, prefixes, asked)
     return {"prefix_text": prefixes, "until": until, "output_text": texts}
 
@@ -101,7 +101,7 @@ async def chat(body: EasyChatBody, request: Request) -> Any:
         asked_text = asked_text[len(begin) :]
     context = body.context + asked_text
     end_ids, end_strings = served.turn_end
-    asked = Asked(config_of(temperature=temperature), None, end_strings, end_ids)
+    asked = EncodedPrompt(config_of(temperature=temperature), None, end_strings, end_ids)
     tickets = served.tickets([await encoded(served, context, special=False)], [asked])
     state.log_prompts(served, tickets)
     await until_written(request, served.service, tickets, state.config.max_seconds)
@@ -125,7 +125,9 @@ def _fitted(served: Served, before: Sequence[int], after: Sequence[int]) -> tupl
     """A prefix and a text, the beginning of the prefix cut off where both are too long together."""
     room = served.context + 1 - len(after)  # the last token is only predicted
     if room < 1:
-        raise Refused(400, f"a text of {len(after)} tokens in a context of {served.context}: use a shorter one.", "text")
+        raise Refused(
+            400, f"a text of {len(after)} tokens in a context of {served.context}: use a shorter one.", "text"
+        )
     return list(before[-room:]), list(after)
 
 
@@ -150,7 +152,7 @@ async def _sums(
     """Log-likelihood of each second part after the first, and whether greedy decoding writes it."""
     scored = [index for index, (_, after) in enumerate(pairs) if after]
     prompts = [[*pairs[index][0], *pairs[index][1]] for index in scored]
-    asked = [Asked(GREEDY, max_tokens=0, score_from=len(pairs[index][0])) for index in scored]
+    asked = [EncodedPrompt(GREEDY, max_tokens=0, score_from=len(pairs[index][0])) for index in scored]
     tickets = served.tickets(prompts, asked)
     if tickets:
         await until_written(request, served.service, tickets, state_of(request).config.max_seconds)
@@ -163,7 +165,9 @@ def _sum(ticket: Ticket) -> tuple[float, bool]:
     return sum(score.log_probability for score in scores), all(score.is_greedy for score in scores)
 
 
-async def _written(request: Request, served: Served, prefixes: Sequence[str], asked: Sequence[Asked]) -> list[str]:
+async def _written(
+    request: Request, served: Served, prefixes: Sequence[str], asked: Sequence[EncodedPrompt]
+) -> list[str]:
     state = state_of(request)
     tickets = served.tickets([await encoded(served, prefix) for prefix in prefixes], asked)
     state.log_prompts(served, tickets)

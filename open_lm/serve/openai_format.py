@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from open_lm.generate.text import TokenScore
+from open_lm.generation.text import TokenScore
 from open_lm.serve.service import Ticket
-
-Decode = Callable[[Sequence[int]], str]
+from open_lm.serve.token_texts import TokenTexts
 
 
 def usage(tickets: Sequence[Ticket], n: int) -> dict[str, Any]:
@@ -25,38 +24,37 @@ def usage(tickets: Sequence[Ticket], n: int) -> dict[str, Any]:
 
 
 def completion_logprobs(
-    scores: Sequence[TokenScore | None], tokens: Sequence[int], decode: Decode, offset: int = 0
+    scores: Sequence[TokenScore | None], tokens: Sequence[int], texts_of: TokenTexts, offset: int = 0
 ) -> dict[str, Any]:
     """`logprobs` of /v1/completions; a token without a score (the first of all) has null.
 
-    `top_logprobs` holds the token itself, too; of tokens that decode alike the likeliest stays.
+    `top_logprobs` holds the token itself, too.
     """
-    texts = [decode([token]) for token in tokens]
     offsets = []
-    for text in texts:
+    for token in tokens:
         offsets.append(offset)
-        offset += len(text)
+        offset += texts_of.n_characters(token)
     return {
-        "tokens": texts,
+        "tokens": [texts_of.of(token)[0] for token in tokens],
         "token_logprobs": [None if score is None else score.log_probability for score in scores],
-        "top_logprobs": [None if score is None else _by_text(score, decode) for score in scores],
+        "top_logprobs": [None if score is None else _by_text(score, texts_of) for score in scores],
         "text_offset": offsets,
     }
 
 
-def _by_text(score: TokenScore, decode: Decode) -> dict[str, float]:
+def _by_text(score: TokenScore, texts_of: TokenTexts) -> dict[str, float]:
     found: dict[str, float] = {}
     for token, p in (*score.top, (score.token, score.log_probability)):
-        found.setdefault(decode([token]), p)
+        found.setdefault(texts_of.of(token)[0], p)  # of tokens with one text the likeliest stays
     return found
 
 
-def chat_logprobs(scores: Sequence[TokenScore], decode: Decode) -> dict[str, Any]:
+def chat_logprobs(scores: Sequence[TokenScore], texts_of: TokenTexts) -> dict[str, Any]:
     """`logprobs` of /v1/chat/completions."""
 
     def entry(token: int, p: float) -> dict[str, Any]:
-        text = decode([token])
-        return {"token": text, "logprob": p, "bytes": None if "\ufffd" in text else list(text.encode())}
+        text, its_bytes = texts_of.of(token)
+        return {"token": text, "logprob": p, "bytes": its_bytes}
 
     return {
         "content": [

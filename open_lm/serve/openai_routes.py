@@ -15,7 +15,7 @@ from fastapi.responses import StreamingResponse
 from open_lm.serve.openai_format import chat_logprobs, completion_logprobs, usage
 from open_lm.serve.refused import Refused
 from open_lm.serve.schemas import ChatBody, CompletionBody, SamplingBody
-from open_lm.serve.served import Asked, Served, config_of
+from open_lm.serve.served import EncodedPrompt, Served, config_of
 from open_lm.serve.service import Progress, Ticket
 from open_lm.serve.state import State, state_of
 from open_lm.serve.waiting import progress_of, until_written
@@ -81,7 +81,7 @@ def _asked(
     score_from: int | None,
     stop_ids: Sequence[int] = (),
     stops: Sequence[str] = (),
-) -> Asked:
+) -> EncodedPrompt:
     config = config_of(
         temperature=body.temperature,
         top_p=body.top_p,
@@ -90,7 +90,7 @@ def _asked(
         repetition_penalty=body.repetition_penalty,
         seed=body.seed,
     )
-    return Asked(
+    return EncodedPrompt(
         config, max_tokens, (*body.stops, *stops), tuple(stop_ids), n_top, score_from, is_streamed=bool(body.stream)
     )
 
@@ -111,7 +111,7 @@ class _Completions:
     id_prefix = "cmpl-"
 
     def __init__(self, served: Served, body: CompletionBody):
-        self.decode, self.body = served.tokenizer.decode, body
+        self.decode, self.texts_of, self.body = served.tokenizer.decode, served.token_texts, body
         self.prompts = body.prompts
 
     def _prompt_text(self, ticket: Ticket) -> str:
@@ -126,7 +126,7 @@ class _Completions:
         tokens, scores = list(text.tokens), list(text.scores)
         if self.body.echo:
             tokens, scores = [*text.prompt, *tokens], [None, *text.prompt_scores, *scores]  # type: ignore[list-item]
-        return {**found, "logprobs": completion_logprobs(scores, tokens, self.decode)}
+        return {**found, "logprobs": completion_logprobs(scores, tokens, self.texts_of)}
 
     def first(self, ticket: Ticket) -> dict[str, Any] | None:
         if not self.body.echo:
@@ -137,7 +137,7 @@ class _Completions:
         logprobs = None
         if self.body.logprobs is not None:
             scores = progress.scores
-            logprobs = completion_logprobs(scores, [score.token for score in scores], self.decode)
+            logprobs = completion_logprobs(scores, [score.token for score in scores], self.texts_of)
         return {
             "index": ticket.index,
             "text": progress.piece,
@@ -152,10 +152,10 @@ class _Chat:
     object_name, streamed_name, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
 
     def __init__(self, served: Served):
-        self.decode = served.tokenizer.decode
+        self.texts_of = served.token_texts
 
     def _logprobs(self, ticket: Ticket, scores: Sequence[Any]) -> dict[str, Any] | None:
-        return None if ticket.text.n_top is None else chat_logprobs(scores, self.decode)
+        return None if ticket.text.n_top is None else chat_logprobs(scores, self.texts_of)
 
     def whole(self, ticket: Ticket) -> dict[str, Any]:
         message = {"role": "assistant", "content": ticket.stream.text, "refusal": None}
@@ -213,5 +213,3 @@ async def _parts(
 
 def _event(value: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(value) + b"\n\n"
-
-

@@ -8,7 +8,9 @@ from typing import Any
 class Refused(Exception):
     """An expected error of a request; `parameter` names the field at fault."""
 
-    def __init__(self, status: int, message: str, parameter: str | None = None, code: str | None = None, **headers: str):
+    def __init__(
+        self, status: int, message: str, parameter: str | None = None, code: str | None = None, **headers: str
+    ):
         super().__init__(message)
         self.status, self.message, self.parameter, self.code = status, message, parameter, code
         self.headers = {name.replace("_", "-").title(): value for name, value in headers.items()}

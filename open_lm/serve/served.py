@@ -10,16 +10,17 @@ from functools import cached_property
 from typing import Any
 
 from open_lm.errors import ConfigError
-from open_lm.generate.config import GenerateConfig
-from open_lm.generate.prompts import check_prompt
-from open_lm.generate.stream import Stream
-from open_lm.generate.text import Text
+from open_lm.generation.config import GenerateConfig
+from open_lm.generation.prompts import check_prompt
+from open_lm.generation.stream import Stream
+from open_lm.generation.text import Text
 from open_lm.serve.refused import Refused
 from open_lm.serve.service import Events, Service, Ticket
+from open_lm.serve.token_texts import TokenTexts
 
 
 @dataclass(frozen=True)
-class Asked:
+class EncodedPrompt:
     """Settings of the texts of one request."""
 
     config: GenerateConfig
@@ -47,11 +48,16 @@ class Served:
         return self.service.max_len
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """The ids of a prompt, with the special tokens that the tokenizer puts before a text; an empty one starts it."""
+        """The ids of a prompt, with what the tokenizer puts before it (BOS); an empty one starts a text."""
         ids = self.tokenizer.encode_prompt(text) if special else self.tokenizer.encode(text)
         return ids or [self.tokenizer.eot_id]
 
-    def tickets(self, prompts: Sequence[Sequence[int]], asked: Sequence[Asked], n: int = 1) -> list[Ticket]:
+    @cached_property
+    def token_texts(self) -> TokenTexts:
+        """Single tokens as clients see them."""
+        return TokenTexts(self.tokenizer)
+
+    def tickets(self, prompts: Sequence[Sequence[int]], asked: Sequence[EncodedPrompt], n: int = 1) -> list[Ticket]:
         """`n` texts to be written after each prompt, as its `asked` says.
 
         Raises:
@@ -61,7 +67,7 @@ class Served:
         jobs = [(prompt, one, copy) for prompt, one in zip(prompts, asked, strict=True) for copy in range(n)]
         return [self._ticket(prompt, one, copy, events, index) for index, (prompt, one, copy) in enumerate(jobs)]
 
-    def _ticket(self, prompt: Sequence[int], asked: Asked, copy: int, events: Events, index: int) -> Ticket:
+    def _ticket(self, prompt: Sequence[int], asked: EncodedPrompt, copy: int, events: Events, index: int) -> Ticket:
         """One text to be written.
 
         Raises:
@@ -121,7 +127,7 @@ def config_of(
     repetition_penalty: float | None = None,
     seed: int | None = None,
 ) -> GenerateConfig:
-    """The settings of a request; what it leaves out is as with OpenAI: temperature 1, the whole vocabulary, any seed."""
+    """The settings of a request; what it leaves out is as with OpenAI: temperature 1, all tokens, any seed."""
     return GenerateConfig(
         temperature=1.0 if temperature is None else temperature,
         top_p=1.0 if top_p is None else top_p,

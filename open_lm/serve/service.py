@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import queue
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
-from open_lm.generate.engine import Engine
-from open_lm.generate.quick import quick
-from open_lm.generate.stream import Stream
-from open_lm.generate.text import Text, TokenScore
+from open_lm.generation.cpu_decode import quick
+from open_lm.generation.engine import Engine
+from open_lm.generation.stream import Stream
+from open_lm.generation.text import Text, TokenScore
 from open_lm.serve.metrics import Metrics
 from open_lm.serve.refused import Refused
 
@@ -105,7 +107,9 @@ class Service:
         """
         room = self.n_slots + self.max_queue
         if len(tickets) > room:
-            raise Refused(400, f"{len(tickets)} texts in one request; this server takes {room} at once. Send fewer.", "n")
+            raise Refused(
+                400, f"{len(tickets)} texts in one request; this server takes {room} at once. Send fewer.", "n"
+            )
         if self._n_open + len(tickets) > room:
             wait = max(1, math.ceil(self._seconds * (self._n_open - self.n_slots + 1) / self.n_slots))
             raise Refused(429, "The server is busy: too many texts wait. Try again later.", retry_after=str(wait))
@@ -181,3 +185,28 @@ class Service:
             self.metrics.observe("openlm_text_seconds", seconds, model=model)
         if not math.isnan(ticket.first_token):
             self.metrics.observe("openlm_first_token_seconds", ticket.first_token - ticket.asked, model=model)
+
+
+def _free_memory() -> int:
+    """Bytes of memory that may still be taken, caches of files included where the system tells."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def slots_that_fit(model: Any, wanted: int) -> int:
+    """`wanted`, or as many slots as fit half of the memory that is free where the model is."""
+    config, weight = model.config, next(model.parameters())
+    if not hasattr(config, "kv_heads"):  # a Mamba's state is small; other caches grow as they are used
+        return wanted
+    size = 2 * config.n_layers * config.seq_len * config.kv_heads * config.head_dim * weight.element_size()
+    if weight.is_cuda:
+        free = torch.cuda.mem_get_info(weight.device)[0]
+    else:
+        free = _free_memory()
+    n_slots = max(1, min(wanted, free // 2 // size))
+    if n_slots < wanted:
+        logging.warning("--slots %d: %d fit half of the free memory (%.1f GB)", wanted, n_slots, free / 1e9)
+    return n_slots

@@ -36,7 +36,9 @@ async def until_written(request: Any, service: Service, tickets: Sequence[Ticket
         service.cancel(tickets)
 
 
-async def progress_of(service: Service, tickets: Sequence[Ticket], seconds: float) -> AsyncIterator[tuple[Ticket, Progress]]:
+async def progress_of(
+    service: Service, tickets: Sequence[Ticket], seconds: float
+) -> AsyncIterator[tuple[Ticket, Progress]]:
     """What comes to texts that have been submitted, until all have ended; whoever stops listening cancels them.
 
     Raises:

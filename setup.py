@@ -31,7 +31,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_namespace_packages(include=["open_lm", "open_lm.*"]),
-    package_data={"open_lm.model": ["configs/*.json"], "open_lm.kernels": ["cpu/*"]},
+    package_data={"open_lm.model": ["configs/*.json"], "open_lm.kernels": ["cpu/*"], "open_lm.serve": ["page/*"]},
     install_requires=requirements("requirements.txt"),
     extras_require={**EXTRAS, "all": sorted({package for extra in EXTRAS.values() for package in extra})},
 )

@@ -15,6 +15,7 @@ def requirements(name: str) -> list[str]:
 
 EXTRAS = {
     "eval": requirements("requirements-eval.txt"),  # LLM Foundry itself comes with `make install-eval`
+    "serve": requirements("requirements-serve.txt"),
     "wandb": ["wandb==0.31.0"],
     "ray": ["ray[default]==2.60.0"],
     "parquet": ["pyarrow==26.0.1"],  # for data sets of the Hub
@@ -30,7 +31,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_namespace_packages(include=["open_lm", "open_lm.*"]),
-    package_data={"open_lm.model": ["configs/*.json"], "open_lm.kernels": ["cpu/*"]},
+    package_data={"open_lm.model": ["configs/*.json"], "open_lm.kernels": ["cpu/*"], "open_lm.serve": ["page/*"]},
     install_requires=requirements("requirements.txt"),
     extras_require={**EXTRAS, "all": sorted({package for extra in EXTRAS.values() for package in extra})},
 )

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import replace
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from open_lm.checkpoint.read import architecture_named, read_checkpoint
-from open_lm.checkpoint.resolve import weights_file
+from open_lm.checkpoint.resolve import is_transformers_folder, local_source, weights_file
 from open_lm.errors import CheckpointError, ConfigError
 from open_lm.model import create_model
 from open_lm.model.config import ModelConfig, ModelFlags
@@ -19,7 +20,7 @@ from open_lm.model.transformer import Transformer
 from open_lm.weights.file import clean_state_dict, named_weights
 from open_lm.weights.openlm_names import has_megablocks
 
-__all__ = ["build", "load_model", "stored_facts", "weights_file"]
+__all__ = ["build", "load_model", "stored_facts", "stored_tokenizer", "weights_file"]
 
 
 def load_model(
@@ -47,6 +48,21 @@ def stored_facts(path: str | PathLike[str]) -> dict[str, Any]:
     """All that the checkpoint at `path` says beside its weights: step, tokens, config, metrics; {} if nothing."""
     content = read_checkpoint(fspath(path))
     return {name: value for name, value in content.items() if name != "state_dict"} if "state_dict" in content else {}
+
+
+def stored_tokenizer(path: str) -> str:
+    """The tokenizer that the checkpoint at `path` says it was trained with, or lies beside.
+
+    Raises:
+        CheckpointError: it does not say.
+    """
+    source = local_source(path)
+    if is_transformers_folder(source) and (Path(source) / "tokenizer.json").exists():
+        return source
+    named = (stored_facts(source).get("config") or {}).get("tokenizer")
+    if not named:
+        raise CheckpointError(f"{path} does not name its tokenizer: give --tokenizer.")
+    return named
 
 
 def stored_config(content: dict[str, Any], path: str) -> ModelConfig | None:

@@ -7,11 +7,10 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from open_lm import storage
-from open_lm.errors import CheckpointError, ConfigError
+from open_lm.errors import ConfigError
 from open_lm.flags import Parser, add_group, flag, read_group
 from open_lm.generation.config import GenerateConfig
 from open_lm.generation.stream import Stream
@@ -82,7 +81,7 @@ class Writer:
     def __init__(self, asked: PromptConfig, config: GenerateConfig, flags: ModelFlags):
         import torch
 
-        from open_lm.checkpoint.load_model import load_model
+        from open_lm.checkpoint.load_model import load_model, stored_tokenizer
         from open_lm.data.tokenizer import load_tokenizer
 
         self.tokenizer = load_tokenizer(asked.tokenizer or stored_tokenizer(asked.checkpoint))
@@ -92,46 +91,32 @@ class Writer:
 
     def together(self, prompts: Sequence[str]) -> list[str]:
         """What the model writes after each prompt, all in one batch."""
-        streams = [Stream(self.tokenizer, self.stops) for _ in prompts]
+        ids = self._encoded(prompts)
+        streams = [Stream(self.tokenizer, self.stops, before=one) for one in ids]
         watch = (lambda row, tokens: streams[row].watch(row, tokens)) if self.stops else None
-        rows = self._generate(prompts, watch)
+        rows = self._generate(ids, watch)
         return [stream.finish(tokens) for stream, tokens in zip(streams, rows, strict=True)]
 
     def shown(self, prompt: str) -> str:
         """What the model writes after one prompt, printed while it is written."""
         print(prompt, end="", flush=True)
-        stream = Stream(self.tokenizer, self.stops, lambda text: print(text, end="", flush=True))
-        (tokens,) = self._generate([prompt], stream.watch)
+        ids = self._encoded([prompt])
+        stream = Stream(self.tokenizer, self.stops, lambda text: print(text, end="", flush=True), ids[0])
+        (tokens,) = self._generate(ids, stream.watch)
         text = stream.finish(tokens)
         print("\n", flush=True)
         return text
 
-    def _generate(self, prompts: Sequence[str], watch: Any) -> list[list[int]]:
+    def _encoded(self, prompts: Sequence[str]) -> list[list[int]]:
+        """The ids of each prompt, with BOS where the tokenizer puts one; an empty prompt starts a new text."""
+        return [self.tokenizer.encode_prompt(prompt) or [self.tokenizer.eot_id] for prompt in prompts]
+
+    def _generate(self, ids: Sequence[list[int]], watch: Any) -> list[list[int]]:
         from open_lm.generation.decode import generate
 
-        eot = self.tokenizer.eot_id
-        ids = [self.tokenizer.encode(prompt) or [eot] for prompt in prompts]
-        return generate(self.model, ids, self.config, stop_ids=[eot], watch=watch)
+        return generate(self.model, ids, self.config, stop_ids=[self.tokenizer.eot_id], watch=watch)
 
 
 def given(flags: ModelFlags) -> dict[str, Any]:
     """The flags that were set to something of their own; the others leave it to the checkpoint."""
     return {name: value for name, value in vars(flags).items() if value != getattr(ModelFlags(), name)}
-
-
-def stored_tokenizer(checkpoint: str) -> str:
-    """The tokenizer that a checkpoint says it was trained with.
-
-    Raises:
-        CheckpointError: it does not say.
-    """
-    from open_lm.checkpoint.load_model import stored_facts
-    from open_lm.checkpoint.resolve import is_transformers_folder, local_source
-
-    source = local_source(checkpoint)
-    if is_transformers_folder(source) and (Path(source) / "tokenizer.json").exists():
-        return source
-    named = (stored_facts(source).get("config") or {}).get("tokenizer")
-    if not named:
-        raise CheckpointError(f"{checkpoint} does not name its tokenizer: give --tokenizer.")
-    return named

@@ -48,6 +48,13 @@ class Tokenizer:
         """The ids of one text."""
         return self.encode_batch([text])[0]
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a text to be continued: with what the tokenizer puts before it (BOS), none after it."""
+        plain = self.encode(text)
+        whole = self._backend.encode(text, add_special_tokens=True).ids
+        n_before = next((k for k in range(len(whole) - len(plain) + 1) if whole[k : k + len(plain)] == plain), 0)
+        return whole[: n_before + len(plain)]
+
     def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """The ids (n,) of each text, and the [start, end) of each token's characters in it (n, 2)."""
         found = self._backend.encode_batch(list(texts), add_special_tokens=False)

@@ -118,11 +118,12 @@ class Engine:
         """Blocks of prompts, one text after the other; those that have been read to the end get their first token."""
         changed, n_tokens = [], 0
         for text in list(self.reading):
-            while n_tokens < PREFILL_PER_STEP and text.n_read < len(text.prompt):
+            while n_tokens < PREFILL_PER_STEP and text.n_read < text.n_to_read:
                 n_tokens += 0 if self._shared(text) else self._read_block(text)
-            if text.n_read == len(text.prompt):
+            if text.n_read == text.n_to_read:
+                text.finish = "length" if text.n_new == 0 else text.finish
                 changed.append(text)
-        self.reading = [text for text in self.reading if text.n_read < len(text.prompt) and text.finish is None]
+        self.reading = [text for text in self.reading if text.n_read < text.n_to_read and text.finish is None]
         self._leave([text for text in changed if text.finish is not None])
         self.writing += [text for text in changed if text.finish is None]
         return changed
@@ -145,7 +146,7 @@ class Engine:
     def _read_block(self, text: Text) -> int:
         """Read one block of a prompt; the end of the prompt gives the first token. Returns how many tokens it has."""
         start = text.n_read
-        end = min(len(text.prompt), (start // self.block + 1) * self.block)
+        end = min(text.n_to_read, (start // self.block + 1) * self.block)
         ids_BT = torch.tensor([text.prompt[start:end]], device=self.device)
         hidden_TD, weight_VD = self.memory.run([text.slot], ids_BT, _hidden_of_one)
         text.n_read = end
@@ -155,11 +156,8 @@ class Engine:
             self._prefixes.add(text.slot, keys[end // self.block - 1])
         if text.score_from is not None and end >= text.score_from:
             self._score_prompt(text, hidden_TD, weight_VD, start, end)
-        if end == len(text.prompt):
-            if text.n_new == 0:
-                text.finish = "length"
-            else:
-                self._choose([text], linear(weight_VD, hidden_TD[-1:], exact=True))
+        if end == text.n_to_read and text.n_new > 0:
+            self._choose([text], linear(weight_VD, hidden_TD[-1:], exact=True))
         return end - start
 
     def _score_prompt(self, text: Text, hidden_TD: Tensor, weight_VD: Tensor, start: int, end: int) -> None:

@@ -7,6 +7,8 @@ from typing import Protocol
 
 UNFINISHED = "\ufffd"
 """What decoding gives for the first bytes of a character that the next token completes."""
+CONTEXT = 4
+"""Tokens before a text that its first is decoded with: some tokenizers drop the space of a text's first word."""
 
 
 class Decodes(Protocol):
@@ -18,32 +20,84 @@ class Decodes(Protocol):
 
 
 class Stream:
-    """One text being written; pass `watch` to `generate`: it ends the text when one of `stops` is complete."""
+    """One text being written; pass `watch` to `generate`: it ends the text when one of `stops` is complete.
 
-    def __init__(self, tokenizer: Decodes, stops: Sequence[str] = (), show: Callable[[str], None] | None = None):
+    `before` are the tokens of the prompt. Each token is decoded once or twice, with a few before it, however long the
+    text grows.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Decodes,
+        stops: Sequence[str] = (),
+        show: Callable[[str], None] | None = None,
+        before: Sequence[int] = (),
+    ):
         self._tokenizer, self._stops, self._show = tokenizer, stops, show
-        self._n_shown = 0
+        self._longest_stop = max(map(len, stops), default=0)
+        self._certain = ""  # the text of all tokens but those of the window
+        self._window = list(before[-CONTEXT:])
+        self._window_shown = tokenizer.decode(self._window) if self._window else ""
+        self._n_context = len(self._window)
+        self._n_taken = self._n_searched = self._n_shown = 0
+        self.text = ""
+        """All of the text so far, up to the stop string."""
+        self.stopped = False
+
+    @property
+    def has_stops(self) -> bool:
+        """Whether any string ends the text."""
+        return bool(self._stops)
+
+    @property
+    def n_certain(self) -> int:
+        """How many characters of `text` are final."""
+        return self._n_shown
 
     def watch(self, row: int, tokens: list[int]) -> bool:
-        """Show what is certain of the text so far; true when it holds a stop string."""
-        text = self._tokenizer.decode(tokens)
-        kept = until_stop(text, self._stops)
-        if kept != text:
-            self._show_up_to(kept)
+        """Take a row's tokens; for `generate`."""
+        return self.take(tokens)
+
+    def take(self, tokens: Sequence[int]) -> bool:
+        """Take the tokens written so far and show what is certain; true when the text holds a stop string."""
+        if self._take(tokens):
             return True
-        self._show_up_to(text[: len(text) - n_uncertain(text, self._stops)])
+        self._show_up_to(len(self.text) - n_uncertain(self.text, self._stops))
         return False
 
     def finish(self, tokens: Sequence[int]) -> str:
-        """Show the rest and return the whole text, up to the stop string."""
-        text = until_stop(self._tokenizer.decode(tokens), self._stops)
-        self._show_up_to(text)
-        return text
+        """Take the last tokens, show the rest and return the whole text, up to the stop string."""
+        self._take(tokens)
+        self._show_up_to(len(self.text))
+        return self.text
 
-    def _show_up_to(self, text: str) -> None:
-        if self._show and len(text) > self._n_shown:
-            self._show(text[self._n_shown :])
-            self._n_shown = len(text)
+    def _take(self, tokens: Sequence[int]) -> bool:
+        new, self._n_taken = tokens[self._n_taken :], max(self._n_taken, len(tokens))
+        for token in new if not self.stopped else ():
+            self._decode(token)
+            start = max(0, self._n_searched - self._longest_stop + 1)
+            kept = start + len(until_stop(self.text[start:], self._stops))
+            self._n_searched = len(self.text)
+            if kept < len(self.text):
+                self.text, self.stopped = self.text[:kept], True
+                self._show_up_to(kept)
+                break
+        return self.stopped
+
+    def _decode(self, token: int) -> None:
+        self._window.append(token)
+        decoded = self._tokenizer.decode(self._window)
+        self.text = self._certain + decoded[len(self._window_shown) :]
+        if not decoded.endswith(UNFINISHED) and len(decoded) > len(self._window_shown):
+            self._certain = self.text
+            self._window = self._window[self._n_context :]
+            self._n_context = len(self._window)
+            self._window_shown = self._tokenizer.decode(self._window)
+
+    def _show_up_to(self, end: int) -> None:
+        if self._show and end > self._n_shown:
+            self._show(self.text[self._n_shown : end])
+        self._n_shown = max(self._n_shown, end)
 
 
 def until_stop(text: str, stops: Sequence[str]) -> str:

@@ -55,6 +55,11 @@ class Text:
     cancelled: bool = False
     _random: np.random.Generator | None = None
 
+    @property
+    def n_to_read(self) -> int:
+        """Tokens of the prompt that the model must see: where nothing is to be written, the last is only predicted."""
+        return len(self.prompt) - (self.n_new == 0)
+
     def uniform(self) -> float:
         """The next number of [0, 1) of this text's own stream: a function of the seed, the prompt and `copy`."""
         if self._random is None:

@@ -1,0 +1,133 @@
+"""`openlm serve`: models over HTTP, for OpenAI's and EasyLM's clients and for a browser."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from open_lm.command import run
+from open_lm.errors import ConfigError
+from open_lm.flags import Parser, add_group, read_group
+from open_lm.model.config import ModelFlags
+from open_lm.serve.config import ServeConfig
+
+if TYPE_CHECKING:
+    from open_lm.serve.metrics import Metrics
+    from open_lm.serve.served import Served
+    from open_lm.serve.state import State
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Load the models and serve them until SIGTERM or Ctrl-C."""
+    parser = Parser(prog="openlm serve", description=__doc__)
+    for group in (ServeConfig, ModelFlags):
+        add_group(parser, group)
+    args = parser.parse_args(argv)
+    config, flags = read_group(args, ServeConfig), read_group(args, ModelFlags)
+    config = dataclasses.replace(config, api_key=config.api_key or os.environ.get("OPENLM_API_KEY") or None)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s | %(levelname)s | %(message)s")
+    require_packages()
+    if not config.is_loopback and config.api_key is None:
+        logging.warning("--host %s lets other machines in, and no --api-key keeps anybody out.", config.host)
+    with _listening(config) as listener:  # before the models are read: a port that is taken is known at once
+        serve(state_of_flags(config, flags), listener)
+
+
+def require_packages() -> None:
+    """See that what the server needs is installed.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f'openlm serve needs {error.name}: pip install "open_lm[serve]".') from error
+
+
+def _listening(config: ServeConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"--host {config.host} --port {config.port}: {error}. Choose another, or --port 0."
+        ) from error
+    return listener
+
+
+def state_of_flags(config: ServeConfig, flags: ModelFlags) -> State:
+    """Every model of --checkpoint, loaded, under a name of its own."""
+    from open_lm.serve.metrics import Metrics
+    from open_lm.serve.state import State
+
+    metrics = Metrics()
+    models: dict[str, Served] = {}
+    for path in config.checkpoint:
+        name = _name_of(path, models)
+        models[name] = _served(name, path, config, flags, metrics)
+    return State(config, models, metrics)
+
+
+def _name_of(path: str, taken: Any) -> str:
+    """The last part of a path that says something, made unique."""
+    parts = [part for part in path.replace("hf://", "").rstrip("/").split("/") if part not in ("", ".", "checkpoints")]
+    name = parts[-1] if parts else "model"
+    if name.endswith((".pt", ".safetensors", ".bin")) and len(parts) > 1:
+        name = f"{parts[-2]}-{name.rpartition('.')[0]}"
+    unique, number = name, 2
+    while unique in taken:
+        unique, number = f"{name}-{number}", number + 1
+    return unique
+
+
+def _served(name: str, path: str, config: ServeConfig, flags: ModelFlags, metrics: Metrics) -> Served:
+    import torch
+
+    from open_lm.checkpoint.load_model import load_model, stored_tokenizer
+    from open_lm.data.tokenizer import load_tokenizer
+    from open_lm.post_training.chat.template import load_template
+    from open_lm.serve.served import Served
+    from open_lm.serve.service import Service, slots_that_fit
+
+    tokenizer = load_tokenizer(config.tokenizer or stored_tokenizer(path))
+    template = load_template(config.chat_template, tokenizer)
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    given = {key: value for key, value in vars(flags).items() if value != getattr(ModelFlags(), key)}
+    model = load_model(path, device=device, dtype=config.dtype, **given)
+    n_slots = slots_that_fit(model, config.slots)
+    logging.info("%s: %s on %s, %d slots of %d tokens", name, path, device, n_slots, model.config.seq_len)
+    service = Service(name, model, n_slots, config.max_queue, metrics)
+    return Served(name, service, tokenizer, template, int(time.time()))
+
+
+def serve(state: State, listener: socket.socket) -> None:
+    """Answer requests until SIGTERM or Ctrl-C; then finish those that run."""
+    import uvicorn
+
+    from open_lm.serve.app import create_app
+
+    host, port = listener.getsockname()[:2]
+    config = uvicorn.Config(
+        create_app(state),
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=int(state.config.grace_seconds),
+        server_header=False,
+    )
+    logging.info("serving %s on http://%s:%d", ", ".join(state.models), f"[{host}]" if ":" in host else host, port)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    run(main)

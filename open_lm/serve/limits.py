@@ -1,0 +1,90 @@
+"""What every request must pass before a route sees it: the host it names, a key, a JSON body of bounded size."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any
+
+import orjson
+
+from open_lm.serve.config import LOOPBACK
+from open_lm.serve.refused import Refused
+from open_lm.serve.state import State
+
+OPEN = {"/", "/page.js", "/page.css", "/health", "/ready"}
+"""Paths that need no key: they tell nothing of models or texts."""
+
+
+class Limits:
+    """ASGI middleware; it also counts requests."""
+
+    def __init__(self, app: Any, state: State):
+        self.app, self.state = app, state
+        self.max_bytes = int(state.config.max_body_mb * 1e6)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        exchange = _Exchange(receive, send, self.max_bytes)
+        try:
+            self._check(scope)
+            await self.app(scope, exchange.receive, exchange.send)
+        except Refused as refused:
+            await _answer(exchange.send, refused)
+        finally:
+            route = getattr(scope.get("route"), "path", "none")
+            self.state.metrics.count("openlm_requests_total", route=route, status=str(exchange.status))
+        return None
+
+    def _check(self, scope: Any) -> None:
+        headers = {name.decode("latin1").lower(): value.decode("latin1") for name, value in scope["headers"]}
+        if self.state.config.is_loopback and _host(headers.get("host", "")) not in LOOPBACK:
+            raise Refused(403, "This server answers to localhost alone: another site may not send you here.")
+        key = self.state.config.api_key
+        given = headers.get("authorization", "").removeprefix("Bearer ").encode()
+        if key and scope["path"] not in OPEN and not secrets.compare_digest(given, key.encode()):
+            raise Refused(401, "Send the key of this server as `Authorization: Bearer KEY`.", code="invalid_api_key")
+        if scope["method"] == "POST":
+            kind = headers.get("content-type", "").split(";")[0].strip().lower()
+            if kind != "application/json":
+                raise Refused(415, f"Content-Type {kind[:100]!r}: send application/json.")
+            length = headers.get("content-length", "0")
+            if not length.isdigit() or int(length) > self.max_bytes:
+                raise _too_large(self.max_bytes)
+
+
+class _Exchange:
+    """One request's body, counted while it comes, and the status of its answer."""
+
+    def __init__(self, receive: Any, send: Any, max_bytes: int):
+        self._receive, self._send, self.max_bytes = receive, send, max_bytes
+        self.n_bytes, self.status, self.started = 0, 0, time.monotonic()
+
+    async def receive(self) -> Any:
+        message = await self._receive()
+        self.n_bytes += len(message.get("body", b""))
+        if self.n_bytes > self.max_bytes:
+            raise _too_large(self.max_bytes)
+        return message
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        await self._send(message)
+
+
+def _too_large(max_bytes: int) -> Refused:
+    return Refused(413, f"The body is too large: this server takes {max_bytes / 1e6:g} MB.")
+
+
+def _host(value: str) -> str:
+    """The name in a Host header, without the port."""
+    return value[1 : value.find("]")] if value.startswith("[") else value.rsplit(":", 1)[0].lower()
+
+
+async def _answer(send: Any, refused: Refused) -> None:
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    headers += [(name.lower().encode(), value.encode()) for name, value in refused.headers.items()]
+    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
+    await send({"type": "http.response.body", "body": orjson.dumps(refused.body())})

@@ -1,0 +1,138 @@
+"""A model as requests see it: its tokenizer and chat template, and texts made of prompts and settings."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from open_lm.errors import ConfigError
+from open_lm.generation.config import GenerateConfig
+from open_lm.generation.prompts import check_prompt
+from open_lm.generation.stream import Stream
+from open_lm.generation.text import Text
+from open_lm.serve.refused import Refused
+from open_lm.serve.service import Events, Service, Ticket
+from open_lm.serve.token_texts import TokenTexts
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """Settings of the texts of one request."""
+
+    config: GenerateConfig
+    max_tokens: int | None = None
+    stops: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    n_top: int | None = None
+    score_from: int | None = None
+    is_streamed: bool = False
+
+
+@dataclass
+class Served:
+    """One model that the server knows by `name`."""
+
+    name: str
+    service: Service
+    tokenizer: Any
+    template: Any
+    created: int
+
+    @property
+    def context(self) -> int:
+        """Positions that a prompt and what is written after it have together."""
+        return self.service.max_len
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """The ids of a prompt, with what the tokenizer puts before it (BOS); an empty one starts a text."""
+        ids = self.tokenizer.encode_prompt(text) if special else self.tokenizer.encode(text)
+        return ids or [self.tokenizer.eot_id]
+
+    @cached_property
+    def token_texts(self) -> TokenTexts:
+        """Single tokens as clients see them."""
+        return TokenTexts(self.tokenizer)
+
+    def tickets(self, prompts: Sequence[Sequence[int]], asked: Sequence[EncodedPrompt], n: int = 1) -> list[Ticket]:
+        """`n` texts to be written after each prompt, as its `asked` says.
+
+        Raises:
+            Refused: the model cannot read a prompt.
+        """
+        events: Events = asyncio.Queue()
+        jobs = [(prompt, one, copy) for prompt, one in zip(prompts, asked, strict=True) for copy in range(n)]
+        return [self._ticket(prompt, one, copy, events, index) for index, (prompt, one, copy) in enumerate(jobs)]
+
+    def _ticket(self, prompt: Sequence[int], asked: EncodedPrompt, copy: int, events: Events, index: int) -> Ticket:
+        """One text to be written.
+
+        Raises:
+            Refused: the model cannot read the prompt.
+        """
+        wanted = asked.max_tokens
+        context = self.context + 2 if wanted == 0 else self.context  # where nothing is written, all may be prompt
+        try:
+            check_prompt(prompt, self.service.model.config.vocab_size, context, "prompt")
+        except ConfigError as error:
+            code = "context_length_exceeded" if len(prompt) >= context else None
+            raise Refused(400, str(error), "prompt", code) from None
+        room = max(0, self.context - len(prompt))
+        n_new = room if wanted is None else min(wanted, room)
+        stop_ids = {self.tokenizer.eot_id, *asked.stop_ids}
+        text = Text(prompt, asked.config, n_new, stop_ids, None, copy, asked.n_top, asked.score_from)
+        stream = Stream(self.tokenizer, asked.stops, before=prompt)
+        return Ticket(text, stream, events, index, is_streamed=asked.is_streamed)
+
+    def chat_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """The ids that the assistant's answer to `messages` follows.
+
+        Raises:
+            Refused: the template does not take these messages.
+        """
+        from open_lm.post_training.chat.template import TemplateRefusal
+
+        try:
+            return self.encode(self.template.prompt(messages), special=False)
+        except TemplateRefusal as error:
+            raise Refused(400, f"The chat template does not take these messages: {error}", "messages") from None
+
+    @cached_property
+    def turn_end(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """What ends an answer beside the end of text: token ids, or strings where they are no tokens of their own."""
+        from open_lm.post_training.chat.template import TemplateRefusal
+
+        asked = [{"role": "user", "content": "a"}]
+        try:
+            before = self.template.prompt(asked)
+            whole = self.template.render([*asked, {"role": "assistant", "content": "b"}]).text
+        except (TemplateRefusal, ConfigError):
+            return (), ()
+        end = whole[len(before) + 1 :].strip() if whole.startswith(before + "b") else ""
+        ids = self.tokenizer.encode(end) if end else []
+        if len(ids) == 1:
+            return (ids[0],), ()
+        return (), (end,) if end else ()
+
+
+def config_of(
+    *,
+    temperature: float | None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    seed: int | None = None,
+) -> GenerateConfig:
+    """The settings of a request; what it leaves out is as with OpenAI: temperature 1, all tokens, any seed."""
+    return GenerateConfig(
+        temperature=1.0 if temperature is None else temperature,
+        top_p=1.0 if top_p is None else top_p,
+        top_k=max(0, top_k or 0),
+        min_p=min_p or 0.0,
+        repetition_penalty=1.0 if repetition_penalty is None else repetition_penalty,
+        seed=secrets.randbits(63) if seed is None else seed,
+    )

@@ -1,0 +1,3 @@
+"""Servers of tiny models for every test of this folder."""
+
+from serve_setup import client, first, folder, server  # noqa: F401

@@ -1,0 +1,147 @@
+"""OpenAI's routes: what is served is what `generate` writes and a forward pass scores, streamed or whole."""
+
+import json
+
+import pytest
+import torch
+
+from open_lm.generation import generate
+
+PROMPT = "the quick brown fox"
+
+
+def complete(client, **body):
+    answer = client.post("/v1/completions", json={"prompt": PROMPT, **body})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def streamed(client, path="/v1/completions", **body):
+    """The chunks of a streamed answer."""
+    with client.stream("POST", path, json={"stream": True, **body}) as answer:
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def written(first, prompt=PROMPT, **settings):
+    model, tokenizer = first
+    (tokens,) = generate(model, [tokenizer.encode(prompt)], stop_ids=[0], **{"top_p": 1.0, **settings})
+    return tokenizer.decode(tokens)
+
+
+def test_served_greedy_text_is_that_of_generate(client, first):
+    found = complete(client, max_tokens=30, temperature=0)
+    assert found["choices"][0]["text"] == written(first, max_gen_len=30, temperature=0)
+    assert found["usage"]["prompt_tokens"] == len(PROMPT)
+    assert found["usage"]["completion_tokens"] == 30 and found["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 1.0}, {"temperature": 1.3, "top_p": 0.9}, {"temperature": 0.8, "min_p": 0.1, "top_k": 9}],
+)
+def test_drawn_text_is_that_of_generate_with_the_same_seed(client, first, settings):
+    found = complete(client, max_tokens=30, seed=11, **settings)
+    assert found["choices"][0]["text"] == written(first, max_gen_len=30, seed=11, **settings)
+
+
+def test_without_a_seed_texts_differ(client):
+    texts = {complete(client, max_tokens=20, temperature=1.5)["choices"][0]["text"] for _ in range(4)}
+    assert len(texts) == 4
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0}, {"temperature": 1.0, "seed": 3, "n": 3}, {"stop": ["e", "qu"]}]
+)
+@pytest.mark.parametrize("echo", [False, True])
+def test_the_pieces_of_a_stream_join_to_the_whole(client, settings, echo):
+    body = {"max_tokens": 40, "seed": 5, "logprobs": 2, **settings, "echo": echo}
+    whole = complete(client, **body)["choices"]
+    chunks = streamed(client, prompt=PROMPT, **body)
+    for choice in whole:
+        mine = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == choice["index"]]
+        assert "".join(c["text"] for c in mine) == choice["text"]
+        assert [c["finish_reason"] for c in mine if c["finish_reason"]] == [choice["finish_reason"]]
+        tokens = [t for c in mine if c["logprobs"] for t in c["logprobs"]["token_logprobs"]]
+        assert tokens == pytest.approx(choice["logprobs"]["token_logprobs"][len(PROMPT) if echo else 0 :], abs=1e-4)
+
+
+def test_log_probabilities_are_those_of_a_forward_pass(client, first):
+    model, tokenizer = first
+    found = complete(client, max_tokens=12, temperature=0, logprobs=3, echo=True)["choices"][0]["logprobs"]
+    ids = tokenizer.encode(PROMPT) + generate(model, [tokenizer.encode(PROMPT)], temperature=0, max_gen_len=12)[0]
+    expected = model(torch.tensor([ids]))[0][0].double().log_softmax(-1)
+    assert [t for t in found["tokens"] if not t.startswith("bytes:")] == [
+        t for i in ids if (t := tokenizer.decode([i])) != "\ufffd"
+    ]
+    assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
+    for place, token in enumerate(ids[1:]):
+        assert found["token_logprobs"][place + 1] == pytest.approx(expected[place, token].item(), abs=1e-4)
+        best = expected[place].topk(3)
+        top = found["top_logprobs"][place + 1]
+        assert sorted(top.values(), reverse=True)[:3] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+def test_max_tokens_0_scores_a_prompt_as_long_as_the_context(client):
+    found = complete(client, prompt=[1] * 257, max_tokens=0, logprobs=0, echo=True)
+    assert len(found["choices"][0]["logprobs"]["token_logprobs"]) == 257
+    assert found["usage"]["completion_tokens"] == 0
+
+
+def test_several_prompts_and_several_texts_of_each_come_in_order(client, first):
+    prompts = ["one", "two", "three"]
+    found = complete(client, prompt=prompts, n=2, temperature=0, max_tokens=5)["choices"]
+    assert [c["index"] for c in found] == list(range(6))
+    assert [c["text"] for c in found] == [
+        written(first, p, temperature=0, max_gen_len=5) for p in prompts for _ in "ab"
+    ]
+
+
+def test_a_stop_string_ends_the_text_and_is_left_out(client):
+    free = complete(client, max_tokens=40, temperature=0)["choices"][0]["text"]
+    stop = free[7:10]
+    found = complete(client, max_tokens=40, temperature=0, stop=stop)["choices"][0]
+    assert found["text"] == free[: free.find(stop)]
+    assert found["finish_reason"] == "stop"
+
+
+def test_token_ids_are_a_prompt_like_their_text(client, first):
+    ids = first[1].encode(PROMPT)
+    for prompt in (ids, [ids]):
+        assert complete(client, prompt=prompt, temperature=0)["choices"] == complete(client, temperature=0)["choices"]
+
+
+def chat(client, **body):
+    answer = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "hello"}], **body})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_an_answer_follows_the_chat_template(client, first):
+    found = chat(client, temperature=0, max_tokens=12, logprobs=True, top_logprobs=2)["choices"][0]
+    assert found["message"]["content"] == written(
+        first, "<|user|>\nhello\n<|assistant|>\n", temperature=0, max_gen_len=12
+    )
+    entries = found["logprobs"]["content"]
+    assert len(entries) == 12 and all(len(entry["top_logprobs"]) == 2 for entry in entries)
+
+
+def test_a_streamed_answer_begins_with_its_role_and_ends_with_the_counts(client):
+    body = {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "max_tokens": 9, "seed": 1}
+    whole = client.post("/v1/chat/completions", json=body).json()
+    chunks = streamed(client, "/v1/chat/completions", **body, stream_options={"include_usage": True})
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    pieces = [c["choices"][0]["delta"].get("content", "") for c in chunks[:-1]]
+    assert "".join(pieces) == whole["choices"][0]["message"]["content"]
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"] == whole["usage"]
+
+
+def test_each_model_answers_under_its_name(client):
+    names = [model["id"] for model in client.get("/v1/models").json()["data"]]
+    assert [name.rpartition("-")[2] for name in names] == ["first", "second"]
+    texts = {complete(client, model=name, temperature=0)["choices"][0]["text"] for name in names}
+    assert len(texts) == 2
+    assert client.get(f"/v1/models/{names[1]}").json()["id"] == names[1]
+    missing = client.post("/v1/completions", json={"prompt": "x", "model": "third"})
+    assert missing.status_code == 404 and missing.json()["error"]["code"] == "model_not_found"

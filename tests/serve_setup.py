@@ -1,0 +1,93 @@
+"""A running server over a tiny model of letters, on a free port of loopback, in this process."""
+
+import asyncio
+import contextlib
+import dataclasses
+import socket
+import threading
+import time
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from open_lm.model import create_model
+from open_lm.model.config import ModelConfig
+
+uvicorn = pytest.importorskip("uvicorn", reason="needs the extra: pip install open_lm[serve]")
+httpx = pytest.importorskip("httpx")
+
+VOCAB = ["<|endoftext|>", "Ġ", "Ċ", *map(chr, range(0x21, 0x7F)), "Ã", "©"]  # ASCII, a line break, the bytes of é
+SIZES = {"hidden_dim": 32, "n_layers": 2, "n_heads": 2, "seq_len": 256, "vocab_size": len(VOCAB)}
+
+
+def tokenizer_of_bytes():
+    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(VOCAB)}, []))
+    backend.add_special_tokens(["<|endoftext|>"])
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Two checkpoints and their tokenizer."""
+    folder = tmp_path_factory.mktemp("served")
+    tokenizer_of_bytes().save(str(folder / "tokenizer.json"))
+    config = ModelConfig(**SIZES)
+    for number, name in enumerate(("first", "second")):
+        torch.manual_seed(number)
+        model = create_model(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+            model.output.weight[0] = 0  # seldom the end of a text
+            model.output.weight.mul_(2)
+        facts = {"epoch": 1, "name": name, "step": 1, "config": {"model": config.to_dict(), "flags": {}}}
+        torch.save({**facts, "state_dict": model.state_dict()}, folder / f"{name}.pt")
+    return folder
+
+
+@contextlib.contextmanager
+def running(folder, *names, **changes):
+    """A server of the checkpoints `names`; gives its url and its state."""
+    from open_lm.model.config import ModelFlags
+    from open_lm.serve.__main__ import state_of_flags
+    from open_lm.serve.app import create_app
+    from open_lm.serve.config import ServeConfig
+
+    paths = tuple(str(folder / f"{name}.pt") for name in names or ("first",))
+    config = ServeConfig(checkpoint=paths, tokenizer=str(folder / "tokenizer.json"), slots=8, device="cpu")
+    state = state_of_flags(dataclasses.replace(config, **changes), ModelFlags())
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(create_app(state), log_level="warning", access_log=False))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", state
+    finally:
+        server.should_exit = True
+        thread.join(timeout=30)
+        listener.close()
+
+
+@pytest.fixture(scope="session")
+def server(folder):
+    """A running server of both models, (url, state)."""
+    with running(folder, "first", "second") as both:
+        yield both
+
+
+@pytest.fixture
+def client(server):
+    with httpx.Client(base_url=server[0], timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def first(server):
+    """The first model and its tokenizer: what answers must equal."""
+    served = next(iter(server[1].models.values()))
+    return served.service.model, served.tokenizer

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from open_lm.data.pipeline import Filled, StepSource, run_pipeline
+from open_lm.data.pipeline import Rows, StepSource, run_pipeline
 from open_lm.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +34,7 @@ class Fill:
     def __call__(self, places):
         if 41 in places.tolist():
             self.then()
-        return Filled(np.zeros((len(places), 3), np.int32) + places[:, None].astype(np.int32), [])
+        return Rows(np.zeros((len(places), 3), np.int32) + places[:, None].astype(np.int32), [])
 
 
 def run(then, n_workers=2):

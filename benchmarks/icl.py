@@ -125,9 +125,9 @@ def eval_model_of(config: BenchmarkConfig, device):
 def suite_of(config: BenchmarkConfig, name: str, eval_model, folder: str):
     """The task of one file, and the tokens of its longest row."""
     from open_lm.evaluate.engine.icl import IclEngine
+    from open_lm.evaluate.tasks.entry import read_task
     from open_lm.evaluate.tasks.jobs import JobBook
     from open_lm.evaluate.tasks.suite import Suite
-    from open_lm.evaluate.tasks.task import read_task
 
     kind, delimiter = FILES[name]
     source = Path(config.data) / f"{name}.jsonl"

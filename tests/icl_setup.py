@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 from open_lm.data.tokenizer import Tokenizer, load_tokenizer
+from open_lm.evaluate.tasks.entry import read_task
 from open_lm.evaluate.tasks.suite import data_path
-from open_lm.evaluate.tasks.task import EvalTask, read_task
+from open_lm.evaluate.tasks.task import EvalTask
 from open_lm.model import create_model
 from open_lm.model.config import ModelConfig
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from open_lm.data.tokenizer import Tokenizer
 from open_lm.errors import DataError
-from open_lm.evaluate.tasks.prompts import Prompt
+from open_lm.evaluate.tasks.kinds import Prompt
 
 
 class PromptEncoder:

@@ -20,7 +20,7 @@ from open_lm.errors import DataError
 from open_lm.evaluate.engine.encode import PromptEncoder
 from open_lm.evaluate.engine.sampling import Sampling
 from open_lm.evaluate.engine.scoring import ContextCache, Scorer
-from open_lm.evaluate.tasks.prompts import Prompt
+from open_lm.evaluate.tasks.kinds import Prompt
 from open_lm.evaluate.tasks.task import EvalTask
 
 COT_ROOM = 10

@@ -7,7 +7,7 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from open_lm.evaluate.engine.metrics import Metric, mean_of
@@ -15,12 +15,12 @@ from open_lm.evaluate.engine.runner import Runner
 from open_lm.evaluate.foundry.imports import require_llm_foundry
 from open_lm.evaluate.records import Record
 from open_lm.evaluate.tasks.jobs import EvalJob
+from open_lm.evaluate.tasks.kinds import kind_of
 from open_lm.evaluate.tasks.task import EvalTask
 
 COMPOSER_PRECISION = {"fp32": "fp32", "amp_bf16": "amp_bf16", "fp16": "amp_fp16", "bf16": "fp32"}
 TASK_KEYS = ("label", "icl_task_type", "prompt_string", "example_delimiter", "continuation_delimiter", "prelimiter",
              "has_categories", "strip_dataset", "fewshot_random_seed")  # fmt: skip
-GENERATION_KEYS = ("cot_delimiter", "do_normalization")
 
 
 class FoundryRunner(Runner):
@@ -92,12 +92,9 @@ def task_entry(task: EvalTask, n_shots: int) -> dict[str, Any]:
     entry: dict[str, Any] = {key: getattr(task, key) for key in TASK_KEYS}
     entry |= {"dataset_uri": task.data_path or task.dataset_uri, "num_fewshot": [n_shots]}
     entry["metric_names"] = list(task.metric_names)
-    if task.icl_task_type == "generation_task_with_answers":
-        entry |= {key: getattr(task, key) for key in GENERATION_KEYS}
-        entry["early_stopping_criteria"] = list(task.early_stopping_criteria)
-        entry["generation_kwargs"] = dict(task.generation_kwargs)
-    elif task.icl_task_type != "schema":
-        entry["context_key"] = task.context_key
+    for key in kind_of(task).foundry_keys:
+        value = getattr(task, key)
+        entry[key] = list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
     for key in ("max_seq_len", "batch_size"):
         if getattr(task, key) is not None:
             entry[key] = getattr(task, key)

@@ -9,6 +9,7 @@ from typing import Any
 
 from open_lm import storage
 from open_lm.errors import DataError
+from open_lm.evaluate.tasks.kinds import kind_of, text_of
 from open_lm.evaluate.tasks.task import EvalTask
 
 
@@ -49,62 +50,9 @@ def _row(line: str, task: EvalTask, where: str) -> dict[str, Any]:
         raise DataError(f"{where}: not JSON ({error}). Repair or remove the line.") from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: holds a {type(row).__name__}, need an object. Repair or remove the line.")
-    _CHECKS[task.icl_task_type](row, task, where)
+    row = kind_of(task).checked(row, task, where)
     if task.has_categories:
-        _text(row, "category", where)
-    if task.icl_task_type == "generation_task_with_answers":
-        row["aliases"] = list(dict.fromkeys([row["answer"], *(row.get("aliases") or [])]))
+        text_of(row, "category", where)
     if task.strip_dataset:
         row = {key: value.strip() if isinstance(value, str) else value for key, value in row.items()}
     return row
-
-
-def _check_multiple_choice(row: dict[str, Any], task: EvalTask, where: str) -> None:
-    _text(row, task.context_key, where)
-    _gold(row, _texts(row, task.choices_key, where, at_least=2), where)
-
-
-def _check_language_modeling(row: dict[str, Any], task: EvalTask, where: str) -> None:
-    _text(row, task.context_key, where)
-    _text(row, task.answer_key, where, empty=False)
-
-
-def _check_schema(row: dict[str, Any], task: EvalTask, where: str) -> None:
-    _text(row, "continuation", where, empty=False)
-    _gold(row, _texts(row, task.choices_key, where, at_least=2), where)
-
-
-def _check_generation(row: dict[str, Any], task: EvalTask, where: str) -> None:
-    _text(row, "context", where)
-    _text(row, "answer", where)
-    if row.get("aliases") is not None:
-        _texts(row, "aliases", where, at_least=0)
-
-
-_CHECKS = {
-    "multiple_choice": _check_multiple_choice,
-    "language_modeling": _check_language_modeling,
-    "schema": _check_schema,
-    "generation_task_with_answers": _check_generation,
-}
-
-
-def _text(row: dict[str, Any], key: str, where: str, *, empty: bool = True) -> str:
-    value = row.get(key)
-    if not isinstance(value, str) or not (empty or value.strip()):
-        found = "nothing" if key not in row else repr(value)
-        raise DataError(f"{where}: key {key!r}: found {found}, need text. Keys there: {', '.join(row) or 'none'}.")
-    return value
-
-
-def _texts(row: dict[str, Any], key: str, where: str, *, at_least: int) -> list[str]:
-    value = row.get(key)
-    if not isinstance(value, list) or len(value) < at_least or not all(isinstance(item, str) for item in value):
-        raise DataError(f"{where}: key {key!r}: found {value!r:.80}, need a list of at least {at_least} texts.")
-    return value
-
-
-def _gold(row: dict[str, Any], choices: list[str], where: str) -> None:
-    gold = row.get("gold")
-    if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
-        raise DataError(f"{where}: key 'gold': found {gold!r}, need the number of a choice, 0 to {len(choices) - 1}.")

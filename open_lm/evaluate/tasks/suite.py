@@ -11,8 +11,9 @@ from typing import Any
 
 from open_lm import storage
 from open_lm.errors import ConfigError
+from open_lm.evaluate.tasks.entry import read_task
 from open_lm.evaluate.tasks.interpolation import resolved
-from open_lm.evaluate.tasks.task import EvalTask, read_task
+from open_lm.evaluate.tasks.task import EvalTask
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SUITES = Path(__file__).resolve().parents[1] / "suites"

@@ -2,9 +2,9 @@ import pytest
 from icl_setup import sample, task_of, write_rows
 
 from open_lm.errors import ConfigError, DataError, OpenLMError
+from open_lm.evaluate.tasks.entry import read_task
 from open_lm.evaluate.tasks.rows import read_rows
 from open_lm.evaluate.tasks.suite import read_suite, require_data
-from open_lm.evaluate.tasks.task import read_task
 
 ENTRY = {"label": "a", "dataset_uri": "a.jsonl", "icl_task_type": "language_modeling", "num_fewshot": [0, 3]}
 

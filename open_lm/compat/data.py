@@ -81,8 +81,9 @@ def len_of(loader: Any, args: Namespace) -> int:
 def data_config(args: Namespace) -> DataConfig:
     """The flags of data among the arguments, whoever parsed them."""
     known = {f.name for f in fields(DataConfig)}
-    given: dict[str, Any] = {k: value for k, value in vars(args).items() if k in known and value is not None}
-    return DataConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    given = {name: value for name, value in vars(args).items() if name in known and value is not None}
+    plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return DataConfig(**plain)
 
 
 def _validation_set(args: Namespace, number: int) -> DataInfo:

@@ -1,37 +1,32 @@
-"""Installation: `pip install -e .`, with extras for what a plain install leaves out."""
+"""Dependencies of the package, read from the requirements files; everything else is in pyproject.toml."""
 
 from pathlib import Path
 
-from setuptools import find_namespace_packages, setup
+from setuptools import setup
 
 ROOT = Path(__file__).parent
+EXTRA_NAMES = {"wandb": ["wandb"], "s3": ["s3fs", "aiobotocore", "boto3"]}
+"""Extras that requirements.txt installs as well."""
 
 
-def requirements(name: str) -> list[str]:
-    """The requirement lines of a file, without comments and without other files it includes."""
+def requirements(name: str) -> dict[str, str]:
+    """The requirement lines of a file by the name of the package, without comments and options."""
     lines = (line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines())
-    return [line for line in lines if line and not line.startswith("-")]
+    words = {line: line.replace("[", " ").replace(">", " ").replace("=", " ").replace(";", " ") for line in lines}
+    return {word.split()[0]: line for line, word in words.items() if line and not line.startswith("-")}
 
 
-EXTRAS = {
-    "eval": requirements("requirements-eval.txt"),  # LLM Foundry itself comes with `make install-eval`
-    "serve": requirements("requirements-serve.txt"),
-    "wandb": ["wandb==0.31.0"],
-    "ray": ["ray[default]==2.60.0"],
-    "parquet": ["pyarrow==26.0.1"],  # for data sets of the Hub
+NEEDED = requirements("requirements.txt")
+EXTRAS = {extra: [NEEDED.pop(name) for name in names] for extra, names in EXTRA_NAMES.items()} | {
+    "ray": ["ray[default]>=2.50"],
+    "parquet": ["pyarrow>=20"],  # for data sets of the Hub
     "gpu": ["xformers>=0.0.30"],
-    "ladder": requirements("requirements-ladder.txt"),
-    "s3": ["s3fs==2026.9.0", "aiobotocore==3.10.0", "boto3==1.43.117"],
+    "eval": list(requirements("requirements-eval.txt").values()),  # LLM Foundry itself comes with `make install-eval`
+    "serve": list(requirements("requirements-serve.txt").values()),
+    "ladder": list(requirements("requirements-ladder.txt").values()),
+    "test": ["pytest>=9", "pytest-xdist>=3.6", "hypothesis>=6.150"],
+    "docs": list(requirements("requirements-docs.txt").values()),
 }
+ALL = sorted({package for name in ("wandb", "s3", "ray", "parquet", "serve", "ladder", "gpu") for package in EXTRAS[name]})
 
-setup(
-    name="open_lm",
-    version="1.0.0.dev0",
-    description="A small, fast and reliable trainer of language models that streams webdataset shards",
-    license="MIT",
-    python_requires=">=3.10",
-    packages=find_namespace_packages(include=["open_lm", "open_lm.*"]),
-    package_data={"open_lm.model": ["configs/*.json"], "open_lm.kernels": ["cpu/*"], "open_lm.serve": ["page/*"]},
-    install_requires=requirements("requirements.txt"),
-    extras_require={**EXTRAS, "all": sorted({package for extra in EXTRAS.values() for package in extra})},
-)
+setup(install_requires=list(NEEDED.values()), extras_require={**EXTRAS, "all": ALL})

@@ -1,5 +1,6 @@
 """Dependencies of the package, read from the requirements files; everything else is in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import setup
@@ -9,24 +10,35 @@ EXTRA_NAMES = {"wandb": ["wandb"], "s3": ["s3fs", "aiobotocore", "boto3"]}
 """Extras that requirements.txt installs as well."""
 
 
-def requirements(name: str) -> dict[str, str]:
-    """The requirement lines of a file by the name of the package, without comments and options."""
+def requirements(name: str) -> list[str]:
+    """The requirement lines of a file, without comments and options."""
     lines = (line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines())
-    words = {line: line.replace("[", " ").replace(">", " ").replace("=", " ").replace(";", " ") for line in lines}
-    return {word.split()[0]: line for line, word in words.items() if line and not line.startswith("-")}
+    return [line for line in lines if line and not line.startswith("-")]
 
 
-NEEDED = requirements("requirements.txt")
-EXTRAS = {extra: [NEEDED.pop(name) for name in names] for extra, names in EXTRA_NAMES.items()} | {
+def package_of(line: str) -> str:
+    """The name in a requirement line."""
+    return re.split(r"[\s<>=\[;]", line)[0]
+
+
+def named(names: list[str]) -> list[str]:
+    """The lines of requirements.txt for these packages."""
+    return [line for line in requirements("requirements.txt") if package_of(line) in names]
+
+
+EXTRAS = {extra: named(names) for extra, names in EXTRA_NAMES.items()} | {
     "ray": ["ray[default]>=2.50"],
     "parquet": ["pyarrow>=20"],  # for data sets of the Hub
     "gpu": ["xformers>=0.0.30"],
-    "eval": list(requirements("requirements-eval.txt").values()),  # LLM Foundry itself comes with `make install-eval`
-    "serve": list(requirements("requirements-serve.txt").values()),
-    "ladder": list(requirements("requirements-ladder.txt").values()),
+    "eval": requirements("requirements-eval.txt"),  # LLM Foundry itself comes with `make install-eval`
+    "serve": requirements("requirements-serve.txt"),
+    "ladder": requirements("requirements-ladder.txt"),
     "test": ["pytest>=9", "pytest-xdist>=3.6", "hypothesis>=6.150"],
-    "docs": list(requirements("requirements-docs.txt").values()),
+    "docs": requirements("requirements-docs.txt"),
 }
-ALL = sorted({package for name in ("wandb", "s3", "ray", "parquet", "serve", "ladder", "gpu") for package in EXTRAS[name]})
+FOR_USE = ("wandb", "s3", "ray", "parquet", "serve", "ladder", "gpu")
+EXTRAS["all"] = sorted({line for extra in FOR_USE for line in EXTRAS[extra]})
+IN_EXTRAS = {name for names in EXTRA_NAMES.values() for name in names}
+NEEDED = [line for line in requirements("requirements.txt") if package_of(line) not in IN_EXTRAS]
 
-setup(install_requires=list(NEEDED.values()), extras_require={**EXTRAS, "all": ALL})
+setup(install_requires=NEEDED, extras_require=EXTRAS)

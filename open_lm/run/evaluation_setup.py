@@ -12,7 +12,7 @@ from open_lm.checkpoint.read import read_checkpoint
 from open_lm.data.loader import Loader, validation_batches
 from open_lm.data.sources import named_tokenizer, open_source
 from open_lm.data.token_bytes import token_bytes
-from open_lm.data.tokenizer import load_tokenizer
+from open_lm.data.tokenizer import load_tokenizer, tokenizer_near
 from open_lm.distributed import World
 from open_lm.errors import ConfigError
 from open_lm.evaluate.eval_model import require_same_vocabulary
@@ -107,7 +107,8 @@ def run_tokenizer(config: RunConfig, loader: Loader | None) -> str | None:
     path = flags.start[0] if flags.start else flags.resume
     if named or loader is not None or path in (None, "latest"):
         return named
-    return (read_checkpoint(str(path)).get("config") or {}).get("tokenizer")
+    stored = (read_checkpoint(str(path)).get("config") or {}).get("tokenizer")
+    return tokenizer_near(stored, str(path)) if stored else None
 
 
 def _bytes_of_tokens(name: str | None, vocab_size: int, world: World, *, required: bool) -> Tensor | None:

@@ -15,8 +15,19 @@ check:  ## Format, lint, types, floors
 	$(PYTHON) -m mypy
 	$(PYTHON) -m pytest -q tests/contracts
 
-test:  ## The whole test suite
+test:  ## The tests, but those marked slow
 	bash scripts/test.sh
+
+test-all:  ## All tests
+	bash scripts/test.sh -m ""
+
+docs:  ## Build the site of docs/ into site/ (mkdocs)
+	bash -c '. scripts/environment.sh && ensure_environment requirements.txt requirements-docs.txt'
+	$(PYTHON) -m mkdocs build --strict
+
+dist:  ## Build wheel and sdist into dist/
+	$(PYTHON) -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+	$(PYTHON) -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
 
 flags:  ## Write docs/flags.md anew from the flags in the code
 	$(PYTHON) scripts/flags_page.py
@@ -29,4 +40,4 @@ smoke:  ## Train 20 steps on the CPU on synthetic data
 	$(PYTHON) -m open_lm.main --dataset-type synthetic --model open_lm_test_tiny --device cpu --precision fp32 \
 	  --global-batch-size 4 --train-tokens 1280 --warmup 5 --log-every-n-steps 5 --logs /tmp/open_lm_smoke --name smoke
 
-.PHONY: help install install-eval check test flags house smoke
+.PHONY: help install install-eval check test test-all docs dist flags house smoke

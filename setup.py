@@ -1,37 +1,44 @@
-"""Installation: `pip install -e .`, with extras for what a plain install leaves out."""
+"""Dependencies of the package, read from the requirements files; everything else is in pyproject.toml."""
 
+import re
 from pathlib import Path
 
-from setuptools import find_namespace_packages, setup
+from setuptools import setup
 
 ROOT = Path(__file__).parent
+EXTRA_NAMES = {"wandb": ["wandb"], "s3": ["s3fs", "aiobotocore", "boto3"]}
+"""Extras that requirements.txt installs as well."""
 
 
 def requirements(name: str) -> list[str]:
-    """The requirement lines of a file, without comments and without other files it includes."""
+    """The requirement lines of a file, without comments and options."""
     lines = (line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines())
     return [line for line in lines if line and not line.startswith("-")]
 
 
-EXTRAS = {
+def package_of(line: str) -> str:
+    """The name in a requirement line."""
+    return re.split(r"[\s<>=\[;]", line)[0]
+
+
+def named(names: list[str]) -> list[str]:
+    """The lines of requirements.txt for these packages."""
+    return [line for line in requirements("requirements.txt") if package_of(line) in names]
+
+
+EXTRAS = {extra: named(names) for extra, names in EXTRA_NAMES.items()} | {
+    "ray": ["ray[default]>=2.50"],
+    "parquet": ["pyarrow>=20"],  # for data sets of the Hub
+    "gpu": ["xformers>=0.0.30"],
     "eval": requirements("requirements-eval.txt"),  # LLM Foundry itself comes with `make install-eval`
     "serve": requirements("requirements-serve.txt"),
-    "wandb": ["wandb==0.31.0"],
-    "ray": ["ray[default]==2.60.0"],
-    "parquet": ["pyarrow==26.0.1"],  # for data sets of the Hub
-    "gpu": ["xformers>=0.0.30"],
     "ladder": requirements("requirements-ladder.txt"),
-    "s3": ["s3fs==2026.9.0", "aiobotocore==3.10.0", "boto3==1.43.117"],
+    "test": ["pytest>=9", "pytest-xdist>=3.6", "hypothesis>=6.150"],
+    "docs": requirements("requirements-docs.txt"),
 }
+FOR_USE = ("wandb", "s3", "ray", "parquet", "serve", "ladder", "gpu")
+EXTRAS["all"] = sorted({line for extra in FOR_USE for line in EXTRAS[extra]})
+IN_EXTRAS = {name for names in EXTRA_NAMES.values() for name in names}
+NEEDED = [line for line in requirements("requirements.txt") if package_of(line) not in IN_EXTRAS]
 
-setup(
-    name="open_lm",
-    version="1.0.0.dev0",
-    description="A small, fast and reliable trainer of language models that streams webdataset shards",
-    license="MIT",
-    python_requires=">=3.10",
-    packages=find_namespace_packages(include=["open_lm", "open_lm.*"]),
-    package_data={"open_lm.model": ["configs/*.json"], "open_lm.kernels": ["cpu/*"], "open_lm.serve": ["page/*"]},
-    install_requires=requirements("requirements.txt"),
-    extras_require={**EXTRAS, "all": sorted({package for extra in EXTRAS.values() for package in extra})},
-)
+setup(install_requires=NEEDED, extras_require=EXTRAS)

@@ -7,13 +7,16 @@ import datetime
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from open_lm.errors import DeviceError, OpenLMError
+from open_lm.mesh import AXES, MeshShape
 from open_lm.registry import late_names
 
 T = TypeVar("T")
@@ -31,16 +34,38 @@ class World:
     size: int = 1
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    mesh: MeshShape | None = None
+    """How the ranks share out data and model; None: each has other data and the whole model."""
+
+    @property
+    def shape(self) -> MeshShape:
+        """The mesh of the ranks."""
+        return self.mesh or MeshShape(dp=self.size)
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the `shape.n_data` shares of the sequences this rank trains on."""
+        return self.shape.data_rank(self.rank)
+
+    @property
+    def share_rank(self) -> int:
+        """Which of the `shape.n_shares` ranks with work of their own this is; those of one tp group do the same."""
+        return self.shape.share_rank(self.rank)
+
+    @property
+    def meshes(self) -> Meshes:
+        """torch's device meshes of the ranks, made once; the first call is for all ranks together."""
+        return _meshes(self.shape, self.device.type)
 
     @property
     def is_master(self) -> bool:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of `values` over all ranks, on this rank's device."""
+        """The sum of `values` over all ranks with data of their own, on this rank's device."""
         total = values.detach().to(self.device, copy=True)
-        if self.size > 1:
-            dist.all_reduce(total)
+        if self.shape.n_shares > 1:
+            dist.all_reduce(total, group=self.meshes.shares if self.shape.tp > 1 else None)
         return total
 
     def any(self, claim: bool) -> bool:
@@ -67,6 +92,10 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def gather_shares(self, value: Any) -> list[Any]:
+        """The `value` of every rank with data of its own, in order, on every rank."""
+        return self.gather(value)[:: self.shape.tp]
+
     def on_rank0(self, work: Callable[[], T]) -> T:
         """What `work` gives on rank 0, on every rank; an OpenLMError of its is raised on every rank."""
         if self.size == 1:
@@ -81,6 +110,70 @@ class World:
         if isinstance(outcome, OpenLMError):
             raise outcome
         return outcome
+
+
+class Meshes:
+    """The ranks as torch's device meshes, each made when it is first asked for, by all ranks together."""
+
+    def __init__(self, shape: MeshShape, device_type: str):
+        self._shape, self._device_type = shape, device_type
+
+    @cached_property
+    def _world(self) -> DeviceMesh:
+        return init_device_mesh(self._device_type, (self._shape.size,), mesh_dim_names=("world",))
+
+    @cached_property
+    def weights(self) -> DeviceMesh:
+        """Over which FSDP shards weights: a row of ranks, or rows of copies where there are several."""
+        return self._dense["copy", "shard"] if self._shape.dp > 1 else self._dense["shard"]
+
+    @cached_property
+    def tensor(self) -> DeviceMesh:
+        """The ranks that divide each matrix of this one."""
+        return self._dense["divide"]
+
+    @cached_property
+    def _dense(self) -> DeviceMesh:
+        shape = self._shape
+        return self._world._unflatten(0, (shape.dp, shape.n_shards, shape.tp), ("copy", "shard", "divide"))
+
+    @cached_property
+    def context(self) -> DeviceMesh:
+        """The ranks that share out the sequences of this one."""
+        return self._world._unflatten(0, tuple(getattr(self._shape, axis) for axis in AXES), AXES)["cp"]
+
+    @cached_property
+    def experts(self) -> DeviceMesh:
+        """The ranks that share out the experts, in rows of those that divide each matrix where there are several."""
+        return self._sparse["expert", "expert_divide"] if self._shape.tp > 1 else self._sparse["expert"]
+
+    @cached_property
+    def expert_weights(self) -> DeviceMesh:
+        """Over which FSDP shards the weights of the experts that a rank holds."""
+        return self._sparse["expert_copy", "expert_shard"] if self._shape.dp > 1 else self._sparse["expert_shard"]
+
+    @cached_property
+    def _sparse(self) -> DeviceMesh:
+        shape = self._shape
+        sizes = (shape.dp, shape.fsdp * shape.cp, shape.ep, shape.tp)
+        return self._world._unflatten(0, sizes, ("expert_copy", "expert_shard", "expert", "expert_divide"))
+
+    @cached_property
+    def shares(self) -> dist.ProcessGroup:
+        """One rank of every group that does the same work, this one among them."""
+        shape = self._shape
+        return self._world._unflatten(0, (shape.n_shares, shape.tp), ("share", "same"))["share"].get_group()
+
+
+_MESHES: dict[tuple[Any, ...], Meshes] = {}
+
+
+def _meshes(shape: MeshShape, device_type: str) -> Meshes:
+    group = dist.distributed_c10d._get_default_group()
+    key = (shape, device_type, id(group))
+    if key not in _MESHES:
+        _MESHES[key] = Meshes(shape, device_type)
+    return _MESHES[key]
 
 
 def ranks_from_environment(env: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
@@ -131,13 +224,17 @@ def start_world(
     timeout_seconds: float = 600,
     device_by_rank: bool = True,
     force_group: bool = False,
+    mesh: Callable[[int], MeshShape] | None = None,
 ) -> Iterator[World]:
     """Join the ranks that were launched together and leave them when the block ends.
 
-    `backend` None means nccl for GPUs and gloo for CPUs; `force_group` makes a process group even for one rank.
+    `backend` None means nccl for GPUs and gloo for CPUs; `force_group` makes a process group even for one rank; `mesh`
+    gives the shape for a number of ranks.
     """
     rank, size, local_rank = ranks_from_environment()
-    world = World(rank, size, local_rank, pick_device(device, local_rank, by_rank=device_by_rank))
+    world = World(
+        rank, size, local_rank, pick_device(device, local_rank, by_rank=device_by_rank), mesh(size) if mesh else None
+    )
     if size == 1 and not force_group:
         yield world
         return

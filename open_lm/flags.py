@@ -57,10 +57,18 @@ class Parser(ArgumentParser):
         raise ConfigError(f"{message}. See {self.prog} --help.")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Namespace | None = None) -> Namespace:  # type: ignore[override]
-        parsed, unknown = self.parse_known_args(args, namespace)
+        words = [self._with_dashes(word) for word in (sys.argv[1:] if args is None else args)]
+        parsed, unknown = self.parse_known_args(words, namespace)
         if unknown:
             self.error(f"unknown {unknown[0]!r}{self._nearest(unknown[0])}")
         return parsed
+
+    def _with_dashes(self, word: str) -> str:
+        """`--wandb_project_name` as `--wandb-project-name`: OpenLM's commands are written with either."""
+        name, equals, value = word.partition("=")
+        dashed = name.replace("_", "-")
+        known = self._option_string_actions
+        return dashed + equals + value if name.startswith("--") and name not in known and dashed in known else word
 
     def _nearest(self, spelled: str) -> str:
         if not spelled.startswith("-"):

@@ -43,7 +43,8 @@ install_cpu_torch() {
 # The stamp is written last, so an install that was interrupted is done again.
 install_once() {
     local file=$1 stamp=$ROOT/.venv/installed-$1 hash
-    hash=$("$PYTHON" -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' "$ROOT/$file")
+    local hashed='import hashlib, os, sys; print(hashlib.sha256(b"".join(open(path, "rb").read() for path in sys.argv[1:] if os.path.exists(path))).hexdigest())'
+    hash=$("$PYTHON" -c "$hashed" "$ROOT/constraints.txt" "$ROOT/$file")
     if [ "$(cat "$stamp" 2> /dev/null)" = "$hash" ]; then return; fi
     echo "installing $file into .venv (once; it takes a minute or two)"
     install_cpu_torch || fail "torch $TORCH_VERSION could not be installed; pip's message is above."

@@ -9,8 +9,6 @@ set -euo pipefail
 : "${NNODES:?how many machines}" "${NODE_RANK:?which of them this is, from 0}" "${MASTER_ADDR:?address of machine 0}"
 n_gpus=$(nvidia-smi -L 2> /dev/null | wc -l || true)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec python -m torch.distributed.run --nnodes "$NNODES" --node-rank "$NODE_RANK" \
+exec python -m open_lm train --nnodes "$NNODES" --node-rank "$NODE_RANK" \
     --nproc-per-node "${NPROC:-$((n_gpus > 0 ? n_gpus : 1))}" \
-    --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}" \
-    --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout 300 \
-    -m open_lm.main "$@"
+    --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}" "$@"

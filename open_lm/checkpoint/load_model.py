@@ -13,6 +13,7 @@ from torch import Tensor
 
 from open_lm.checkpoint.read import architecture_named, read_checkpoint
 from open_lm.checkpoint.resolve import is_transformers_folder, local_source, weights_file
+from open_lm.data.tokenizer import tokenizer_near
 from open_lm.errors import CheckpointError, ConfigError
 from open_lm.model import create_model
 from open_lm.model.config import ModelConfig, ModelFlags
@@ -62,7 +63,7 @@ def stored_tokenizer(path: str) -> str:
     named = (stored_facts(source).get("config") or {}).get("tokenizer")
     if not named:
         raise CheckpointError(f"{path} does not name its tokenizer: give --tokenizer.")
-    return named
+    return tokenizer_near(named, source)
 
 
 def stored_config(content: dict[str, Any], path: str) -> ModelConfig | None:

@@ -17,7 +17,7 @@ from open_lm.checkpoint import sharded
 from open_lm.checkpoint.background import Background
 from open_lm.checkpoint.config import CONSOLIDATED_UP_TO, CheckpointConfig
 from open_lm.checkpoint.save_policy import Kind, to_delete
-from open_lm.checkpoint.snapshot import Saved, Snapshot, live, n_bytes, take
+from open_lm.checkpoint.snapshot import Saved, Snapshot, in_file_order, live, n_bytes, take
 from open_lm.checkpoint.tree import Staging
 from open_lm.checkpoint.writing import WRITE_ERRORS, Target, remove_unfinished, write_consolidated, write_sharded
 from open_lm.distributed import World
@@ -81,7 +81,7 @@ class Checkpoints:
         if not label:  # it is there already
             return True
         self._label = label
-        tree = live(state)
+        tree = in_file_order(live(state), state.model)
         in_shards = self._in_shards(tree)
         if in_shards and self._group is None and state.world.size > 1:
             self._group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)

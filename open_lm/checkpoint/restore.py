@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
 from open_lm import storage
@@ -16,7 +17,7 @@ from open_lm.checkpoint.mean import read_mean
 from open_lm.checkpoint.read import local_shards, read_checkpoint
 from open_lm.checkpoint.resolve import latest, weights_file
 from open_lm.checkpoint.sharded import STATS, is_sharded, load_into, read_index
-from open_lm.checkpoint.snapshot import Saved, live
+from open_lm.checkpoint.snapshot import Saved, in_file_order, live
 from open_lm.checkpoint.state_dicts import (
     by_name,
     load_optimizers,
@@ -28,6 +29,7 @@ from open_lm.checkpoint.state_dicts import (
 from open_lm.checkpoint.tree import SEPARATOR, flat, nested
 from open_lm.errors import CheckpointError
 from open_lm.model.lora import is_addition
+from open_lm.train.row_order import RowOrder, copy_from_file_order, order_of, row_orders
 from open_lm.weights.file import clean_state_dict, load_file, named_weights, plain_name
 from open_lm.weights.hub import is_hub
 
@@ -84,7 +86,9 @@ def restore(checkpoints: Checkpoints, state: Saved, loader: DataOrder | None) ->
 
 
 def _load_consolidated(stored: Stored, facts: Mapping[str, Any], state: Saved, *, whole_state: bool) -> None:
-    broadcast = state.world.size > 1
+    broadcast, orders = state.world.size > 1, row_orders(state.model)
+    for part in (stored.weights, stored.optimizer, stored.companions) if orders else ():
+        _put_in_memory_order(part, orders)
     load_weights(state.model, stored.weights, facts["path"], broadcast=broadcast)
     if whole_state:
         load_optimizers(state.model, state.optimizers, stored.optimizer, broadcast=broadcast)
@@ -94,7 +98,8 @@ def _load_consolidated(stored: Stored, facts: Mapping[str, Any], state: Saved, *
 
 def _load_sharded(facts: Mapping[str, Any], state: Saved, *, whole_state: bool) -> None:
     """Every rank reads its own part, in place."""
-    tree = live(state)
+    held_tree = live(state)
+    tree = in_file_order(held_tree, state.model)
     parts: dict[str, Any] = {"weights": tree["weights"]}
     if whole_state:
         parts |= {"optimizer": {"state": tree["optimizer"]["state"]}, "companions": {}}
@@ -108,6 +113,8 @@ def _load_sharded(facts: Mapping[str, Any], state: Saved, *, whole_state: bool) 
         if held != {name for name in tensors if name.startswith(f"weights{SEPARATOR}")}:
             raise CheckpointError(f"{facts['path']} is of another model. Give the --model it was trained with.")
         load_into(folder, tensors, alone=state.world.size == 1)
+    _copy_ordered(tensors, flat(held_tree)[0], row_orders(state.model))
+    tree = held_tree
     if not whole_state:
         return
     values = nested(facts["values"])
@@ -117,7 +124,25 @@ def _load_sharded(facts: Mapping[str, Any], state: Saved, *, whole_state: bool) 
         set_optimizer_state_dict(state.model, state.optimizers, tree["optimizer"])
     for name, part in state.companions.items():
         if name in parts["companions"]:
-            part.load_state_dict(parts["companions"][name] | values.get("companions", {}).get(name, {}))
+            part.load_state_dict(tree["companions"][name] | values.get("companions", {}).get(name, {}))
+
+
+def _put_in_memory_order(tree: dict[str, Any], orders: Mapping[str, RowOrder], at: str = "") -> None:
+    """Order the rows of whole tensors, as files have them, for the ranks that divide the model."""
+    for name, value in tree.items():
+        path = f"{at}{SEPARATOR}{name}"
+        if isinstance(value, dict):
+            _put_in_memory_order(value, orders, path)
+        elif isinstance(value, Tensor) and (order := order_of(path, value, orders)):
+            tree[name] = order.in_memory(value)
+
+
+def _copy_ordered(stored: Mapping[str, Tensor], held: Mapping[str, Tensor], orders: Mapping[str, RowOrder]) -> None:
+    """Copy what was loaded in the order of files to the tensors of the run, which have another."""
+    for path, tensor in stored.items():
+        order = order_of(path, tensor, orders)
+        if order is not None:
+            copy_from_file_order(tensor, held[path], order)
 
 
 def _bare(path: str) -> str:

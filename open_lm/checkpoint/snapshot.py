@@ -15,6 +15,7 @@ from open_lm.checkpoint.save_policy import Kind
 from open_lm.checkpoint.tree import Staging, map_tensors, tensors_of
 from open_lm.distributed import World
 from open_lm.precision import Precision
+from open_lm.train.row_order import order_of, row_orders, to_file_order
 
 
 class Companion(Protocol):
@@ -88,6 +89,20 @@ class Snapshot:
     def head(self, name: str) -> dict[str, Any]:
         """What every file says first."""
         return {"epoch": self.epoch, "name": name, "step": self.step, "tokens": self.tokens}
+
+
+def in_file_order(tree: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """`tree` with the rows of every tensor as files have them: under tensor parallelism ranks order some otherwise.
+
+    Every rank must call this.
+    """
+    orders = row_orders(model)
+
+    def ordered(path: str, tensor: Tensor) -> Tensor:
+        order = order_of(path, tensor, orders)
+        return tensor if order is None else to_file_order(tensor, order)
+
+    return map_tensors(tree, ordered) if orders else tree
 
 
 def live(state: Saved) -> dict[str, Any]:

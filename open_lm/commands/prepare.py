@@ -137,11 +137,11 @@ def where_to(flags: Make2048) -> Any:
 
     if not flags.upload_to_s3:
         return destination(flags.output_dir, flags.tmp_dir)
-    base = os.environ.get("S3_BASE", "")
-    if not storage.is_remote(base):
-        raise ConfigError(
-            f"--upload-to-s3: S3_BASE is {base!r}. Set it to the prefix to write below, as s3://bucket/data."
-        )
+    base = os.environ.get("S3_BASE", "").lstrip("/")
+    if not base:
+        raise ConfigError("--upload-to-s3: S3_BASE is not set. Set it to the prefix to write below: s3://bucket/data.")
+    if not storage.is_remote(base):  # as in OpenLM, where it is a bucket and what follows in it
+        base = f"s3://{base}"
     local = destination(flags.output_dir)
     return Destination(storage.join(base, os.path.basename(local.folder)), local.workplace)
 

@@ -1,5 +1,6 @@
 """`openlm prepare-chat`: conversations, preference pairs or prompts to data; only answers are trained on."""
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ class MakeAssistantData:
     )
     shard_size: int = flag(8192, "Samples in a shard; the last one may hold fewer.", least=1)
     seed: int = flag(42, "Of the shuffle.")
+    num_workers: int = flag(0, "Accepted for OpenLM's commands and ignored: one process does the work.", least=0)
+    num_consumers: int = flag(0, "Accepted for OpenLM's commands and ignored, as --num-workers.", least=0)
     on_bad_line: str = flag(
         "stop", "A row that is of no known form: stop, or skip and count it.", choices=("stop", "skip")
     )
@@ -52,6 +55,8 @@ class MakeAssistantData:
             raise ConfigError("--input-files or --dataset: give one of the two. See --help.")
         if not self.output_dir:
             raise ConfigError("--output-dir: not given. See --help.")
+        if self.num_workers > 1 or self.num_consumers > 1:
+            logging.warning("--num-workers, --num-consumers: ignored, one process does the work.")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class LaunchConfig:
     )
     nnodes: int = flag(1, "Machines; run the same command on each, with its own --node-rank.", least=1)
     node_rank: int = flag(0, "Number of this machine, from 0.", least=0, aliases=("--node_rank",))
-    master_addr: str = flag("127.0.0.1", "Address of machine 0, for several machines.", aliases=("--master_addr",))
+    master_addr: str | None = flag(None, "Address of machine 0, for several machines.", aliases=("--master_addr",))
     master_port: int | None = flag(
         None,
         "Free port of machine 0. None: any on one machine, 29500 for several.",
@@ -42,7 +42,7 @@ class LaunchConfig:
             raise ConfigError(f"--node-rank {self.node_rank}: must be below --nnodes {self.nnodes}.")
         if self.nnodes > 1 and n is None:
             raise ConfigError(f"--nnodes {self.nnodes}: needs --nproc-per-node, the ranks of this machine.")
-        if self.nnodes > 1 and self.master_addr == "127.0.0.1":
+        if self.nnodes > 1 and not self.master_addr:
             raise ConfigError(f"--nnodes {self.nnodes}: needs --master-addr, the address of machine 0.")
 
 
@@ -83,7 +83,7 @@ def start(launch: LaunchConfig, argv: Sequence[str]) -> int:
     read_config(parse_args(argv))  # a wrong flag is one message, before any rank starts
     n = count_gpus() if launch.nproc_per_node == "gpu" else int(launch.nproc_per_node or 1)
     shared = {
-        "MASTER_ADDR": launch.master_addr,
+        "MASTER_ADDR": launch.master_addr or "127.0.0.1",
         "MASTER_PORT": str(launch.master_port or (free_port() if launch.nnodes == 1 else 29500)),
         "WORLD_SIZE": str(n * launch.nnodes),
         "LOCAL_WORLD_SIZE": str(n),

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 IGNORED = -100
 """Target of a position that is not trained on: padding, prompts, holes. torch's cross_entropy skips it by default."""
+
+
+class SequencePart(Protocol):
+    """The positions of each sequence that one rank holds."""
+
+    def take(self, x_BS: Tensor) -> Tensor:
+        """Those of what has all positions along dimension 1."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -19,7 +28,8 @@ class Batch:
     `inputs_BT` are token ids; `targets_BT` the ids that follow them, or `IGNORED`. `documents_BT`, where attention must
     not cross documents, numbers the document of each input within its sample. `group` consecutive rows belong together
     (2: the chosen and the rejected side of a pair). `extras` are further tensors by name, one entry for each row:
-    log-probabilities, advantages, scores.
+    log-probabilities, advantages, scores. With `part`, the rows are this rank's positions of sequences that ranks share
+    out; documents are those of the whole sequences.
     """
 
     inputs_BT: Tensor  # noqa: N815
@@ -27,6 +37,7 @@ class Batch:
     documents_BT: Tensor | None = None  # noqa: N815
     group: int = 1
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    part: SequencePart | None = None
 
     @classmethod
     def from_samples(cls, samples_BS: Tensor) -> Batch:
@@ -39,9 +50,10 @@ class Batch:
         return replace(self, documents_BT=is_end_BT.cumsum(1, dtype=torch.int32) - is_end_BT)
 
     @property
-    def model_inputs(self) -> dict[str, Tensor]:
+    def model_inputs(self) -> dict[str, Any]:
         """What a model needs beside the ids, by the names of its arguments."""
-        return {} if self.documents_BT is None else {"documents_BT": self.documents_BT}
+        given = {"documents_BT": self.documents_BT, "part": self.part}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def n_targets(self) -> Tensor:
@@ -67,6 +79,10 @@ class Batch:
         batch = self.pin_memory() if torch.device(device).type == "cuda" and self.device.type == "cpu" else self
         return batch._each(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def of_part(self, part: SequencePart) -> Batch:
+        """This rank's positions of the sequences, where ranks share them out."""
+        return replace(self, inputs_BT=part.take(self.inputs_BT), targets_BT=part.take(self.targets_BT), part=part)
+
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory; torch's DataLoader calls this."""
         return self._each(Tensor.pin_memory)
@@ -74,4 +90,4 @@ class Batch:
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         documents_BT = None if self.documents_BT is None else change(self.documents_BT)
         extras = {name: change(tensor) for name, tensor in self.extras.items()}
-        return Batch(change(self.inputs_BT), change(self.targets_BT), documents_BT, self.group, extras)
+        return Batch(change(self.inputs_BT), change(self.targets_BT), documents_BT, self.group, extras, self.part)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from open_lm import storage
 from open_lm.errors import ConfigError
 
 END_OF_TEXT_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
@@ -117,6 +118,18 @@ def load_tokenizer(name_or_path: str, *, at_hand: bool = False) -> Tokenizer:
     if not path.is_dir() and (name_or_path.endswith(".json") or name_or_path.startswith((".", "/", "~"))):
         raise ConfigError(f"--tokenizer {name_or_path}: no such file. Give a tokenizer.json, a folder or a hub id.")
     return _from_transformers(name_or_path, at_hand)
+
+
+def tokenizer_near(named: str, checkpoint: str) -> str:
+    """Where the tokenizer is that a checkpoint names.
+
+    A run stores the name as it was given. A relative path is looked for in the working folder, then in every folder
+    above the checkpoint: one of them is usually the folder that the run was started in.
+    """
+    if Path(named).expanduser().exists() or storage.is_remote(checkpoint):
+        return named
+    above = Path(storage.local_path(checkpoint)).absolute().parents
+    return next((str(folder / named) for folder in above if (folder / named).exists()), named)
 
 
 def _from_file(path: Path, name: str) -> Tokenizer:

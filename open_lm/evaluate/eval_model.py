@@ -11,7 +11,7 @@ from torch import nn
 
 from open_lm import storage
 from open_lm.checkpoint.load_model import load_model, weights_file
-from open_lm.data.tokenizer import Tokenizer, load_tokenizer
+from open_lm.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_near
 from open_lm.errors import CheckpointError, ConfigError
 from open_lm.evaluate.records import CheckpointRecords
 from open_lm.model import create_model
@@ -41,10 +41,10 @@ def load_eval_model(
     """
     file = weights_file(path)
     content = load_file(file)
-    named = tokenizer or (content.get("config") or {}).get("tokenizer")
-    if not named:
+    stored = (content.get("config") or {}).get("tokenizer")
+    if not (tokenizer or stored):
         raise CheckpointError(f"{path} does not name its tokenizer: give --tokenizer.")
-    loaded = load_tokenizer(named)
+    loaded = load_tokenizer(tokenizer or tokenizer_near(str(stored), file))
     about = CheckpointRecords(
         name=name_of(path, file),
         checkpoint=file,

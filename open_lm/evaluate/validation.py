@@ -172,5 +172,5 @@ def _losses_head(batch: Batch) -> Callable[..., Tensor]:
 
 def _interval(losses: list[Tensor], world: World, bootstrap: Bootstrap) -> Interval:
     """The interval of the mean over the losses of all ranks, drawn on rank 0."""
-    shares = world.gather(torch.cat(losses) if losses else torch.zeros(0))
+    shares = world.gather_shares(torch.cat(losses) if losses else torch.zeros(0))
     return world.on_rank0(lambda: interval_95(torch.cat(shares), bootstrap))

@@ -56,8 +56,10 @@ class Slots:
 
     def __init__(self, model: Transformer, n_slots: int, max_len: int):
         weight = model.output.weight
-        self.model, self.cache = model, SlotCache(model.config, n_slots, max_len, weight.device, weight.dtype)
         attentions = [module for module in model.modules() if isinstance(module, Attention)]
+        shape = attentions[0].key_shape
+        self.model = model
+        self.cache = SlotCache(len(attentions), n_slots, max_len, shape, weight.device, weight.dtype)
         self.shares = self.in_blocks = all(attention.is_softmax for attention in attentions)
 
     def run(self, slots: Sequence[int], ids_BT: Tensor, head: Head) -> Any:

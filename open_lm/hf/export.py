@@ -84,7 +84,7 @@ def export(config: ExportConfig, **architecture: Any) -> float | None:
     if out.exists():
         raise ConfigError(f"--out {config.out} exists: choose another one, or remove it.")
     facts = stored_facts(config.checkpoint)
-    tokenizer = tokenizer_of(config.tokenizer, facts)
+    tokenizer = tokenizer_of(config.tokenizer, facts, config.checkpoint)
     dtype = None if config.dtype == "q8_0" else config.dtype
     model = load_model(config.checkpoint, dtype=dtype, **architecture)
     if tokenizer and tokenizer.vocab_size > model.config.vocab_size:

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from open_lm.data.tokenizer import Tokenizer, load_tokenizer
+from open_lm.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_near
 from open_lm.errors import ConfigError
 
 CLASS = "PreTrainedTokenizerFast"
 """The class that all versions of transformers have for a tokenizer.json."""
 
 
-def tokenizer_of(named: str | None, facts: Mapping[str, Any]) -> Tokenizer | None:
+def tokenizer_of(named: str | None, facts: Mapping[str, Any], checkpoint: str) -> Tokenizer | None:
     """The tokenizer that --tokenizer names, else the one that the checkpoint names; None where there is none.
 
     Raises:
@@ -26,7 +26,7 @@ def tokenizer_of(named: str | None, facts: Mapping[str, Any]) -> Tokenizer | Non
     if named or not stored:
         return load_tokenizer(named) if named else None
     try:
-        return load_tokenizer(stored)
+        return load_tokenizer(tokenizer_near(stored, checkpoint))
     except ConfigError as error:
         raise ConfigError(
             f"the checkpoint was made with the tokenizer {stored}, which is not found ({error}). Give --tokenizer, or "

@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 def usage() -> str:
     """The commands, one a line."""
     lines = "\n".join(f"  {name:<14} {summary}" for name, (_, summary) in COMMANDS.items())
-    return f"usage: python -m open_lm.ladder COMMAND [flags]\n\n{lines}\n\nCOMMAND --help lists its flags."
+    return f"usage: openlm ladder COMMAND [flags]\n\n{lines}\n\nCOMMAND --help lists its flags."
 
 
 def main(argv: Sequence[str] | None = None) -> Any:

@@ -21,6 +21,8 @@ from open_lm.model.mask import Mask
 
 QUERY_BLOCK = 256
 """Queries that share one range of keys."""
+MIN_FLEX_QUERIES = 128
+"""One of its blocks; with fewer, as in decoding, there is nothing to skip."""
 FLEX_WIDTHS = (16, 32, 64, 128, 256)
 """Head widths that flex_attention's kernels take on every GPU."""
 
@@ -58,8 +60,8 @@ def attention(
 
 
 def flex_runs_for(q_BTHK: Tensor, mask: Mask) -> bool:
-    """Whether flex_attention computes this call: whole sequences on a GPU, in widths that its kernels take."""
-    return q_BTHK.is_cuda and mask.n_queries == mask.n_keys and q_BTHK.shape[-1] in FLEX_WIDTHS
+    """Whether flex_attention computes this call: many queries on a GPU, in widths that its kernels take."""
+    return q_BTHK.is_cuda and mask.n_queries >= MIN_FLEX_QUERIES and q_BTHK.shape[-1] in FLEX_WIDTHS
 
 
 def by_flex(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Mask, *, compiled: bool) -> Tensor:

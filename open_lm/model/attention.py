@@ -9,6 +9,7 @@ import math
 
 from torch import Tensor, nn
 
+from open_lm.errors import ConfigError
 from open_lm.model.attention_core import build_attend
 from open_lm.model.cache import LayerCache
 from open_lm.model.config import ModelConfig
@@ -16,6 +17,7 @@ from open_lm.model.init import scaled_normal_
 from open_lm.model.mask import Mask
 from open_lm.model.norms import build_norm
 from open_lm.model.rotary import Angles
+from open_lm.model.split import Columns, Features, Plan, Rows
 from open_lm.model.variants import POSITIONS
 
 
@@ -31,10 +33,34 @@ class Attention(nn.Module):
         self.in_proj = nn.Linear(self.dim, sum(self.widths), bias=False)
         self.out_proj = nn.Linear(q_width, self.dim, bias=False)
         self.pos_embed = POSITIONS.load(config.positional_embedding_type)(config)
+        self.qk_norm = config.qk_norm
         self.q_norm = build_norm(config, q_width) if config.qk_norm else nn.Identity()
         self.k_norm = build_norm(config, kv_width) if config.qk_norm else nn.Identity()
         self.attend = build_attend(config)
         self.is_softmax = config.attn_name != "custom_attn"
+
+    def tensor_plan(self) -> Plan:
+        """Whole heads for each rank, with the keys and values that they read."""
+        plan: Plan = {"in_proj": Rows(tuple(self.widths)), "out_proj": Columns()}
+        return plan | ({"q_norm": Features(), "k_norm": Features()} if self.qk_norm else {})
+
+    @property
+    def key_shape(self) -> tuple[int, int]:
+        """Heads of keys and values, and their width, as they are here."""
+        return self.widths[1] // self.head_dim, self.head_dim
+
+    def keep_part(self, part: int, n_parts: int) -> None:
+        """Compute with one of `n_parts` equal parts of the heads.
+
+        Raises:
+            ConfigError: the heads do not divide.
+        """
+        if self.kv_heads % n_parts:
+            raise ConfigError(
+                f"--mesh tp={n_parts}: {self.kv_heads} heads of keys and values do not divide among {n_parts} ranks."
+            )
+        self.widths = [width // n_parts for width in self.widths]
+        self.pos_embed.part = part
 
     def reset_parameters(self) -> None:
         """in_proj: 1/sqrt(D); out_proj: 1/sqrt(D) / sqrt(2 (layer + 1)), so that the sum over layers stays small."""
@@ -43,11 +69,11 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, angles: Angles | None, mask: Mask, cache: LayerCache | None = None) -> Tensor:
         q, k, v = self.in_proj(x_BTD).split(self.widths, dim=-1)
-        q_BTHK = self.q_norm(q).unflatten(-1, (self.n_heads, self.head_dim))
-        k_BTGK = self.k_norm(k).unflatten(-1, (self.kv_heads, self.head_dim))
-        v_BTGK = v.unflatten(-1, (self.kv_heads, self.head_dim))
+        q_BTHK = self.q_norm(q).unflatten(-1, (-1, self.head_dim))
+        k_BTGK = self.k_norm(k).unflatten(-1, (-1, self.head_dim))
+        v_BTGK = v.unflatten(-1, (-1, self.head_dim))
         q_BTHK = self.pos_embed(q_BTHK, angles).type_as(v_BTGK)
         k_BTGK = self.pos_embed(k_BTGK, angles).type_as(v_BTGK)
         if cache is not None:
             k_BTGK, v_BTGK = cache.append(k_BTGK, v_BTGK)
-        return self.out_proj(self.attend(q_BTHK, k_BTGK, v_BTGK, mask).flatten(-2))
+        return self.out_proj(mask.apply(self.attend, q_BTHK, k_BTGK, v_BTGK).flatten(-2))

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from open_lm.model.config import ModelConfig
-
 KeyValue = tuple[Tensor, Tensor]
 
 
@@ -61,16 +59,25 @@ class StaticLayerCache(LayerCache):
 class StaticCache:
     """What decoding keeps of the positions it has seen: memory for `batch` rows of `max_len` positions, taken once.
 
-    Give it to a Transformer as `past_key_values`; each forward pass appends to it. It carries no gradients.
+    `key_shape` is (G, K), the heads of keys and values and their width. Give the cache to a Transformer as
+    `past_key_values`; each forward pass appends to it. It carries no gradients.
     """
 
-    def __init__(self, config: ModelConfig, batch: int, max_len: int, device: torch.device, dtype: torch.dtype):
-        shape = (batch, max_len, config.kv_heads, config.head_dim)
+    def __init__(
+        self,
+        n_layers: int,
+        batch: int,
+        max_len: int,
+        key_shape: tuple[int, int],
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        shape = (batch, max_len, *key_shape)
 
         def memory() -> Tensor:
             return torch.empty(shape, device=device, dtype=dtype)
 
-        self.layers = [StaticLayerCache(memory(), memory()) for _ in range(config.n_layers)]
+        self.layers = [StaticLayerCache(memory(), memory()) for _ in range(n_layers)]
 
     @property
     def length(self) -> int:

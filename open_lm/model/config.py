@@ -52,6 +52,7 @@ class ModelFlags:
         None,
         "Registered architecture, the path of a JSON file or of a folder of transformers, or hf://owner/name. "
         f"None: that of the checkpoint given, else {DEFAULT}.",
+        aliases=("--model-config",),
     )
     model_norm: str = flag("default_layer_norm", "Norm of every block.", choices=NORMS)
     ffn_type: str = flag("swiglu", "Feed-forward layer of every block.", choices=FEED_FORWARDS)

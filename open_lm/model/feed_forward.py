@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_lm.model.init import scaled_normal_
+from open_lm.model.split import Columns, Plan, Rows
 
 
 def gated_width(dim: int) -> int:
@@ -30,6 +31,10 @@ class SwiGLU(nn.Module):
         self.w12 = nn.Linear(dim, 2 * self.width, bias=False)
         self.w3 = nn.Linear(self.width, dim, bias=False)
 
+    def tensor_plan(self) -> Plan:
+        """A part of the hidden width for each rank: the same of gate and of value."""
+        return {"w12": Rows((self.width, self.width)), "w3": Columns()}
+
     def reset_parameters(self) -> None:
         """w12: 1/sqrt(D); w3: 1/sqrt(F) / sqrt(2 (layer + 1))."""
         scaled_normal_(self.w12.weight, self.dim**-0.5)
@@ -48,6 +53,10 @@ class Gelu(nn.Sequential):
         super().__init__(nn.Linear(dim, width, bias=False), nn.GELU(), nn.Linear(width, dim, bias=False))
         self.dim, self.layer, self.width = dim, layer, width
 
+    def tensor_plan(self) -> Plan:
+        """A part of the hidden width for each rank."""
+        return {"0": Rows(), "2": Columns()}
+
     def reset_parameters(self) -> None:
         """w1: 1/sqrt(D); w2: 1/sqrt(F) / sqrt(2 (layer + 1))."""
         first: Any = self[0]
@@ -65,6 +74,10 @@ class GemmaGeGLU(nn.Module):
         self.gate_proj = nn.Linear(dim, self.width)
         self.up_proj = nn.Linear(dim, self.width)
         self.down_proj = nn.Linear(self.width, dim)
+
+    def tensor_plan(self) -> Plan:
+        """A part of the hidden width for each rank."""
+        return {"gate_proj": Rows(), "up_proj": Rows(), "down_proj": Columns()}
 
     def reset_parameters(self) -> None:
         """gate, up: 1/sqrt(D); down: 1/sqrt(F) / sqrt(2 (layer + 1)); biases 0."""

@@ -49,6 +49,10 @@ class Mask:
         """The position of the first query among the keys."""
         return self.n_keys - self.n_queries
 
+    def apply(self, attend: Callable[..., Tensor], q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
+        """What the back end `attend` gives under this mask."""
+        return attend(q_BTHK, k_BSGK, v_BSGK, self)
+
     def dense(self) -> Tensor:
         """True where a query sees a key: (T, S), or (B, 1, T, S) with documents or padding."""
         return self.once("dense", lambda: self.part(slice(0, self.n_queries), slice(0, self.n_keys)))

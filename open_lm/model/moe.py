@@ -19,6 +19,8 @@ from open_lm.model.config import ModelConfig
 from open_lm.model.feed_forward import default_width
 from open_lm.model.grouped_mm import build_grouped_product
 from open_lm.model.init import scaled_normal_
+from open_lm.model.split import Experts as HiddenWidth
+from open_lm.model.split import Plan, Tokens
 
 
 class Routing(NamedTuple):
@@ -69,15 +71,20 @@ class Experts(nn.Module):
         scaled_normal_(self.w12, self.dim**-0.5)
         scaled_normal_(self.w3, self.width**-0.5 / math.sqrt(2 * (self.layer + 1)))
 
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """`w12` and `w3` as the products take them."""
+        return self.w12, self.w3
+
     def of_equal_loads(self, x_ECD: Tensor) -> Tensor:
         """Each expert applied to its C rows, as batched products."""
-        return torch.bmm(self._activated(torch.bmm(x_ECD, self.w12.mT)), self.w3.mT)
+        w12, w3 = self.matrices()
+        return torch.bmm(self._activated(torch.bmm(x_ECD, w12.mT)), w3.mT)
 
     def of_any_loads(self, x_AD: Tensor, counts_E: Tensor) -> Tensor:
         """Each expert applied to its rows of `x_AD`, which hold those of expert 0 first, `counts_E` of each."""
-        ends_E = counts_E.cumsum(0)
-        hidden_AF = self._activated(self.product(x_AD, self.w12, ends_E))
-        return self.product(hidden_AF, self.w3, ends_E)
+        ends_E, (w12, w3) = counts_E.cumsum(0), self.matrices()
+        hidden_AF = self._activated(self.product(x_AD, w12, ends_E))
+        return self.product(hidden_AF, w3, ends_E)
 
     def _activated(self, hidden: Tensor) -> Tensor:
         if not self.gated:
@@ -99,6 +106,10 @@ class MixtureOfExperts(nn.Module):
         self.capacity_factor = config.moe_capacity_factor
         self.router = nn.Linear(self.dim, self.n_experts, bias=False)
         self.experts = Experts(config, layer)
+
+    def tensor_plan(self) -> Plan:
+        """A part of every expert's hidden width for each rank; all ranks route alike."""
+        return {"router": Tokens(), "experts": HiddenWidth()}
 
     def reset_parameters(self) -> None:
         """router: 1/sqrt(D)."""

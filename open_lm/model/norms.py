@@ -32,8 +32,12 @@ class LayerNorm(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def affine(self) -> tuple[Tensor | None, Tensor | None]:
+        """The weight and the bias that `forward` computes with."""
+        return self.weight, self.bias
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, (self.dim,), self.weight, self.bias, self.eps)
+        return F.layer_norm(x, (self.dim,), *self.affine(), self.eps)
 
 
 class LowPrecisionLayerNorm(LayerNorm):
@@ -42,8 +46,7 @@ class LowPrecisionLayerNorm(LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        weight = self.weight.to(dtype) if self.weight is not None else None
-        bias = self.bias.to(dtype) if self.bias is not None else None
+        weight, bias = (None if part is None else part.to(dtype) for part in self.affine())
         with torch.autocast(kind, enabled=False):
             return F.layer_norm(x.to(dtype), (self.dim,), weight, bias, self.eps)
 
@@ -60,8 +63,12 @@ class RMSNorm(nn.Module):
         """Weight 1."""
         nn.init.ones_(self.weight)
 
+    def affine(self) -> tuple[Tensor, None]:
+        """The weight that `forward` computes with; there is no bias."""
+        return self.weight, None
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (self.dim,), None, self.eps).type_as(x) * self.weight
+        return F.rms_norm(x.float(), (self.dim,), None, self.eps).type_as(x) * self.affine()[0]
 
 
 def gain_only_layer_norm(dim: int, eps: float) -> LayerNorm:

@@ -61,14 +61,17 @@ class Rotary(nn.Module):
 class HeadRotary(Rotary):
     """Rotary by the number of the head instead of the position: how the published OpenLM models were trained."""
 
+    part = 0
+    """Which of the equal parts of the heads `forward` gets, where ranks divide them."""
+
     def angles(self, places: Tensor) -> Angles | None:
         """The angles of every head, (H, K/2)."""
         heads = torch.arange(self.n_heads, device=places.device)
         return Angles(position_angles(self.head_dim, self.base, heads)[:, 0])
 
     def forward(self, x_BTHK: Tensor, angles: Angles) -> Tensor:
-        n_heads = x_BTHK.shape[2]
-        return rotate_halves(x_BTHK, angles.cos[:n_heads], angles.sin[:n_heads])
+        heads = slice(self.part * x_BTHK.shape[2], (self.part + 1) * x_BTHK.shape[2])
+        return rotate_halves(x_BTHK, angles.cos[heads], angles.sin[heads])
 
 
 class LlamaRotary(nn.Module):

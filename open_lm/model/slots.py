@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from open_lm.model.cache import KeyValue, LayerCache, StaticCache
-from open_lm.model.config import ModelConfig
 from open_lm.model.mask import Mask
 
 
@@ -79,12 +78,19 @@ class SlotCache(StaticCache):
     several with one each. Afterwards `advance` counts the new positions.
     """
 
-    def __init__(self, config: ModelConfig, n_slots: int, max_len: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        n_layers: int,
+        n_slots: int,
+        max_len: int,
+        key_shape: tuple[int, int],
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
         self.device, self.max_len = device, max_len
-        shape = (n_slots, max_len, config.kv_heads, config.head_dim)
+        shape = (n_slots, max_len, *key_shape)
         self.layers: list[SlotLayerCache] = [  # type: ignore[assignment]  # zeros: what is masked must be finite
-            SlotLayerCache(*(torch.zeros(shape, device=device, dtype=dtype) for _ in "kv"))
-            for _ in range(config.n_layers)
+            SlotLayerCache(*(torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")) for _ in range(n_layers)
         ]
         self.lengths = [0] * n_slots
         self._rows: Rows

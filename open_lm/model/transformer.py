@@ -14,13 +14,18 @@ from torch import Tensor, nn
 from open_lm.model.attention import Attention
 from open_lm.model.cache import GrowingCache, KeyValue, LayerCache, StaticCache
 from open_lm.model.config import ModelConfig
+from open_lm.model.context import SequencePart
 from open_lm.model.init import scaled_normal_
 from open_lm.model.mask import Mask
 from open_lm.model.moe import MixtureOfExperts, Routing, over_layers
 from open_lm.model.norms import build_norm
 from open_lm.model.rotary import Angles
 from open_lm.model.slots import SlotCache
+from open_lm.model.split import Plan, Tokens, Vocabulary
 from open_lm.model.variants import FEED_FORWARDS
+
+Placed = tuple[Tensor, Mask, Sequence[LayerCache | None]]
+"""Where the ids of a forward pass stand: positions (T,), the mask, and the cache of each layer."""
 
 
 def build_feed_forward(config: ModelConfig, layer: int) -> nn.Module:
@@ -39,6 +44,10 @@ class Block(nn.Module):
         self.feed_forward = build_feed_forward(config, layer)
         self.attention_norm = build_norm(config, config.hidden_dim)
         self.ffn_norm = build_norm(config, config.hidden_dim)
+
+    def tensor_plan(self) -> Plan:
+        """Norms act on each position by itself; attention and feed-forward have plans of their own."""
+        return {"attention_norm": Tokens(), "ffn_norm": Tokens()}
 
     def forward(self, x_BTD: Tensor, angles: Angles | None, mask: Mask, cache: LayerCache | None = None) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), angles, mask, cache)
@@ -72,6 +81,11 @@ class Transformer(nn.Module):
         self.tie_weights()
         self.register_load_state_dict_post_hook(lambda model, _: model.tie_weights())
 
+    def tensor_plan(self) -> Plan:
+        """A part of the vocabulary for each rank."""
+        plan: Plan = {"tok_embeddings": Vocabulary(), "norm": Tokens(), "output": Vocabulary()}
+        return plan | ({"post_embed_norm": Tokens()} if self.config.post_embed_norm else {})
+
     def tie_weights(self) -> None:
         """Make token embedding and output one parameter again, where the config says so, after either was replaced."""
         if self.config.weight_tying and self.tok_embeddings.weight is not self.output.weight:
@@ -90,7 +104,8 @@ class Transformer(nn.Module):
     def new_cache(self, batch: int, max_len: int) -> StaticCache:
         """An empty cache for decoding `batch` rows of at most `max_len` positions."""
         weight = self.output.weight
-        return StaticCache(self.config, batch, max_len, weight.device, weight.dtype)
+        first: Any = self.layers[0]
+        return StaticCache(len(self.layers), batch, max_len, first.attention.key_shape, weight.device, weight.dtype)
 
     def forward(
         self,
@@ -100,6 +115,7 @@ class Transformer(nn.Module):
         attention_mask_BT: Tensor | None = None,
         *,
         documents_BT: Tensor | None = None,
+        part: SequencePart | None = None,
         head: Callable[..., Any] | None = None,
     ) -> Any:
         """`(logits_BTV in fp32, hidden_BTD, past_key_values)`, or `head(hidden_BTD, output_VD)` when a head is given.
@@ -110,36 +126,55 @@ class Transformer(nn.Module):
         run on, which changes nothing: every embedding here is blind to an offset. It excludes cache and padding.
         `attention_mask_BT` is 0 (or false) on positions that are padding, those in the cache included. With `use_cache`
         the returned `past_key_values` continue from here; a StaticCache given as `past_key_values` is itself extended.
+        With `part`, `input_ids_BT` are this rank's positions of sequences that ranks share out; `documents_BT` are of
+        the whole sequences.
         """
         cache: Any = past_key_values
         if not isinstance(cache, StaticCache) and (use_cache or cache):
             cache = GrowingCache(cache, len(self.layers))
-        assert documents_BT is None or (cache is None and attention_mask_BT is None)
-        hidden_BTD, routings = self._hidden(input_ids_BT, cache, documents_BT, attention_mask_BT)
+        assert (documents_BT is None and part is None) or (cache is None and attention_mask_BT is None)
+        if part is None:
+            placed = self._placed(input_ids_BT, cache, documents_BT, attention_mask_BT)
+        else:
+            placed = self._placed_in(part, input_ids_BT, documents_BT)
+        hidden_BTD, routings = self._hidden(input_ids_BT, *placed)
         if head is not None:
             routing = {"routing": over_layers(routings)} if routings and self.training else {}
-            return head(hidden_BTD, self.output.weight, **routing)
+            return head(hidden_BTD, self.output_weight(), **routing)
         logits_BTV = self.output(hidden_BTD).float()
         past = cache.key_values() if isinstance(cache, GrowingCache) else cache
         return logits_BTV, hidden_BTD, past if use_cache else None
 
+    def output_weight(self) -> Tensor:
+        """The matrix that a head multiplies hidden states with, (V, D)."""
+        return self.output.weight
+
+    def _placed(self, ids_BT: Tensor, cache: Any, documents_BT: Tensor | None, real_BS: Tensor | None) -> Placed:
+        """Whole sequences, or what continues the `cache`."""
+        if isinstance(cache, SlotCache):
+            return cache.places(), cache.mask(self.config.sliding_window), cache.layers
+        n_new, n_past = ids_BT.shape[1], cache.length if cache is not None else 0
+        window, n_keys = self.config.sliding_window, n_past + n_new
+        mask = Mask(n_new, n_keys, ids_BT.device, window=window, documents_BS=documents_BT, real_BS=real_BS)
+        caches = [None] * len(self.layers) if cache is None else cache.layers
+        return torch.arange(n_past, n_keys, device=ids_BT.device), mask, caches
+
+    def _placed_in(self, part: SequencePart, ids_BT: Tensor, documents_BS: Tensor | None) -> Placed:
+        """The positions of one rank, which reads the others' keys and values as a layer reads a cache."""
+        n_local, device = ids_BT.shape[1], ids_BT.device
+        mask = part.mask(n_local, device, window=self.config.sliding_window, documents_BS=documents_BS)
+        return part.positions(n_local, device), mask, [part] * len(self.layers)
+
     def _hidden(
-        self, input_ids_BT: Tensor, cache: Any, documents_BT: Tensor | None, real_BS: Tensor | None
+        self, input_ids_BT: Tensor, positions_T: Tensor, mask: Mask, caches: Sequence[LayerCache | None]
     ) -> tuple[Tensor, list[Routing]]:
         """What the output layer reads, (B, T, D), and what the routers did in each layer with experts."""
-        n_new, n_past = input_ids_BT.shape[1], cache.length if cache is not None else 0
-        window, device = self.config.sliding_window, input_ids_BT.device
-        if isinstance(cache, SlotCache):
-            places, mask = cache.places(), cache.mask(window)
-        else:
-            places = torch.arange(n_past, n_past + n_new, device=device)
-            mask = Mask(n_new, n_past + n_new, device, window=window, documents_BS=documents_BT, real_BS=real_BS)
         first: Any = self.layers[0]
-        angles = first.attention.pos_embed.angles(places)
+        angles = first.attention.pos_embed.angles(positions_T)
         x_BTD = self.post_embed_norm(self.tok_embeddings(input_ids_BT))
         routings = []
-        for number, block in enumerate(self.layers):
-            x_BTD = block(x_BTD, angles, mask, cache.layers[number] if cache is not None else None)
+        for block, cache in zip(self.layers, caches, strict=True):
+            x_BTD = block(x_BTD, angles, mask, cache)
             if isinstance(x_BTD, tuple):
                 x_BTD, routing = x_BTD
                 routings.append(routing)

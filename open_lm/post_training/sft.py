@@ -35,7 +35,7 @@ class FineTuning(Task):
         if self.noise is None:
             return batch
         self.noise.step = state.step
-        rows_B = torch.arange(len(batch), device=batch.device) + state.world.rank * len(batch)
+        rows_B = torch.arange(len(batch), device=batch.device) + state.world.data_rank * len(batch)
         return replace(batch, extras={**batch.extras, "row": rows_B})
 
     def loss_sums(self, model: nn.Module, batch: Batch) -> Losses:

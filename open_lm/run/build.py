@@ -22,11 +22,13 @@ from open_lm.post_training.config import TASKS
 from open_lm.post_training.peft_format import load_adapter
 from open_lm.post_training.tasks import TaskKind, TaskParts
 from open_lm.precision import Precision
+from open_lm.run.check_mesh import check_mesh
 from open_lm.run.folder import newest_commit
 from open_lm.run.length import build_schedule, global_batch_size, run_length_of
 from open_lm.train.averagers import parse_averagers
 from open_lm.train.averaging import WeightAverage
 from open_lm.train.backends import prepare_backends
+from open_lm.train.context_parallel import sequence_part
 from open_lm.train.init_model import build_wrapped
 from open_lm.train.optim import build_optimizers
 from open_lm.train.run_length import RunLength
@@ -58,7 +60,8 @@ def build_loader_and_length(
     """The data, opened and checked to be enough, and the steps to take over them; none of both to evaluate only."""
     if not config.trains:
         return None, RunLength((0,), tokens_per_step=0)
-    batch = global_batch_size(config, world.size)
+    batch = global_batch_size(config, world.shape.n_data)
+    check_mesh(config, architecture, world.shape)
     refuse_doc_mask(config, architecture)
     kind: TaskKind = TASKS.load(config.task.task)
     loader = build_loader(
@@ -68,8 +71,8 @@ def build_loader_and_length(
         form=kind.form,
         rows=kind.rows,
         global_batch=batch,
-        rank=world.rank,
-        world_size=world.size,
+        rank=world.data_rank,
+        world_size=world.shape.n_data,
         seed=config.train.seed,
         on_rank0=world.on_rank0,
     )
@@ -177,6 +180,7 @@ def build_state(config: RunConfig, architecture: ModelConfig, world: World, step
         run_length=steps,
         task=build_task(config, architecture, world, precision, wrapped),
         world=world,
+        part=sequence_part(world),
         averages=averages,
         guard=SpikeGuard(sigma) if sigma else None,
     )

@@ -12,7 +12,7 @@ from open_lm.checkpoint.read import read_checkpoint
 from open_lm.data.loader import Loader, validation_batches
 from open_lm.data.sources import named_tokenizer, open_source
 from open_lm.data.token_bytes import token_bytes
-from open_lm.data.tokenizer import load_tokenizer
+from open_lm.data.tokenizer import load_tokenizer, tokenizer_near
 from open_lm.distributed import World
 from open_lm.errors import ConfigError
 from open_lm.evaluate.eval_model import require_same_vocabulary
@@ -50,9 +50,9 @@ def build_validation_sets(
             key=key,
             vocab_size=architecture.vocab_size,
             seq_len=architecture.seq_len,
-            batch=batch // world.size,
-            rank=world.rank,
-            world_size=world.size,
+            batch=batch // world.shape.n_shares,
+            rank=world.share_rank,
+            world_size=world.shape.n_shares,
             max_sequences=max(1, limit // architecture.seq_len) if limit else None,
             config=data,
         )
@@ -67,15 +67,15 @@ def validation_batch_size(config: RunConfig, world: World) -> int:
     Raises:
         ConfigError: they do not divide evenly among ranks.
     """
-    flags = config.validation
+    flags, n_ranks = config.validation, world.shape.n_shares
     if flags.val_batch_size:
-        batch = flags.val_batch_size * world.size
-    elif flags.global_val_batch_size or not config.trains:
-        batch = flags.global_val_batch_size or world.size * -(-config.train.global_batch_size // world.size)
+        batch = flags.val_batch_size * n_ranks
+    elif flags.global_val_batch_size or not config.trains or world.shape.cp > 1:
+        batch = flags.global_val_batch_size or n_ranks * -(-config.train.global_batch_size // n_ranks)
     else:
-        batch = global_batch_size(config, world.size)
-    if batch % world.size:
-        raise ConfigError(f"--global-val-batch-size {batch} does not divide among {world.size} ranks.")
+        batch = global_batch_size(config, world.shape.n_data)
+    if batch % n_ranks:
+        raise ConfigError(f"--global-val-batch-size {batch} does not divide among {n_ranks} ranks.")
     return batch
 
 
@@ -107,7 +107,8 @@ def run_tokenizer(config: RunConfig, loader: Loader | None) -> str | None:
     path = flags.start[0] if flags.start else flags.resume
     if named or loader is not None or path in (None, "latest"):
         return named
-    return (read_checkpoint(str(path)).get("config") or {}).get("tokenizer")
+    stored = (read_checkpoint(str(path)).get("config") or {}).get("tokenizer")
+    return tokenizer_near(stored, str(path)) if stored else None
 
 
 def _bytes_of_tokens(name: str | None, vocab_size: int, world: World, *, required: bool) -> Tensor | None:

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from open_lm.checkpoint.manager import Checkpoints, DataOrder
 from open_lm.checkpoint.remote_sync import RemoteSync
@@ -28,6 +29,7 @@ from open_lm.run.signals import StopRequests, end_with_launcher
 from open_lm.run.watchdog import Watchdog, record_collectives
 from open_lm.tracking.log import text_log
 from open_lm.tracking.sink import RunFacts, Sink, open_sinks
+from open_lm.train.config import mesh_shape
 from open_lm.train.state import TrainState
 from open_lm.train.step import StepReport, average_losses
 from open_lm.train.timing import Timing
@@ -253,6 +255,7 @@ def start_run(config: RunConfig, architecture: ModelConfig, command: str) -> Ite
                 timeout_seconds=flags.dist_timeout,
                 device_by_rank=not flags.no_set_device_rank,
                 force_group=flags.force_distributed,
+                mesh=partial(mesh_shape, flags),
             )
         )
         folder = open_folder(config, world)

@@ -41,7 +41,7 @@ class Meter:
 
     def add(self, shares: Tensor, common: Tensor) -> None:
         """Add one step: `shares` are this rank's parts of sums over ranks, `common` is the same on every rank."""
-        sums = torch.cat((shares, common / self._world.size))
+        sums = torch.cat((shares, common / self._world.shape.n_shares))
         self._sums = sums if self._sums is None else self._sums + sums
         self.n_steps += 1
 

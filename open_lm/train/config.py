@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from dataclasses import dataclass
 
 from open_lm.errors import ConfigError
 from open_lm.flags import flag
+from open_lm.mesh import MeshShape, parse_mesh, shape_for
 from open_lm.registry import Registry
 from open_lm.train.averagers import parse_averagers
 from open_lm.train.schedule import SCHEDULES
@@ -220,6 +222,13 @@ class ParallelConfig:
         choices=("auto", "off"),
     )
     torchcompile: bool = flag(False, "Compile each block with torch.compile; the keys of checkpoints do not change.")
+    mesh: str | None = flag(
+        None,
+        "Ranks along each axis: dp (copies), fsdp (shards of all weights), tp (parts of each matrix and of the "
+        "activations), cp (parts of each sequence), ep (parts of the experts); -1 is the rest. What no axis takes goes "
+        "to dp, or with --fsdp to fsdp. None: dp alone, or as --fsdp and --fsdp-hybrid say. See docs/parallelism.md.",
+        metavar="dp=N,fsdp=N,tp=N,cp=N,ep=N",
+    )
     fsdp: bool = flag(
         False, "Shard weights, gradients and optimizer over the ranks (FSDP2) instead of copying them (DDP)."
     )
@@ -279,11 +288,32 @@ class ParallelConfig:
         if self.grad_checkpointing_mode and not re.fullmatch(RECOMPUTED, self.grad_checkpointing_mode):
             found = self.grad_checkpointing_mode
             raise ConfigError(f"--grad-checkpointing-mode {found}: give full, selective, or every-K as in every-2.")
+        sizes = parse_mesh(self.mesh) if self.mesh else {}
+        if self.mesh and (self.fsdp_hybrid or self.fsdp_hybrid_o2 or self.fsdp_group_size):
+            raise ConfigError(
+                f"--mesh {self.mesh} says what --fsdp-hybrid and --fsdp-group-size say: give dp=…,fsdp=…."
+            )
         needing = ["fsdp_amp", "fsdp_pure_bf16", "fsdp_cpu_offload", "fsdp_hybrid", "fsdp_hybrid_o2"]
         needing += ["fsdp_forward_prefetch", "experimental_meta_device"]
         for name in needing:
-            if getattr(self, name) and not self.fsdp:
+            if getattr(self, name) and not (self.fsdp or set(sizes) - {"dp"}):
                 raise ConfigError(f"--{name.replace('_', '-')} says how --fsdp works: give that too.")
         for name in IGNORED:
             if getattr(self, name):
                 logging.warning("--%s has no meaning any more and is ignored.", name.replace("_", "-"))
+
+
+def mesh_shape(config: ParallelConfig, world_size: int) -> MeshShape:
+    """The mesh of --mesh, or of the flags that stand for one, on `world_size` ranks.
+
+    Raises:
+        ConfigError: the ranks do not divide that way.
+    """
+    if config.mesh:
+        return shape_for(parse_mesh(config.mesh), world_size, rest="fsdp" if config.fsdp else "dp")
+    if not (config.fsdp_hybrid or config.fsdp_hybrid_o2):
+        return MeshShape(fsdp=world_size) if config.fsdp else MeshShape(dp=world_size)
+    group = config.fsdp_group_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if world_size % group:
+        raise ConfigError(f"--fsdp-group-size {group} does not divide {world_size} ranks.")
+    return MeshShape(dp=world_size // group, fsdp=group)

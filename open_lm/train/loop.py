@@ -34,6 +34,8 @@ def train(state: TrainState, batches: Iterable[Batch], run: RunHooks, *, accum: 
     timing = Timing(state.world.device)
     for host_batch in timed(batches, timing):
         batch = host_batch.to(state.world.device)
+        if state.part is not None:
+            batch = batch.of_part(state.part)
         with run.observe(state):
             report = train_step(state, batch, accum=accum, clip=clip, timing=timing)
         run.record(report, state, timing)

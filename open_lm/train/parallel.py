@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from open_lm.distributed import World
-from open_lm.errors import ConfigError
+from open_lm.model.moe import Experts
 from open_lm.train.activation_checkpointing import recompute
-from open_lm.train.config import ParallelConfig
+from open_lm.train.config import ParallelConfig, mesh_shape
+from open_lm.train.expert_parallel import apply_expert_parallel
+from open_lm.train.tensor_parallel import apply_tensor_parallel
 
 
 def wrap(model: nn.Module, world: World, config: ParallelConfig) -> nn.Module:
     """`model` ready for `train_step` on every rank; the names of its parameters do not change."""
+    if world.mesh is None:
+        world = replace(world, mesh=mesh_shape(config, world.size))
+    if world.shape.tp > 1:
+        apply_tensor_parallel(model, world.meshes.tensor)
+    if world.shape.ep > 1:
+        apply_expert_parallel(model, world.meshes.experts)
     recompute(list(blocks(model)), config)
     for block in blocks(model) if config.torchcompile else ():
         block.compile()
@@ -41,7 +56,7 @@ def wrap(model: nn.Module, world: World, config: ParallelConfig) -> nn.Module:
 
 def shards(world: World, config: ParallelConfig) -> bool:
     """Whether the ranks each hold a share of the model."""
-    return config.fsdp and (world.size > 1 or config.force_distributed)
+    return not mesh_shape(config, world.size).is_plain or (config.fsdp and (world.size > 1 or config.force_distributed))
 
 
 def shard(model: nn.Module, world: World, config: ParallelConfig) -> nn.Module:
@@ -49,10 +64,12 @@ def shard(model: nn.Module, world: World, config: ParallelConfig) -> nn.Module:
     elsewhere = config.fsdp_cpu_offload and world.device.type != "cpu"  # on a CPU they are in host memory already
     offload = CPUOffloadPolicy() if elsewhere else OffloadPolicy()
     settings: dict[str, Any] = {
-        "mesh": rank_mesh(world, config),
+        "mesh": world.meshes.weights,
         "mp_policy": mixed_precision(config),
         "offload_policy": offload,
     }
+    if world.shape.ep > 1:
+        shard_experts(model, world, settings)
     sharded = [
         fully_shard(block, reshard_after_forward=not config.fsdp_hybrid_o2, **settings) for block in blocks(model)
     ]
@@ -62,18 +79,26 @@ def shard(model: nn.Module, world: World, config: ParallelConfig) -> nn.Module:
     return cast("nn.Module", fully_shard(model, **settings))
 
 
-def rank_mesh(world: World, config: ParallelConfig) -> DeviceMesh:
-    """The ranks in a row, or with --fsdp-hybrid in rows of those that share one copy of the model.
+def shard_experts(model: nn.Module, world: World, settings: Mapping[str, Any]) -> None:
+    """Spread what a rank has of the experts over the ranks that have the same ones."""
+    mesh = world.meshes.expert_weights
+    for module in [module for module in model.modules() if isinstance(module, Experts)]:
+        experts = fully_shard(
+            module, **{**settings, "mesh": mesh}, shard_placement_fn=partial(shard_dim, mesh.size(-1))
+        )
+        for method in ("of_equal_loads", "of_any_loads"):
+            register_fsdp_forward_method(module, method)
+        if mesh.size(-1) > 1:  # alone, torch divides twice (2.13); else gloo knows no other way to divide
+            experts.set_force_sum_reduction_for_comms(True)
+        # their gradients are sums over the tokens of all ranks already, while those of other weights become means
+        experts.set_gradient_divide_factor(float(world.shape.n_shares))
 
-    Raises:
-        ConfigError: the ranks do not divide into such rows.
-    """
-    if not (config.fsdp_hybrid or config.fsdp_hybrid_o2):
-        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    group = config.fsdp_group_size or int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    if world.size % group:
-        raise ConfigError(f"--fsdp-group-size {group} does not divide {world.size} ranks.")
-    return init_device_mesh(world.device.type, (world.size // group, group), mesh_dim_names=("copy", "shard"))
+
+def shard_dim(n_ranks: int, weights_EFD: nn.Parameter) -> Shard:
+    """The dimension along which a stack of matrices divides among ranks: the experts, unless they are too few."""
+    local = weights_EFD.to_local() if isinstance(weights_EFD, DTensor) else weights_EFD
+    even = [dim for dim, size in enumerate(local.shape) if size % n_ranks == 0]
+    return Shard(even[0] if even else 0)
 
 
 def mixed_precision(config: ParallelConfig) -> MixedPrecisionPolicy:
@@ -104,8 +129,24 @@ def grad_sync(model: nn.Module, *, enabled: bool) -> Any:
 
 def clip_grad_norm(model: nn.Module, limit: float | None) -> Tensor:
     """The global norm of the gradients before clipping; gradients are scaled down to `limit` when they exceed it."""
-    if limit is None:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    else:
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    with_gradient = [p for p in model.parameters() if p.grad is not None]
+    norm = total_norm([p.grad for p in with_gradient if p.grad is not None])
+    if limit is not None:
+        for group in by_mesh(with_gradient).values():
+            torch.nn.utils.clip_grads_with_norm_(group, limit, norm)
+    return norm
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The norm of all gradients together, the same on every rank, over whichever ranks each is spread."""
+    norms = [torch.nn.utils.get_total_norm(group) for group in by_mesh(gradients).values()]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
+def by_mesh(tensors: Iterable[Tensor]) -> dict[Any, list[Tensor]]:
+    """`tensors` by the ranks they are spread over: torch computes with those of one mesh at a time."""
+    groups: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(tensor)
+    return groups

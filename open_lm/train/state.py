@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from open_lm.data.batch import SequencePart
 from open_lm.distributed import World
 from open_lm.precision import Precision
 from open_lm.train.averaging import WeightAverage
@@ -30,6 +31,8 @@ class TrainState:
     run_length: RunLength
     task: Task
     world: World
+    part: SequencePart | None = None
+    """The positions of each sequence that this rank trains on; None: all."""
     averages: list[WeightAverage] = field(default_factory=list)
     guard: SpikeGuard | None = None
     """What leaves out steps that stand out; None takes every step."""

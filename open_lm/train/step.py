@@ -54,7 +54,7 @@ def train_step(state: TrainState, batch: Batch, *, accum: int, clip: float | Non
             with timing("forward"), state.precision.autocast():
                 losses = state.task.loss_sums(state.model, micro)
             with timing("backward"):  # DDP and FSDP average gradients over ranks: undo that, the loss is a sum
-                state.precision.backward(losses.total / count * state.world.size)
+                state.precision.backward(losses.total / count * state.world.shape.n_shares)
         parts += losses.parts
     with timing("optim_step"):
         grad_norm, taken = state.precision.step(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from open_lm.data.batch import Batch
 from open_lm.kernels.linear_cross_entropy import linear_cross_entropy
@@ -92,7 +93,9 @@ class NextToken(Task):
 @torch.no_grad()
 def sum_of_mean_logits(hidden_ND: Tensor, weight_VD: Tensor, counted_N: Tensor) -> Tensor:
     """The mean logit of each counted position, summed; the mean of products is the product with the mean row."""
-    return (hidden_ND.float() * counted_N[:, None]).sum(0) @ weight_VD.float().mean(0)
+    mean_D = weight_VD.float().mean(0)
+    mean_D = mean_D.full_tensor() if isinstance(mean_D, DTensor) else mean_D  # ranks may divide the vocabulary
+    return (hidden_ND.float() * counted_N[:, None]).sum(0) @ mean_D
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import published_folder
 import pytest
 import torch
 from hub_server import TOKEN, serve
@@ -134,6 +135,35 @@ def test_a_token_opens_private_models_and_uploads(repositories, tmp_path):
     assert json.loads((repositories / "me--mine.json").read_text())["visibility"] == "private"
     assert same(open_lm.load_model(repositories / "me/mine"), make_model("own_published"))
     assert refused.startswith("StorageError: --push me/other: ")
+
+
+LOADED = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import open_lm, torch
+from open_lm.commands.download import main
+from open_lm.hf import *
+from transformers import AutoModelForCausalLM
+folder = main(["lab/published"])
+ids = torch.tensor([[5, 3, 8]])
+with torch.inference_mode():
+    ours, again = open_lm.load_model("hf://lab/published")(ids)[0], open_lm.load_model(folder)(ids)[0]
+    theirs = AutoModelForCausalLM.from_pretrained("lab/published").eval()(ids).logits
+print(json.dumps({"same": torch.equal(ours, again), "off": (ours - theirs).abs().max().item()}))
+"""
+
+
+def test_a_published_model_is_downloaded_and_loaded_by_its_name_everywhere(repositories, tmp_path):
+    published_folder.make(repositories / "lab/published", nested=True)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    with serve(repositories) as (_, endpoint):
+        done = subprocess.run(
+            [sys.executable, "-c", LOADED, str(ROOT)], capture_output=True, text=True,
+            env={**clean, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"},
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["same"] and found["off"] < 1e-4
 
 
 @pytest.mark.parametrize("url", ["hf://name", "hf://a/b/c", "hf://a/b@", "hf://../../etc"])

@@ -93,8 +93,8 @@ class Writer:
         self, batches: Sequence[list[EncodedPrompt]], n_new: int, stops: Sequence[str], progress: Callable[[int], None]
     ) -> dict[int, str]:
         """The text after every prompt, by its number, on every rank."""
-        mine = batches[self.world.rank :: self.world.size]
-        rounds = -(-len(batches) // self.world.size)
+        mine = batches[self.world.share_rank :: self.world.shape.n_shares]
+        rounds = -(-len(batches) // self.world.shape.n_shares)
         written: dict[int, str] = {}
         for index in range(rounds):
             batch = mine[index] if index < len(mine) else []

@@ -159,19 +159,19 @@ class IclEngine:
 
     def _budget_tokens(self, questions: Sequence[Question]) -> int:
         """Tokens in a batch: with several ranks no more than leaves each some batches, so that they end together."""
-        if self.world.size == 1:
+        if self.world.shape.n_shares == 1:
             return self.batch_tokens
         total = sum(len(c.context) + len(c.continuation) for question in questions for c in question.choices)
-        return min(self.batch_tokens, max(1, total // (BATCHES_PER_RANK * self.world.size)))
+        return min(self.batch_tokens, max(1, total // (BATCHES_PER_RANK * self.world.shape.n_shares)))
 
     def _score(self, questions: Sequence[Question], progress: Progress) -> dict[tuple[int, int], Score]:
         batches = plan_batches(questions, self._budget_tokens(questions), share_contexts=self.scorer.shares_contexts)
-        mine = batches[self.world.rank :: self.world.size]
+        mine = batches[self.world.share_rank :: self.world.shape.n_shares]
         scores: dict[tuple[int, int], Score] = {}
         for batch in mine:
             scores.update(self.scorer.score(batch))
             progress(batch.n_questions)
-        self.scorer.idle(_most_forwards(batches, self.world.size) - sum(batch.n_forwards for batch in mine))
+        self.scorer.idle(_most_forwards(batches, self.world.shape.n_shares) - sum(batch.n_forwards for batch in mine))
         return {name: score for share in self.world.gather(scores) for name, score in share.items()}
 
 

@@ -1,0 +1,1 @@
+"""OpenLM's `open_lm.datapreprocess`: its tools under their old import names."""

@@ -1,0 +1,1 @@
+"""OpenLM's `open_lm.datapreprocess.ray`."""

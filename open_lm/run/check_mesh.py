@@ -1,0 +1,49 @@
+"""Checks of --mesh against the model and the task, before anything is built."""
+
+from __future__ import annotations
+
+from open_lm.errors import ConfigError
+from open_lm.mesh import MeshShape
+from open_lm.model.config import ModelConfig
+from open_lm.params import RunConfig
+
+PER_TOKEN_TASKS = ("pretrain", "sft")
+"""Tasks whose loss is a sum over tokens, each by itself."""
+
+
+def check_mesh(config: RunConfig, architecture: ModelConfig, shape: MeshShape) -> None:
+    """Raise ConfigError where the model, its sequences or the task do not divide as `shape` asks."""
+    tp, cp = shape.tp, shape.cp
+    if tp == cp == 1:
+        return
+    if not isinstance(architecture, ModelConfig):
+        raise ConfigError(f"--mesh {shape}: only the transformers of --model divide by tp and cp. Use fsdp for others.")
+    _check_lengths(architecture, shape)
+    task, flags = config.task.task, config.distillation
+    if task not in PER_TOKEN_TASKS or flags.distill_pretrained:
+        what = "--distill-pretrained" if flags.distill_pretrained else f"--task {task}"
+        raise ConfigError(f"--mesh {shape}: {what} needs whole sequences and logits on each rank. Use dp and fsdp.")
+    if getattr(config.task, "neftune_alpha", 0.0):
+        raise ConfigError(f"--mesh {shape}: --neftune-alpha draws noise for whole sequences. Use dp and fsdp.")
+    if tp > 1 and (config.adapters.lora_rank is not None or config.adapters.lora_from is not None):
+        raise ConfigError(f"--mesh {shape}: adapters (--lora-rank, --lora-from) do not divide by tp. Use dp and fsdp.")
+    if cp > 1 and architecture.attn_seq_scalar not in (None, "none"):
+        raise ConfigError(
+            f"--mesh {shape}: --attn-seq-scalar {architecture.attn_seq_scalar} scales by the length. Leave out cp."
+        )
+
+
+def _check_lengths(architecture: ModelConfig, shape: MeshShape) -> None:
+    seq_len, tp, cp = architecture.seq_len, shape.tp, shape.cp
+    if seq_len % (2 * cp if cp > 1 else 1) or (seq_len // cp) % tp:
+        pieces = f"{2 * cp} pieces" if cp > 1 else f"{tp} parts"
+        raise ConfigError(
+            f"--mesh {shape}: sequences of {seq_len} do not divide into {pieces}"
+            f"{f' of a multiple of {tp}' if cp > 1 and tp > 1 else ''}. Choose another seq_len."
+        )
+    if architecture.vocab_size % tp:
+        nearest = -(-architecture.vocab_size // tp) * tp
+        raise ConfigError(
+            f"--mesh {shape}: a vocabulary of {architecture.vocab_size} does not divide into {tp} parts. "
+            f"Make vocab_size {nearest}: ids that no text has cost nothing."
+        )

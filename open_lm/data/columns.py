@@ -10,7 +10,7 @@ import numpy as np
 
 from open_lm import storage
 from open_lm.data.manifest import FILENAME, read_manifest
-from open_lm.data.plan import Samples
+from open_lm.data.mixture import Samples
 from open_lm.data.sources import Source
 from open_lm.errors import DataError
 

@@ -198,10 +198,16 @@ class Loader:
         end = int(self.geometry.shifted(np.array([consumed - 1]))[0]) + 1 if consumed else 0
         return self.plan.mixture.used(end)
 
-        for step, rows in enumerate(steps, start_step):
-            self._check(rows, step)
-            batch = self._masked(rows.tokens, rows.unreadable, step)
-            yield batch if self._rows == 1 else self._with_columns(batch, step).trimmed()
+    def _with_columns(self, batch: Batch, step: int) -> Batch:
+        """The batch with the numbers that stand beside its samples."""
+        if not self.columns:
+            return batch
+        found = self.plan.locate(self.geometry.positions_of(step))
+        extras = {name: torch.from_numpy(column.rows(found, self._rows)) for name, column in self.columns.items()}
+        return replace(batch, extras={**batch.extras, **extras})
+
+    def _masked(self, tokens_BS: torch.Tensor, unreadable: list[tuple[int, str]], step: int) -> Batch:
+        """The batch; the rows of unreadable samples are masked, or end the run."""
         n_rows = self._rows
         batch = batch_of(tokens_BS.view(len(tokens_BS) * n_rows, -1), self._config, self._document_end)
         batch = batch if n_rows == 1 else replace(batch, group=n_rows)

@@ -73,7 +73,7 @@ def compute(flags: ReferenceLogProbs) -> None:
         for start in range(0, shard.n_sequences, flags.batch_size):
             places = np.arange(start, min(start + flags.batch_size, shard.n_sequences))
             zero = np.zeros_like(places)
-            tokens, unreadable, _ = reader.read(zero, zero + number, places, places)
+            tokens, unreadable, *_ = reader.read(zero, zero + number, places, places)
             if unreadable:
                 raise DataError(f"{unreadable[0][1]} Repair the shard.")
             samples = torch.from_numpy(tokens).long().view(2 * len(places), -1)

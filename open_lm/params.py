@@ -16,7 +16,7 @@ from open_lm.errors import ConfigError
 from open_lm.evaluate.config import ValidationConfig
 from open_lm.flags import Parser
 from open_lm.model.config import ModelFlags
-from open_lm.post_training.config import AdapterConfig, TaskConfig
+from open_lm.post_training.config import AdapterConfig, PreferenceConfig, TaskConfig
 from open_lm.registry import late_names
 from open_lm.tracking.config import TrackingConfig
 from open_lm.train.config import DistillationConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, TrainConfig
@@ -31,6 +31,7 @@ class RunConfig:
     model: ModelFlags
     task: TaskConfig
     adapters: AdapterConfig
+    preferences: PreferenceConfig
     train: TrainConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
@@ -55,6 +56,7 @@ GROUPS: dict[str, type] = {
     "model": ModelFlags,
     "task": TaskConfig,
     "adapters": AdapterConfig,
+    "preferences": PreferenceConfig,
     "train": TrainConfig,
     "optimizer": OptimizerConfig,
     "schedule": ScheduleConfig,

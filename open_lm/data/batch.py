@@ -74,6 +74,15 @@ class Batch:
         for start in range(0, len(self), size):
             yield self._each(lambda tensor: tensor[start : start + size])  # noqa: B023
 
+    def trimmed(self, multiple: int = 64) -> Batch:
+        """The batch without the columns behind its last target, to a multiple of `multiple`; of a batch on the CPU."""
+        columns = (self.targets_BT != IGNORED).any(0).nonzero()
+        n_used = int(columns[-1]) + 1 if len(columns) else 1
+        width = min(self.inputs_BT.shape[1], -(-n_used // multiple) * multiple)
+        inputs_BT, targets_BT = self.inputs_BT[:, :width], self.targets_BT[:, :width]
+        documents_BT = None if self.documents_BT is None else self.documents_BT[:, :width]
+        return replace(self, inputs_BT=inputs_BT, targets_BT=targets_BT, documents_BT=documents_BT)
+
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`; the copy to a GPU goes through pinned memory, so that nothing waits for it."""
         batch = self.pin_memory() if torch.device(device).type == "cuda" and self.device.type == "cpu" else self

@@ -12,6 +12,7 @@ import torch
 
 from open_lm.data.batch import IGNORED, Batch
 from open_lm.data.batch_positions import BatchPositions, make_batch_positions, make_plan
+from open_lm.data.columns import Column
 from open_lm.data.config import DataConfig
 from open_lm.data.masking import batch_of
 from open_lm.data.mixture import Plan
@@ -50,6 +51,8 @@ class Loader:
         self.plan, self.sources, self.geometry = plan, sources, geometry
         self.n_sequences, self._rows = n_sequences, rows
         self.unreadable: list[dict[str, Any]] = []
+        self.columns: dict[str, Column] = {}
+        """Numbers beside the samples, which become `extras` of the batches under these names."""
         self._fill, self._config, self._seed = fill, config, seed
         self._planned_batch = geometry.global_batch
         self._document_end = document_end(config, sources)
@@ -71,7 +74,8 @@ class Loader:
         )
         for step, rows in enumerate(steps, start_step):
             self._check(rows, step)
-            yield self._masked(rows.tokens, rows.unreadable, step)
+            batch = self._masked(rows.tokens, rows.unreadable, step)
+            yield batch if self._rows == 1 else self._with_columns(batch, step).trimmed()
 
     def _check(self, rows: StepRows, step: int) -> None:
         """Compare what was read with what the plan wants, and ids with the checksums of their writer."""
@@ -193,6 +197,14 @@ class Loader:
     def _consumed_by_source(self, consumed: int) -> np.ndarray:
         end = int(self.geometry.shifted(np.array([consumed - 1]))[0]) + 1 if consumed else 0
         return self.plan.mixture.used(end)
+
+    def _with_columns(self, batch: Batch, step: int) -> Batch:
+        """The batch with the numbers that stand beside its samples."""
+        if not self.columns:
+            return batch
+        found = self.plan.locate(self.geometry.positions_of(step))
+        extras = {name: torch.from_numpy(column.rows(found, self._rows)) for name, column in self.columns.items()}
+        return replace(batch, extras={**batch.extras, **extras})
 
     def _masked(self, tokens_BS: torch.Tensor, unreadable: list[tuple[int, str]], step: int) -> Batch:
         """The batch; the rows of unreadable samples are masked, or end the run."""

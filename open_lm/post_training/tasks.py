@@ -28,11 +28,13 @@ class TaskParts:
 
 @dataclass(frozen=True)
 class TaskKind:
-    """One value of --task. `rows` are the sequences that one sample of its data holds: 2 for pairs."""
+    """One value of --task. `rows` are the sequences that one sample of its data holds: 2 for pairs.
+    `value_head` says whether the model gets one: `alone`, its output layer not being used, or `beside` that."""
 
     build: Callable[[TaskParts], Task]
     form: str = "samples"
     rows: int = 1
+    value_head: str = ""
 
 
 PRETRAIN = TaskKind(lambda parts: parts.next_token)

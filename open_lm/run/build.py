@@ -11,15 +11,19 @@ from torch import nn
 
 from open_lm.checkpoint.load_model import load_model
 from open_lm.checkpoint.read import architecture_named, stored_config
+from open_lm.data.columns import Column, column_beside
 from open_lm.data.loader import Loader, build_loader
-from open_lm.data.sources import named_tokenizer
+from open_lm.data.sources import Source, named_tokenizer
 from open_lm.distributed import World
 from open_lm.errors import ConfigError
 from open_lm.model.config import ModelConfig, resolve
 from open_lm.model.lora import adapt
 from open_lm.params import RunConfig
+from open_lm.post_training.chat.prepare import MARGINS
 from open_lm.post_training.config import TASKS
 from open_lm.post_training.peft_format import load_adapter
+from open_lm.post_training.reference import COLUMN, read_log_probs, reference_path, start_weights
+from open_lm.post_training.reward_model import MARGIN, add_value_head
 from open_lm.post_training.tasks import TaskKind, TaskParts
 from open_lm.precision import Precision
 from open_lm.run.check_mesh import check_mesh
@@ -77,6 +81,7 @@ def build_loader_and_length(
         on_rank0=world.on_rank0,
     )
     sample_len = kind.rows * architecture.seq_len
+    add_columns(config, architecture, loader, world)
     steps = run_length_of(config, batch * sample_len, loader.n_sequences, sample_len)
     loader.require(steps.last_step)
     refuse_packed(loader, architecture)
@@ -88,6 +93,29 @@ def refuse_doc_mask(config: RunConfig, architecture: ModelConfig) -> None:
     if config.data.doc_mask and not isinstance(architecture, ModelConfig):
         kind = {"MambaConfig": "a Mamba", "HFConfig": "--hf-model"}.get(type(architecture).__name__, "this model")
         raise ConfigError(f"--doc-mask: not with {kind}; only the transformers of --model keep documents apart.")
+
+
+def add_columns(config: RunConfig, architecture: ModelConfig, loader: Loader, world: World) -> None:
+    """Let the loader give what stands beside its pairs: margins, and log-probabilities under the reference.
+
+    Raises:
+        CheckpointError: --reference-log-probs was computed with other weights.
+        ConfigError: it was computed of other data.
+    """
+    margins = column_beside(loader.sources, MARGINS) if config.task.task == "reward" else None
+    if margins is not None:
+        loader.columns[MARGIN] = margins
+    url, start = config.preferences.reference_log_probs, reference_path(config)
+    if url is not None:
+        if start is None:
+            raise ConfigError("--reference-log-probs belongs to weights: name those that the run starts from.")
+        read = partial(_checked_log_probs, url, loader.sources, start, architecture.seq_len)
+        world.on_rank0(lambda: read() and None)
+        loader.columns[COLUMN] = read_log_probs(url, loader.sources, None, architecture.seq_len)
+
+
+def _checked_log_probs(url: str, sources: list[Source], start: str, seq_len: int) -> Column:
+    return read_log_probs(url, sources, start_weights(start), seq_len)
 
 
 def refuse_packed(loader: Loader, architecture: ModelConfig) -> None:
@@ -146,15 +174,21 @@ def distillation(
 
 
 def additions(config: RunConfig, architecture: ModelConfig) -> Callable[[nn.Module], None] | None:
-    """What gives a model the adapters and the value head that the flags ask for; None where they ask for none."""
-    flags = config.adapters
-    if flags.lora_from is not None:
-        return partial(load_adapter, config=architecture, folder=flags.lora_from)
-    if flags.lora_rank is None:
+    """What gives a model the adapters and the value head that task and flags ask for; None where they ask for none."""
+    flags, kind = config.adapters, TASKS.load(config.task.task)
+    if flags.lora_from is None and flags.lora_rank is None and not kind.value_head:
         return None
-    rank, scale = flags.lora_rank, flags.scale
-    options: dict[str, Any] = {"targets": flags.lora_targets, "dropout": flags.lora_dropout}
-    return lambda model: adapt(model, rank, scale, with_magnitude=flags.dora, **options)
+
+    def add(model: nn.Module) -> None:
+        if flags.lora_from is not None:
+            load_adapter(model, architecture, flags.lora_from)
+        elif flags.lora_rank is not None:
+            options: dict[str, Any] = {"targets": flags.lora_targets, "dropout": flags.lora_dropout}
+            adapt(model, flags.lora_rank, flags.scale, with_magnitude=flags.dora, **options)
+        if kind.value_head:
+            add_value_head(model, alone=kind.value_head == "alone")
+
+    return add
 
 
 def build_state(config: RunConfig, architecture: ModelConfig, world: World, steps: RunLength) -> TrainState:

@@ -1,0 +1,124 @@
+"""Reward models: a value head on any model, trained on pairs, and the scores it gives.
+
+Shapes: B sequences, T positions, P pairs, D model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from open_lm.data.batch import IGNORED, Batch
+from open_lm.errors import CheckpointError
+from open_lm.model.lora import VALUE_HEAD
+from open_lm.post_training.preferences import complete_pairs
+from open_lm.post_training.tasks import TaskKind, TaskParts
+from open_lm.train.tasks import Losses, Task
+
+MARGIN = "margin"
+"""Name of the margins of pairs in `Batch.extras`, where the data have them."""
+
+
+def add_value_head(model: nn.Module, *, alone: bool = False) -> None:
+    """Give `model` a linear layer from its last hidden state to one number, 0 at the start.
+
+    `alone`: its output layer is not used beside it, and frozen where it is not the embedding too.
+    """
+    like: Any = next(model.parameters())
+    output = output_of(model)
+    embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    if alone and not any(output is weight for weight in embeddings):
+        output.requires_grad_(False)
+    head = nn.Linear(output.shape[1], 1, bias=False, device=like.device, dtype=like.dtype)
+    nn.init.zeros_(head.weight)
+    model.add_module("value_head", head)
+
+
+def output_of(model: nn.Module) -> nn.Parameter:
+    """The output matrix of a model of ours or of transformers."""
+    inner: Any = model
+    if hasattr(inner, "model") and hasattr(inner.model, "get_output_embeddings"):
+        return inner.model.get_output_embeddings().weight
+    return (inner.output if hasattr(inner, "output") else inner.lm_head).weight
+
+
+def values_of(model: nn.Module, batch: Batch) -> Tensor:
+    """What the value head of `model` says at each position, (B, T) in fp32."""
+    inner: Any = getattr(model, "module", model)
+
+    def head(hidden_BTD: Tensor, weight_VD: Tensor, **_: Any) -> Tensor:
+        return inner.value_head(hidden_BTD)[..., 0].float()
+
+    return model(batch.inputs_BT, **batch.model_inputs, head=head)
+
+
+def rewards_of(model: nn.Module, batch: Batch) -> Tensor:
+    """The reward of each sequence, (B,): the value at its last token, which the last target is.
+
+    Padding behind it changes nothing: attention is causal.
+    """
+    tokens_BT = torch.cat([batch.inputs_BT, torch.zeros_like(batch.inputs_BT[:, :1])], dim=1)
+    last_B = last_targets(batch) + 1
+    ends_B1 = batch.targets_BT.gather(1, (last_B - 1)[:, None]).clamp(min=0)
+    whole = Batch(tokens_BT.scatter(1, last_B[:, None], ends_B1), tokens_BT)
+    return values_of(model, whole).gather(1, last_B[:, None])[:, 0]
+
+
+def last_targets(batch: Batch) -> Tensor:
+    """The position of the last target of each row, (B,)."""
+    is_target_BT = batch.targets_BT != IGNORED
+    return is_target_BT.shape[1] - 1 - is_target_BT.flip(1).int().argmax(1)
+
+
+@dataclass(frozen=True)
+class RewardModelling(Task):
+    """-log sigmoid(r(chosen) - r(rejected) - margin) (Bradley-Terry; margins as in Llama 2, arXiv:2307.09288), plus
+    `centring` times (r(chosen) + r(rejected))^2 (arXiv:2312.09244)."""
+
+    centring: float = 0.0
+
+    names = ("loss", "preference_accuracy", "reward_margin", "reward_chosen", "reward_rejected")
+
+    def count(self, batch: Batch) -> Tensor:
+        """Pairs."""
+        return complete_pairs(batch).sum()
+
+    def loss_sums(self, model: nn.Module, batch: Batch) -> Losses:
+        chosen_P, rejected_P = rewards_of(model, batch).view(-1, 2).unbind(1)
+        margin_P = batch.extras[MARGIN][::2].to(chosen_P.dtype) if MARGIN in batch.extras else 0.0
+        losses_P = -F.logsigmoid(chosen_P - rejected_P - margin_P)
+        losses_P = losses_P + self.centring * (chosen_P + rejected_P).square()
+        rows = (losses_P, (chosen_P > rejected_P).float(), chosen_P - rejected_P, chosen_P, rejected_P)
+        parts = torch.stack([(row * complete_pairs(batch)).sum() for row in rows])
+        return Losses(parts[0], parts.detach())
+
+
+def load_reward_model(path: str, device: str, dtype: torch.dtype | None = None) -> nn.Module:
+    """The reward model at `path`, in eval mode.
+
+    Raises:
+        CheckpointError: the checkpoint holds no value head.
+    """
+    from open_lm.checkpoint.load_model import load_model
+    from open_lm.checkpoint.read import read_checkpoint
+    from open_lm.weights.file import named_weights
+
+    weights = named_weights(read_checkpoint(path))
+    if VALUE_HEAD not in weights:
+        raise CheckpointError(f"{path} holds no value head: train a reward model with --task reward.")
+    model = load_model(path, device=device, dtype=dtype)
+    add_value_head(model)
+    model.get_parameter(VALUE_HEAD).data.copy_(weights[VALUE_HEAD])
+    return model.eval().requires_grad_(False)
+
+
+def build(parts: TaskParts) -> RewardModelling:
+    """The objective of --task reward."""
+    return RewardModelling(parts.flags.preferences.reward_centring)
+
+
+REWARD = TaskKind(build, form="pairs", rows=2, value_head="alone")

@@ -10,7 +10,7 @@ from typing import Any
 from open_lm.errors import ConfigError
 from open_lm.ladder.batches import DeviceMeshSpec
 from open_lm.model.config import ModelConfig, ModelFlags, resolve
-from open_lm.model.describe import is_tied, model_size
+from open_lm.model.describe import model_size
 
 COUNTINGS = {
     "non-embedding": "all parameters but the token embedding; the output head counts",
@@ -73,7 +73,7 @@ def count_params(architecture: ModelConfig, counting: str) -> int:
         return size.parameters
     if counting == "non-vocabulary":
         return size.non_embedding_parameters
-    tables = 1 if is_tied(architecture) else 2
+    tables = 1 if architecture.is_tied else 2
     return size.parameters - (tables - 1) * (size.embedding_parameters // tables)
 
 

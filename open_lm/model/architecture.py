@@ -6,10 +6,10 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 from open_lm.errors import ConfigError
-from open_lm.model.hf_config import HFConfig
+from open_lm.model.hf_config import HFConfig, attention_flops
 from open_lm.model.variants import (
     ATTENTIONS,
     ATTN_ACTIVATIONS,
@@ -33,6 +33,39 @@ _CHOICES = {
     "moe_backend": GROUPED_PRODUCTS,
 }
 _SIZES = ("hidden_dim", "n_layers", "n_heads", "seq_len", "vocab_size")
+
+
+class Architecture(Protocol):
+    """Any kind of model as the rest of the program sees it; `kind` is its name in messages."""
+
+    kind: ClassVar[str]
+    keeps_documents_apart: ClassVar[bool]
+    """Whether attention can stay inside documents (--doc-mask)."""
+
+    @property
+    def hidden_dim(self) -> int: ...
+
+    @property
+    def n_layers(self) -> int: ...
+
+    @property
+    def seq_len(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def is_tied(self) -> bool: ...
+
+    @property
+    def mixing_flops_per_token(self) -> int: ...
+
+    @property
+    def moe_loss_weight(self) -> float: ...
+
+    def has_experts(self, layer: int) -> bool: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -135,6 +168,19 @@ class ModelConfig:
                 f"{self.moe_top_k}: found --moe-num-experts {self.moe_num_experts}. Give at least as many."
             )
 
+    kind: ClassVar[str] = "a transformer of --model"
+    keeps_documents_apart: ClassVar[bool] = True
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether token embedding and output are one matrix."""
+        return self.weight_tying
+
+    @property
+    def mixing_flops_per_token(self) -> int:
+        """Training FLOPs of attention, scores and mixing."""
+        return attention_flops(self.n_layers, self.n_heads * self.head_dim, self.seq_len, self.sliding_window)
+
     def has_experts(self, layer: int) -> bool:
         """Whether block number `layer`, counted from 0, is a mixture of experts: 0 and every `moe_freq`-th after it."""
         return self.moe_freq > 0 and layer % self.moe_freq == 0
@@ -190,6 +236,19 @@ class MambaConfig:
         _require_number("norm_eps", self.norm_eps)
         if not isinstance(self.tie_embeddings, bool):
             raise ConfigError(f"model key tie_embeddings: found {self.tie_embeddings!r}, need true or false.")
+
+    kind: ClassVar[str] = "a Mamba"
+    keeps_documents_apart: ClassVar[bool] = False
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether token embedding and output are one matrix."""
+        return self.tie_embeddings
+
+    @property
+    def mixing_flops_per_token(self) -> int:
+        """Training FLOPs of the selective scan."""
+        return 18 * self.n_layer * self.inner_dim * self.d_state
 
     @property
     def hidden_dim(self) -> int:

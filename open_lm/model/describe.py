@@ -12,12 +12,9 @@ from torch import nn
 from open_lm import text
 from open_lm.flags import Parser, add_group, flag, read_group
 from open_lm.model import create_model
-from open_lm.model.architecture import MambaConfig, ModelConfig
+from open_lm.model.architecture import Architecture, ModelConfig
 from open_lm.model.config import ALIASES, ModelFlags, model_names, resolve
-from open_lm.model.hf_config import HFConfig
 from open_lm.model.moe import MixtureOfExperts
-
-Architecture = ModelConfig | MambaConfig | HFConfig
 
 TRAINING_BYTES_PER_PARAMETER = 16
 """With --precision amp_bf16: fp32 weight, gradient and two AdamW moments; activations come on top."""
@@ -59,33 +56,14 @@ def model_size(config: Architecture) -> ModelSize:
         model = create_model(config)
     n_parameters = sum(p.numel() for p in model.parameters())
     table = config.vocab_size * config.hidden_dim
-    n_tables = 1 if is_tied(config) else 2
+    n_tables = 1 if config.is_tied else 2
     in_products = n_parameters - (n_tables - 1) * table - idle_parameters(model)
     return ModelSize(
         n_parameters,
         n_tables * table,
-        6 * in_products + mixing_flops_per_token(config),
+        6 * in_products + config.mixing_flops_per_token,
         TRAINING_BYTES_PER_PARAMETER * n_parameters,
     )
-
-
-def is_tied(config: Architecture) -> bool:
-    """Whether token embedding and output are one matrix."""
-    if isinstance(config, MambaConfig):
-        return config.tie_embeddings
-    if isinstance(config, HFConfig):
-        return bool(config.hf_config.get("tie_word_embeddings"))
-    return config.weight_tying
-
-
-def mixing_flops_per_token(config: Architecture) -> int:
-    """Training FLOPs of what mixes positions; a model of transformers counts as one whose heads fill its width."""
-    if isinstance(config, MambaConfig):
-        return 18 * config.n_layer * config.inner_dim * config.d_state
-    width = config.hidden_dim if isinstance(config, HFConfig) else config.n_heads * config.head_dim
-    seq_len = config.seq_len
-    window = min(getattr(config, "sliding_window", None) or seq_len, seq_len)
-    return 12 * config.n_layers * width * (2 * seq_len - window) * window // (2 * seq_len)
 
 
 def idle_parameters(model: nn.Module) -> int:

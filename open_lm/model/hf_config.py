@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from open_lm.errors import ConfigError
 
 NOT_ARCHITECTURE = {"transformers_version", "_name_or_path", "architectures", "id2label", "label2id", "problem_type"}
 """Keys of a config.json that say nothing about the model."""
+
+
+def attention_flops(n_layers: int, width: int, seq_len: int, window: int | None = None) -> int:
+    """Training FLOPs a token of scores and mixing in causal attention, over the mean number of keys a query sees."""
+    window = min(window or seq_len, seq_len)
+    return 12 * n_layers * width * (2 * seq_len - window) * window // (2 * seq_len)
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,19 @@ class HFConfig:
     vocab_size: int
     hf_config: dict[str, Any] = field(hash=False)
     hf_fsdp_block: str | None = None
+
+    kind: ClassVar[str] = "--hf-model"
+    keeps_documents_apart: ClassVar[bool] = False
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether token embedding and output are one matrix."""
+        return bool(self.hf_config.get("tie_word_embeddings"))
+
+    @property
+    def mixing_flops_per_token(self) -> int:
+        """Training FLOPs of attention, counted as if the heads filled the width."""
+        return attention_flops(self.n_layers, self.hidden_dim, self.seq_len)
 
     @property
     def hidden_dim(self) -> int:

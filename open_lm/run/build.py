@@ -90,8 +90,8 @@ def build_loader_and_length(
 
 def refuse_doc_mask(config: RunConfig, architecture: ModelConfig) -> None:
     """Raise ConfigError where --doc-mask is asked of a model that cannot keep documents apart."""
-    if config.data.doc_mask and not isinstance(architecture, ModelConfig):
-        kind = {"MambaConfig": "a Mamba", "HFConfig": "--hf-model"}.get(type(architecture).__name__, "this model")
+    kind = architecture.kind
+    if config.data.doc_mask and not architecture.keeps_documents_apart:
         raise ConfigError(f"--doc-mask: not with {kind}; only the transformers of --model keep documents apart.")
 
 
@@ -121,7 +121,7 @@ def _checked_log_probs(url: str, sources: list[Source], start: str, seq_len: int
 def refuse_packed(loader: Loader, architecture: ModelConfig) -> None:
     """Raise ConfigError where packed conversations are given to a model that cannot keep them apart."""
     packed = any(shard.packed for source in loader.sources for shard in source.shards)
-    if packed and not isinstance(architecture, ModelConfig):
+    if packed and not architecture.keeps_documents_apart:
         raise ConfigError(
             "the data hold several conversations in one sequence, which only the transformers of --model keep apart. "
             "Make them with --no-packing."

@@ -9,7 +9,6 @@ from open_lm.errors import ConfigError
 from open_lm.model import attend_masked
 from open_lm.model.architecture import ModelConfig
 from open_lm.model.attention_core import build_attend
-from open_lm.model.describe import mixing_flops_per_token
 from open_lm.model.mask import Mask
 
 B, S, H, G, K = 2, 37, 4, 2, 16
@@ -99,7 +98,7 @@ def test_blocks_read_only_keys_that_are_seen():
 
 def test_a_window_costs_what_its_positions_see():
     def flops(window):
-        return mixing_flops_per_token(ModelConfig(64, 1, 4, 100, 16, sliding_window=window))
+        return ModelConfig(64, 1, 4, 100, 16, sliding_window=window).mixing_flops_per_token
 
     seen = [sum(min(t + 1, w) for t in range(100)) / 100 for w in (10, 100)]
     assert flops(None) == flops(100) == flops(500) == 12 * 64 * 50

@@ -65,7 +65,7 @@ class Scorer:
             return torch.cat([self._rows([pair]) for pair in pairs])
         return self._rows(pairs)
 
-    def _rows(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
+    def _rows(self, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Tensor:
         """The statistics of the continuations of `pairs`, in one forward pass."""
         ids_BT = self._padded([context + continuation[:-1] for context, continuation in pairs])
         rows, places = _scored_places([c for _, c in pairs], [len(context) - 1 for context, _ in pairs])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +15,10 @@ from open_lm.distributed import World, start_world
 from open_lm.errors import ConfigError
 from open_lm.evaluate.averages import accuracies, gauntlet_averages
 from open_lm.evaluate.eval_model import EvalModel, load_eval_model, load_hf_eval_model
+from open_lm.evaluate.fingerprint import weights_fingerprint
 from open_lm.evaluate.flags import ENGINES, EvalConfig
-from open_lm.evaluate.records import CheckpointRecords, Record, Results, read_results, terminal_table
+from open_lm.evaluate.records import Results, terminal_table
+from open_lm.evaluate.scored import ScoredFolder, ScoredTask, runs_of
 from open_lm.evaluate.tasks.suite import Suite, read_suite, require_data
 from open_lm.flags import as_flags
 from open_lm.model.config import ModelFlags
@@ -41,30 +45,29 @@ def evaluate(config: EvalConfig, flags: ModelFlags) -> Results:
     folder = config.output_dir or DEFAULT_OUTPUT
     storage.require_writable(folder, "--output-dir")
     with start_world(config.device) as world:
-        kept = world.broadcast(_kept(config, folder) if world.is_master else None)
+        scored = ScoredFolder(folder, keep=config.resume)
+        kept = world.broadcast(_kept(scored) if world.is_master else None)
         results = Results(config.engine, {**as_flags(config), "suite": _settings(suite)})
         began = time.perf_counter()
         torch.manual_seed(suite.seed)
         for path in config.checkpoint or (flags.hf_model,):
             eval_model = _eval_model(path, config, flags, suite, world)
-            results.runs.append(eval_model.about)
-            _evaluate_one(eval_model, config, suite, world, kept, results, folder)
+            eval_model.about.weights = weights_fingerprint(eval_model.model)
+            _evaluate_one(eval_model, config, suite, world, kept, results, scored)
         results.seconds = time.perf_counter() - began
         if world.is_master:
             results.write(folder)
-            _show(results, folder)
+            _show(results, scored)
     return results
 
 
-def _kept(config: EvalConfig, folder: str) -> list[CheckpointRecords]:
-    """The runs of an earlier evaluation whose finished tasks may be kept."""
-    path = storage.join(folder, "results.json")
-    if not storage.exists(path):
-        return []
-    if not config.resume:
+def _kept(scored: ScoredFolder) -> dict[tuple[str, str, str], ScoredTask]:
+    """The tasks of earlier evaluations that may be kept, by what was asked."""
+    if scored.keep:
+        return {task.asked: task for task in scored.read()}
+    if storage.exists(path := storage.join(scored.folder, "results.json")):
         logging.warning("%s is replaced; --resume would keep its finished tasks.", path)
-        return []
-    return read_results(path).runs
+    return {}
 
 
 def _eval_model(path: str | None, config: EvalConfig, flags: ModelFlags, suite: Suite, world: World) -> EvalModel:
@@ -82,39 +85,40 @@ def _evaluate_one(
     config: EvalConfig,
     suite: Suite,
     world: World,
-    kept: list[CheckpointRecords],
+    kept: Mapping[tuple[str, str, str], ScoredTask],
     results: Results,
-    folder: str,
+    scored: ScoredFolder,
 ) -> None:
-    """Run what is not kept for one checkpoint; after each task the files hold it."""
+    """Run what is not kept for one checkpoint; after each task the folder holds it."""
     what = (config.tasks, config.task_path, config.limit) if config.engine == "lm-eval" else (suite,)
     runner = ENGINES.load(config.engine)(
         eval_model, *what, world, _max_seq_len(config, suite, eval_model), _precision(config, suite, world),
         batch_tokens=config.batch_tokens,
     )  # fmt: skip
-    done = {(record.key, record.identity): _same(record, kept, eval_model) for run in kept for record in run.records}
+    about = eval_model.about
     total = sum(runner.n_questions(key) for key in runner.keys)
-    bar = progress(total=total, unit="question", shown=world.is_master, delay_seconds=0)
-    with bar:
+    with progress(total=total, unit="question", shown=world.is_master, delay_seconds=0) as bar:
         for key in runner.keys:
-            bar.set_description(f"{eval_model.about.name}: {key}")
-            if found := done.get((key, runner.identity(key))):
-                bar.update(runner.n_questions(key))
+            bar.set_description(f"{about.name}: {key}")
+            before, identity = bar.n, runner.identity(key)
+            if known := kept.get((about.weights, key, identity)):
+                scored.reuse(replace(known, about=about))
             else:
-                before = bar.n
-                found = runner.run(key, bar.update)
-                bar.update(before + runner.n_questions(key) - bar.n)  # the other ranks' share
-            eval_model.about.records.extend(found)
-            if suite.gauntlet is not None and key == runner.keys[-1]:
-                eval_model.about.averages = gauntlet_averages(suite.gauntlet, accuracies(eval_model.about.records))
+                task = ScoredTask(key, identity, about, tuple(runner.run(key, bar.update)))
+                scored.add(task) if world.is_master else scored.reuse(task)
+            bar.update(before + runner.n_questions(key) - bar.n)  # the other ranks' share
             if world.is_master:
-                results.write(folder)
+                _write(results, scored, suite)
+    if not world.is_master:
+        results.runs = runs_of(scored.session)
 
 
-def _same(record: Record, kept: list[CheckpointRecords], eval_model: EvalModel) -> list[Record]:
-    """The kept records of the same job of the same weights."""
-    runs = [run for run in kept if run.weights == eval_model.about.weights]
-    return [r for run in runs for r in run.records if (r.key, r.identity) == (record.key, record.identity)]
+def _write(results: Results, scored: ScoredFolder, suite: Suite) -> None:
+    """The files that show what the folder holds."""
+    results.runs = scored.runs()
+    for run in results.runs if suite.gauntlet is not None else ():
+        run.averages = gauntlet_averages(suite.gauntlet or {}, accuracies(run.records))
+    results.write(scored.folder)
 
 
 def _max_seq_len(config: EvalConfig, suite: Suite, eval_model: EvalModel) -> int:
@@ -140,8 +144,9 @@ def _settings(suite: Suite) -> dict[str, Any]:
     return {**vars(suite), "tasks": tasks}
 
 
-def _show(results: Results, folder: str) -> None:
-    for run in results.runs:
+def _show(results: Results, scored: ScoredFolder) -> None:
+    asked = {task.about.weights for task in scored.session}
+    for run in (run for run in results.runs if run.weights in asked):
         trained = f", {run.tokens:,} tokens" if run.tokens else ""
         print(f"\n{run.name} ({run.model}{trained})")
         print(terminal_table(run.records))
@@ -149,4 +154,4 @@ def _show(results: Results, folder: str) -> None:
             print(f"{name}: {value:.4f}")
         if truncated := sum({record.key: record.truncated or 0 for record in run.records}.values()):
             print(f"{truncated} prompts were longer than the context and lost their start.")
-    print(f"\nwritten: {storage.join(folder, 'results.json')}, results.csv, results.md", flush=True)
+    print(f"\nwritten: {storage.join(scored.folder, 'results.json')}, results.csv, results.md", flush=True)

@@ -38,7 +38,10 @@ class Scorer:
     def __init__(self, model: nn.Module, device: torch.device, precision: Precision):
         self.model, self.device, self.precision = model, device, precision
         plain: Any = getattr(model, "module", model)
-        self.shares_contexts = isinstance(plain, Transformer)  # others keep their past in their own way
+        config = getattr(plain, "config", None)
+        self.scales_with_length = getattr(config, "attn_seq_scalar", None) in ("max", "avg")
+        """Attention is scaled by the number of keys, so that padding would change it: rows are scored one by one."""
+        self.shares_contexts = isinstance(plain, Transformer) and not self.scales_with_length
         self.n_layers = plain.config.n_layers if self.shares_contexts else 0
 
     @torch.no_grad()
@@ -58,6 +61,12 @@ class Scorer:
     def _single(self, batch: ScoringBatch) -> Tensor:
         """Context and continuation as one sequence, padded on the right, where causality makes padding harmless."""
         pairs = [(item.context, item.continuations[0]) for item in batch.items]
+        if self.scales_with_length:
+            return torch.cat([self._rows([pair]) for pair in pairs])
+        return self._rows(pairs)
+
+    def _rows(self, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Tensor:
+        """The statistics of the continuations of `pairs`, in one forward pass."""
         ids_BT = self._padded([context + continuation[:-1] for context, continuation in pairs])
         rows, places = _scored_places([c for _, c in pairs], [len(context) - 1 for context, _ in pairs])
         targets_N = self._ids([token for _, continuation in pairs for token in continuation])

@@ -62,7 +62,14 @@ class OpenLMHarness(TemplateLM):
         self.scorer = Scorer(eval_model.model, self._device, Precision(precision, self._device.type))
         default = GPU_BATCH_TOKENS if self._device.type == "cuda" else CPU_BATCH_TOKENS
         self.batch_tokens = batch_tokens or default
-        self.n_truncated = 0
+        self.truncated_contexts: set[tuple[int, ...]] = set()
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without a context: the begin of text, where the tokenizer has one."""
+        tokenizer = self.eval_model.tokenizer
+        ids = self.encoder.plain([tokenizer.special_tokens.get("bos_token", "")])[0]
+        return ids[0] if len(ids) == 1 else tokenizer.eot_id
 
     @property
     def eot_token_id(self) -> int:
@@ -83,7 +90,7 @@ class OpenLMHarness(TemplateLM):
         counts = []
         for request in requests:
             ids = self.tok_encode(request.args[0])
-            parts = get_rolling_token_windows(ids, self.prefix_token_id, self.max_seq_len - 1, 1)
+            parts = get_rolling_token_windows(ids, self.prefix_token_id, self.max_seq_len, 1)
             cut = [make_disjoint_window((list(context), list(predicted))) for context, predicted in parts]
             windows += cut
             counts.append(len(cut))
@@ -130,5 +137,6 @@ class OpenLMHarness(TemplateLM):
         room = self.max_seq_len + 1 - len(continuation)  # the last token is only predicted
         if room < 1 or not continuation:
             raise ConfigError(f"{name[:80]}: {len(continuation)} tokens to score in a context of {self.max_seq_len}.")
-        self.n_truncated += len(context) > room
+        if len(context) > room:
+            self.truncated_contexts.add(tuple(context))
         return Choice(tuple(context[-room:]), tuple(continuation))

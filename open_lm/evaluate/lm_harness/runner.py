@@ -22,7 +22,8 @@ def require_harness() -> None:
     Raises:
         ConfigError: with the line that installs it.
     """
-    if importlib.util.find_spec("lm_eval") is None:
+    found = importlib.util.find_spec("lm_eval")
+    if found is None or found.origin is None:  # a folder of that name, such as eval/lm_eval, is no installation
         raise ConfigError("lm-eval is not installed: `pip install lm_eval==0.4.13`.")
 
 
@@ -73,6 +74,7 @@ class HarnessRunner:
 
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         began = time.perf_counter()
+        self._model.truncated_contexts.clear()
         results: Any = simple_evaluate(
             self._model,
             tasks=[key],
@@ -92,13 +94,13 @@ class HarnessRunner:
     def _records(self, key: str, name: str, metrics: dict, results: Any, seconds: float) -> list[Record]:
         n_questions = results["n-samples"].get(name, {}).get("effective", 0)
         shared: dict[str, Any] = {
-            "key": key,
+            "key": name,  # a group's row and those of its tasks each stand for themselves
             "label": name,
             "shots": int(results.get("n-shot", {}).get(name, 0) or 0),
-            "category": None if name == key else name,
+            "category": None,
             "chance": None,
             "questions": n_questions,
-            "truncated": self._model.n_truncated,
+            "truncated": len(self._model.truncated_contexts),
             "seconds": round(seconds, 3),
             "data_sha256": "",
             "identity": self.identity(key),

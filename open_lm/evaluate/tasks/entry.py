@@ -26,6 +26,8 @@ def read_task(entry: Any, origin: str) -> EvalTask:
     values = {OLD_KEYS.get(str(key), str(key)): value for key, value in entry.items()}
     origin = f"{origin} ({values.get('label', 'without label')})"
     known = {f.name: f for f in fields(EvalTask) if f.name != "data_path"}
+    if "pass_at_k" in values:
+        raise ConfigError(f"{origin}: pass_at_k needs the written programs to be run, which is not done here.")
     for key in values:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)

@@ -19,6 +19,9 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 SUITES = Path(__file__).resolve().parents[1] / "suites"
 PRECISIONS = {"fp32": "fp32", "amp_bf16": "amp_bf16", "amp_bfloat16": "amp_bf16", "amp_fp16": "fp16", "bf16": "bf16"}
 READ = ("icl_tasks", "eval_gauntlet", "max_seq_len", "device_eval_batch_size", "precision", "seed")
+UNSUPPORTED = ("code_evaluation",)
+"""LLM Foundry's types that are skipped by name: they run what the model has written."""
+
 READ_AS_WELL = ("icl_subset_num_batches",)
 INSTEAD = {
     "fsdp_config": "every rank holds the whole model and shares the questions with the others",
@@ -69,7 +72,13 @@ def read_suite(path: str, *, only: Iterable[str] = (), flag: str = "--eval-yaml"
         path_of_tasks = path
     if not isinstance(entries, list) or not entries:
         raise ConfigError(f"{flag} {path_of_tasks}: icl_tasks: found {entries!r:.60}, need a list of tasks.")
-    tasks = [read_task(entry, f"{path_of_tasks}: icl_tasks[{i}]") for i, entry in enumerate(entries)]
+    left_out = [entry for entry in entries if _is_unsupported(entry)]
+    if left_out:
+        listed = ", ".join(f"{entry.get('label')} ({entry['icl_task_type']})" for entry in left_out)
+        logging.warning("%s: %d tasks skipped, of types that are not run here: %s.", origin, len(left_out), listed)
+    numbered = [(i, entry) for i, entry in enumerate(entries) if entry not in left_out]
+    tasks = [read_task(entry, f"{path_of_tasks}: icl_tasks[{i}]") for i, entry in numbered]
+    _require_own_names(tasks, path_of_tasks)
     tasks = _chosen(tasks, tuple(only), path)
     gauntlet = _gauntlet(values.get("eval_gauntlet"), path, origin)
     return Suite(
@@ -83,6 +92,24 @@ def read_suite(path: str, *, only: Iterable[str] = (), flag: str = "--eval-yaml"
         path=path,
         origin=origin,
     )
+
+
+def _is_unsupported(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and entry.get("icl_task_type") in UNSUPPORTED
+
+
+def _require_own_names(tasks: list[EvalTask], path: str) -> None:
+    """Refuse two tasks whose results would go by one name.
+
+    Raises:
+        ConfigError: two have one label and one number of examples.
+    """
+    names: set[tuple[str, int]] = set()
+    for task in tasks:
+        for n_shots in task.num_fewshot:
+            if (task.label, n_shots) in names:
+                raise ConfigError(f"{path}: two tasks are called {task.label} at {n_shots}-shot: rename one of them.")
+            names.add((task.label, n_shots))
 
 
 def require_data(suite: Suite) -> None:
@@ -112,7 +139,8 @@ def data_path(uri: str, yaml_path: str) -> str:
     """Where the file a task names is: as written, from the working folder, the YAML's folder or the repository."""
     if storage.is_remote(uri) or os.path.isabs(os.path.expanduser(uri)):
         return uri
-    for folder in (Path.cwd(), Path(yaml_path).resolve().parent, REPOSITORY):
+    here = Path.cwd()
+    for folder in (here, Path(yaml_path).resolve().parent, REPOSITORY, here / "eval", REPOSITORY / "eval"):
         if (folder / uri).exists():
             return str(folder / uri)
     return uri

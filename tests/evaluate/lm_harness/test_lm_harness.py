@@ -94,8 +94,8 @@ def test_a_rolling_text_longer_than_the_context_is_summed_over_windows(eval_mode
     with torch.no_grad():
         expected, at = 0.0, 0
         while at < len(ids) - 1:
-            stop = min(at + 16, len(ids) - 1)
-            start = 0 if at == 0 else max(0, stop - 16)
+            stop = min(at + 17, len(ids) - 1)
+            start = 0 if at == 0 else max(0, stop - 17)
             log_p = eval_model.model(torch.tensor([ids[start : stop + 1]]))[0][0].log_softmax(-1)
             expected += sum(float(log_p[i - 1 - start, ids[i]]) for i in range(at + 1, stop + 1))
             at = stop

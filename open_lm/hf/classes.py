@@ -87,3 +87,5 @@ def save(model: Any, folder: Path) -> None:
     """Write config and sharded safetensors; save_pretrained adds the files of our own class where it is the class."""
     model.save_pretrained(folder, max_shard_size="5GB")
     name_rotary_as_before(folder / "config.json")
+    for file in folder.glob("*.safetensors"):  # safetensors makes them readable by their owner alone
+        file.chmod((folder / "config.json").stat().st_mode)

@@ -125,6 +125,7 @@ def test_the_command_writes_weights_tokenizer_and_card_and_prints_the_difference
     out = tmp_path / "out"
     main(["--checkpoint", path, "--out", str(out), "--tokenizer", str(tokenizer_file), "--dtype", "bfloat16"])
     assert "logits after reloading differ by at most" in capsys.readouterr().out
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {(out / "config.json").stat().st_mode & 0o777}
     card = (out / "README.md").read_text()
     flags = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
     assert flags == {"lr": 0.003} and "open_lm.main --config run.yaml" in card

@@ -32,7 +32,7 @@ def as_openlm_saves(state, prefix):
     named = {}
     for name, tensor in state.items():
         named[prefix + name] = tensor
-        layer, part, rest = name.partition("feed_forward.")
+        layer, _, rest = name.partition("feed_forward.")
         if rest in ("0.weight", "2.weight"):
             named[f"{prefix}{layer}_ff_w{1 + (rest == '2.weight')}.weight"] = tensor
     for n in (0, 1):

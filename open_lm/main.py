@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from open_lm.params import RunConfig, command_line, parse_args, read_config
 from open_lm.registry import late_names
@@ -65,11 +65,14 @@ def carry_out(run: Run) -> RunResult:
     """Build what the run works on, train if it is to, and evaluate."""
     from open_lm.checkpoint.provenance import provenance
     from open_lm.checkpoint.restore import restore
+    from open_lm.post_training.prompts import Prompts
     from open_lm.run.build import build_loader_and_length, build_state, tokenizer_name
     from open_lm.run.evaluation_setup import build_tasks, build_validation_sets
+    from open_lm.run.rollout_setup import build_rollouts
     from open_lm.train.loop import train
 
     config, architecture = run.config, run.architecture
+    loader: Any
     loader, steps = build_loader_and_length(config, architecture, run.world)
     val_sets = build_validation_sets(config, architecture, run.world, loader)
     state = build_state(config, architecture, run.world, steps)
@@ -78,7 +81,10 @@ def carry_out(run: Run) -> RunResult:
     restore(run.checkpoints, state, loader)
     run.begin(state, loader, val_sets, tasks)
     if loader is not None:
-        batches = loader.batches(state.step, steps.last_step)
+        source = loader
+        if isinstance(loader, Prompts):
+            source = build_rollouts(config, architecture, state, loader, run.folder)
+        batches = source.batches(state.step, steps.last_step)
         with run.stop_requests:
             train(state, batches, run, accum=config.train.accum_freq, clip=config.optimizer.grad_clip_norm)
     return run.finish(state)

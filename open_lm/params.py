@@ -16,7 +16,7 @@ from open_lm.errors import ConfigError
 from open_lm.evaluate.config import ValidationConfig
 from open_lm.flags import Parser
 from open_lm.model.config import ModelFlags
-from open_lm.post_training.config import AdapterConfig, PreferenceConfig, TaskConfig
+from open_lm.post_training.config import AdapterConfig, PreferenceConfig, RLConfig, TaskConfig
 from open_lm.registry import late_names
 from open_lm.tracking.config import TrackingConfig
 from open_lm.train.config import DistillationConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, TrainConfig
@@ -32,6 +32,7 @@ class RunConfig:
     task: TaskConfig
     adapters: AdapterConfig
     preferences: PreferenceConfig
+    rl: RLConfig
     train: TrainConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
@@ -43,7 +44,8 @@ class RunConfig:
     @property
     def trains(self) -> bool:
         """Whether the run trains; with --val-data alone it evaluates."""
-        return bool(self.data.train_data or self.data.dataset_manifest or self.data.dataset_type == "synthetic")
+        data = self.data
+        return bool(data.train_data or data.dataset_manifest or data.dataset_type == "synthetic" or self.rl.prompts)
 
     def as_flags(self) -> dict[str, Any]:
         """Every flag by name, as plain values."""
@@ -57,6 +59,7 @@ GROUPS: dict[str, type] = {
     "task": TaskConfig,
     "adapters": AdapterConfig,
     "preferences": PreferenceConfig,
+    "rl": RLConfig,
     "train": TrainConfig,
     "optimizer": OptimizerConfig,
     "schedule": ScheduleConfig,

@@ -74,6 +74,10 @@ class Batch:
         for start in range(0, len(self), size):
             yield self._each(lambda tensor: tensor[start : start + size])  # noqa: B023
 
+    def rows(self, order: Tensor) -> Batch:
+        """The batch with its rows in another order."""
+        return self._each(lambda tensor: tensor[order])
+
     def trimmed(self, multiple: int = 64) -> Batch:
         """The batch without the columns behind its last target, to a multiple of `multiple`; of a batch on the CPU."""
         columns = (self.targets_BT != IGNORED).any(0).nonzero()

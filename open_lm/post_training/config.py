@@ -26,6 +26,9 @@ TASKS = Registry(
         "sft": "open_lm.post_training.sft:SFT",
         **dict.fromkeys((*PREFERENCE_LOSSES, "kto"), "open_lm.post_training.preferences:PREFERENCES"),
         "reward": "open_lm.post_training.reward_model:REWARD",
+        "grpo": "open_lm.post_training.policy:GRPO",
+        "rloo": "open_lm.post_training.policy:RLOO",
+        "ppo": "open_lm.post_training.policy:PPO",
     },
 )
 """`--task NAME` -> a TaskKind: the form of its data, and the objective it builds."""
@@ -75,7 +78,8 @@ class TaskConfig:
     task: str = flag(
         "pretrain",
         "Objective. pretrain: predict every token; sft: the answers of conversations; dpo, dpo-norm, cdpo, robust, "
-        "ipo, hinge, simpo, orpo, kto: prefer chosen to rejected answers; reward: a reward model of such pairs.",
+        "ipo, hinge, simpo, orpo, kto: prefer chosen to rejected answers; reward: a reward model of such pairs; "
+        "grpo, rloo, ppo: reinforcement learning from rewards of sampled answers.",
         choices=TASKS,
     )
     neftune_alpha: float = flag(
@@ -130,3 +134,57 @@ class PreferenceConfig:
     def smoothing_or(self, default: float) -> float:
         """--label-smoothing, or what the loss uses without it."""
         return default if self.label_smoothing is None else self.label_smoothing
+
+
+@dataclass(frozen=True)
+class RLConfig:
+    """Reinforcement learning"""
+
+    prompts: str | None = flag(
+        None,
+        "prompts.jsonl of make_assistant_data.py --form prompts, its ledger.json beside it; for grpo, rloo and ppo.",
+    )
+    reward: tuple[str, ...] = flag(
+        (),
+        "What scores an answer: `module:function`, called with its text and the row of its prompt, or the run or "
+        "checkpoint of a --task reward model; several add up. open_lm.post_training.verifiers has some functions.",
+    )
+    rollout_prompts: int = flag(32, "Prompts answered in one iteration, over all ranks.", least=1)
+    group_size: int = flag(8, "Answers sampled to each prompt.", least=1)
+    rollout_tokens: int = flag(128, "Tokens of an answer, at most.", least=1)
+    rollout_temperature: float = flag(1.0, "Temperature of the sampling, and of every log-probability.", above=0)
+    rl_epochs: int = flag(1, "Times that the answers of one iteration are trained on.", least=1)
+    rl_minibatches: int = flag(1, "Optimizer steps that the answers of one iteration are spread over.", least=1)
+    clip_low: float = flag(0.2, "Probability ratios below 1 - this are clipped.", above=0)
+    clip_high: float = flag(0.2, "Probability ratios above 1 + this are clipped.", above=0)
+    kl_coefficient: float = flag(0.0, "Weight of the divergence from the reference (--reference); 0: none.", least=0)
+    kl_in: str = flag("loss", "Where it counts: in the loss, or in each token's reward.", choices=("loss", "reward"))
+    advantage_std: bool = flag(True, "With grpo: divide advantages by the standard deviation of their group.")
+    rl_loss_mean: str = flag(
+        "tokens",
+        "With grpo and ppo: the loss is a mean over tokens, or over answers of their means.",
+        choices=("tokens", "sequences"),
+    )
+    gae_gamma: float = flag(1.0, "With ppo: discount of later rewards.", above=0)
+    gae_lambda: float = flag(0.95, "With ppo: share of later errors of the value in an advantage.", least=0)
+    value_coefficient: float = flag(0.5, "With ppo: weight of the loss of the value head.", least=0)
+    value_clip: float = flag(
+        0.2, "With ppo: how far a value moves from the stored one before its loss is clipped.", above=0
+    )
+    show_rollouts_every: int = flag(
+        10, "Iterations between two looks at the answers, in the log and in rollouts.jsonl; 0: never.", least=0
+    )
+
+    def __post_init__(self) -> None:
+        if (self.rollout_prompts * self.group_size) % self.rl_minibatches:
+            raise ConfigError(
+                f"--rl-minibatches {self.rl_minibatches} does not divide the {self.rollout_prompts * self.group_size} "
+                "answers of --rollout-prompts x --group-size."
+            )
+        if bool(self.prompts) != bool(self.reward):
+            raise ConfigError("--prompts and --reward belong together: what is asked, and what an answer is worth.")
+
+    @property
+    def steps_per_iteration(self) -> int:
+        """Optimizer steps between two rollouts."""
+        return self.rl_epochs * self.rl_minibatches

@@ -22,6 +22,7 @@ from open_lm.params import RunConfig
 from open_lm.post_training.chat.prepare import MARGINS
 from open_lm.post_training.config import TASKS
 from open_lm.post_training.peft_format import load_adapter
+from open_lm.post_training.prompts import Prompts
 from open_lm.post_training.reference import COLUMN, read_log_probs, reference_path, start_weights
 from open_lm.post_training.reward_model import MARGIN, add_value_head
 from open_lm.post_training.tasks import TaskKind, TaskParts
@@ -29,6 +30,7 @@ from open_lm.precision import Precision
 from open_lm.run.check_mesh import check_mesh
 from open_lm.run.folder import newest_commit
 from open_lm.run.length import build_schedule, global_batch_size, run_length_of
+from open_lm.run.rollout_setup import build_prompts
 from open_lm.train.averagers import parse_averagers
 from open_lm.train.averaging import WeightAverage
 from open_lm.train.backends import prepare_backends
@@ -60,14 +62,16 @@ def architecture_of(config: RunConfig) -> ModelConfig:
 
 def build_loader_and_length(
     config: RunConfig, architecture: ModelConfig, world: World
-) -> tuple[Loader | None, RunLength]:
+) -> tuple[Loader | Prompts | None, RunLength]:
     """The data, opened and checked to be enough, and the steps to take over them; none of both to evaluate only."""
     if not config.trains:
         return None, RunLength((0,), tokens_per_step=0)
+    kind: TaskKind = TASKS.load(config.task.task)
+    if kind.form == "prompts":
+        return build_prompts(config, architecture, world)
     batch = global_batch_size(config, world.shape.n_data)
     check_mesh(config, architecture, world.shape)
     refuse_doc_mask(config, architecture)
-    kind: TaskKind = TASKS.load(config.task.task)
     loader = build_loader(
         config.data,
         vocab_size=architecture.vocab_size,
@@ -128,7 +132,7 @@ def refuse_packed(loader: Loader, architecture: ModelConfig) -> None:
         )
 
 
-def tokenizer_name(config: RunConfig, loader: Loader | None) -> str | None:
+def tokenizer_name(config: RunConfig, loader: Loader | Prompts | None) -> str | None:
     """The tokenizer of the run: --tokenizer, or the one that the manifests of its training data name, or None."""
     return config.data.tokenizer or (named_tokenizer(loader.sources) if loader is not None else None)
 

@@ -94,6 +94,8 @@ class Run:
         self.evaluations = Evaluations(config, world, os.path.join(self.checkpoints.folder, "results.jsonl"))
         self._saved_at: int | None = None
         self._due: tuple[int, Kind | None] = (-1, None)
+        self._late: Kind | None = None
+        """What was due inside an iteration of reinforcement learning."""
         self._save_clock = SaveClock(config.checkpoint.save_every_minutes)
 
     def begin(
@@ -172,9 +174,17 @@ class Run:
         if self._due[0] != state.step:
             clock = self._save_clock
             time_is_up = clock.runs and self.world.any(self.world.is_master and clock.is_up())
-            steps = self._save_steps(state)
-            self._due = state.step, steps.kind_at(state.step, time_is_up=time_is_up)
+            kind = self._save_steps(state).kind_at(state.step, time_is_up=time_is_up)
+            if not self._can_stop(state):  # saved at the end of the iteration
+                self._late, kind = self._late or kind, None
+            else:
+                kind, self._late = kind or self._late, None
+            self._due = state.step, kind
         return self._due[1]
+
+    def _can_stop(self, state: TrainState) -> bool:
+        """Whether a checkpoint after this step can be continued from: not between the steps on one set of rollouts."""
+        return state.step % getattr(self._loader, "steps_per_iteration", 1) == 0
 
     def _save_steps(self, state: TrainState) -> SaveSteps:
         return SaveSteps(self.config.checkpoint, state.run_length.interval_ends, state.run_length.last_step)
@@ -210,6 +220,8 @@ class Run:
             StorageError: it stopped and could not be saved.
             TrainingDiverged: it stopped, and what it would have saved is not finite.
         """
+        if not self._can_stop(state):
+            return
         self.checkpoints.wait_if_done()
         asked = self.stop_requests.asked(2 * self.checkpoints.seconds + 1)
         if not self.world.any(asked is not None) or state.step == state.run_length.last_step:

@@ -54,14 +54,14 @@ def train_step(state: TrainState, batch: Batch, *, accum: int, clip: float | Non
             with timing("forward"), state.precision.autocast():
                 losses = state.task.loss_sums(state.model, micro)
             with timing("backward"):  # DDP and FSDP average gradients over ranks: undo that, the loss is a sum
-                state.precision.backward(losses.total / count * state.world.shape.n_shares)
+                state.precision.backward(losses.total / first(count) * state.world.shape.n_shares)
         parts += losses.parts
     with timing("optim_step"):
         grad_norm, taken = state.precision.step(
             state.model,
             state.optimizers,
             clip=lambda model: clip_grad_norm(model, clip),
-            accept=lambda norm: state.accept(parts[0] / count, norm),
+            accept=lambda norm: state.accept(parts[0] / first(count), norm),
         )
     state.step += 1
     state.tokens += state.run_length.tokens_per_step
@@ -79,8 +79,13 @@ def average_losses(state: TrainState, batch: Batch, *, accum: int) -> dict[str, 
     for average in state.averages:
         with average.in_place(), state.precision.autocast():
             shares = [state.task.loss_sums(state.model, micro).parts[0] for micro in batch.split(accum)]
-        losses[average.name] = (state.world.sum(torch.stack(shares).sum()) / count).item()
+        losses[average.name] = (state.world.sum(torch.stack(shares).sum()) / first(count)).item()
     return losses
+
+
+def first(count: Tensor) -> Tensor:
+    """The count that the loss is divided by, of one or of several."""
+    return count if count.ndim == 0 else count[0]
 
 
 def with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:

@@ -32,7 +32,10 @@ class Task:
         raise NotImplementedError
 
     def count(self, batch: Batch) -> Tensor:
-        """What the losses of `batch` are a mean over, a scalar on its device: by default the unmasked targets."""
+        """What the losses of `batch` are a mean over, on its device: by default the unmasked targets.
+
+        A scalar, or one for each of `names`, the first of which divides what is minimised.
+        """
         return batch.n_targets
 
     def prepare(self, state: Any, batch: Batch, accum: int) -> Batch:

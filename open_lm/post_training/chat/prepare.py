@@ -245,7 +245,7 @@ def _write_prompts(
             else:
                 books.counts["used"] += 1
                 books.counts["tokens"] += len(ids)
-                lines.append(orjson.dumps({"prompt_ids": ids, **prompt.row}))
+                lines.append(orjson.dumps({**prompt.row, "prompt_ids": ids}))
     if not lines:
         raise DataError(f"--input-files: no prompt is left ({dict(books.rejected | books.dropped)}). Check the files.")
     order = np.argsort(shuffle_keys(len(lines), seed=job.seed, block="prompts"), kind="stable")
@@ -260,6 +260,16 @@ def _prompt_ids(prompt: Prompt, template: ChatTemplate, tokenizer: Tokenizer) ->
     except TemplateRefusal:
         return Rejected("template_refuses")
     return ids or Rejected("nothing_rendered")
+
+
+def _end_of_answers(template: ChatTemplate, tokenizer: Tokenizer) -> int:
+    """The token that ends an answer: the last one trained on in a conversation of two messages."""
+    example = Conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    (found,) = label_all([example], template, tokenizer)
+    if isinstance(found, Rejected):
+        return tokenizer.eot_id
+    trained = found.tokens[found.tokens >> ID_BITS == 0]
+    return int(trained[-1]) & IDS
 
 
 def _ledger(
@@ -297,5 +307,6 @@ def _ledger(
         "tokens_per_sample": job.seq_len + 1 if samples else 0,
         "tokenizer": tokenizer.name,
         "pad_id": tokenizer.pad_id,
+        "stop_ids": [_end_of_answers(template, tokenizer)],
         **template_facts(template),
     }

@@ -1,0 +1,78 @@
+"""Setup of reinforcement learning in a run: its prompts, the length of the run, and what answers and scores them."""
+
+from __future__ import annotations
+
+from open_lm.data.tokenizer import load_tokenizer
+from open_lm.distributed import World
+from open_lm.errors import ConfigError
+from open_lm.model.config import ModelConfig
+from open_lm.params import RunConfig
+from open_lm.post_training.prompts import Prompts
+from open_lm.post_training.reference import build_reference
+from open_lm.post_training.rewards import build_rewards
+from open_lm.post_training.rollouts import Rollouts
+from open_lm.post_training.tasks import TaskParts
+from open_lm.run.length import run_length_of
+from open_lm.train.run_length import RunLength
+from open_lm.train.state import TrainState
+
+
+def build_prompts(config: RunConfig, architecture: ModelConfig, world: World) -> tuple[Prompts, RunLength]:
+    """The prompts of --prompts, and the steps to take.
+
+    Raises:
+        ConfigError: there are none, the length is not given, or the answers do not divide.
+    """
+    flags = config.rl
+    if flags.prompts is None:
+        raise ConfigError(f"--task {config.task.task} answers prompts: give --prompts and --reward.")
+    if config.train.train_steps is None:
+        raise ConfigError("--train-steps: say for how many optimizer steps to train.")
+    if world.size != world.shape.n_data:
+        raise ConfigError(f"--mesh: --task {config.task.task} needs the whole model on each rank. Leave it out.")
+    rows = flags.rollout_prompts * flags.group_size // flags.rl_minibatches
+    share = world.size * config.train.accum_freq
+    if flags.rollout_prompts % world.size or rows % share:
+        raise ConfigError(
+            f"--rollout-prompts {flags.rollout_prompts} x --group-size {flags.group_size} in {flags.rl_minibatches} "
+            f"minibatches do not divide among {world.size} ranks x --accum-freq {config.train.accum_freq}."
+        )
+    per = flags.steps_per_iteration
+    steps = run_length_of(config, rows * architecture.seq_len, None, architecture.seq_len)
+    if steps.total_steps % per or steps.last_step % per:
+        raise ConfigError(
+            f"--train-steps {steps.total_steps}: an iteration takes {per} steps (--rl-epochs x --rl-minibatches): "
+            "train and stop after a multiple of it."
+        )
+    prompts = Prompts(
+        flags.prompts, seed=config.train.seed, per_iteration=flags.rollout_prompts, steps_per_iteration=per
+    )
+    return prompts, steps
+
+
+def build_rollouts(
+    config: RunConfig, architecture: ModelConfig, state: TrainState, prompts: Prompts, folder: str
+) -> Rollouts:
+    """What gives the batches of reinforcement learning.
+
+    Raises:
+        ConfigError: the tokenizer, a reward or the reference is not there or not the model's.
+    """
+    tokenizer = load_tokenizer(prompts.tokenizer_name(config.data.tokenizer))
+    if tokenizer.vocab_size > architecture.vocab_size:
+        raise ConfigError(
+            f"--prompts: made with {tokenizer.name} of {tokenizer.vocab_size} tokens, the model has "
+            f"{architecture.vocab_size}."
+        )
+    parts = TaskParts(config, state.model, state.task, state.world, state.precision)
+    return Rollouts(
+        kind=config.task.task,
+        config=config.rl,
+        state=state,
+        prompts=prompts,
+        tokenizer=tokenizer,
+        scores=build_rewards(config.rl.reward, tokenizer, str(state.world.device), state.precision.weight_dtype),
+        reference=build_reference(parts) if config.rl.kl_coefficient else None,
+        folder=folder,
+        accum=config.train.accum_freq,
+    )

@@ -1,0 +1,192 @@
+"""Reinforcement learning: tables worked by hand, ratios, exact resumption, and rewards that are no numbers."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from runs import folder_of, metrics, weights
+
+from open_lm.data.batch import IGNORED, Batch
+from open_lm.errors import ConfigError, DataError
+from open_lm.main import main
+from open_lm.model import create_model
+from open_lm.model.config import ModelConfig
+from open_lm.post_training import verifiers
+from open_lm.post_training.advantages import generalised, group_relative, leave_one_out
+from open_lm.post_training.config import RLConfig
+from open_lm.post_training.policy import PolicyGradient
+
+MODEL = {"hidden_dim": 16, "n_layers": 2, "n_heads": 2, "seq_len": 60, "vocab_size": 400, "model_norm": "rms_norm"}
+
+
+def test_advantages_equal_tables_worked_by_hand():
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 2.0, 2.0, 2.0, 2.0], dtype=torch.float64)
+    std = math.sqrt(1 / 3)
+    expected = [0.5 / (std + 1e-4) * s for s in (1, -1, -1, 1)] + [0.0] * 4
+    assert group_relative(rewards, 4, by_std=True).tolist() == pytest.approx(expected, rel=1e-12)
+    assert group_relative(rewards, 4, by_std=False).tolist() == pytest.approx([0.5, -0.5, -0.5, 0.5, 0, 0, 0, 0])
+    assert leave_one_out(rewards, 4).tolist() == pytest.approx([2 / 3, -2 / 3, -2 / 3, 2 / 3, 0, 0, 0, 0])
+    rewards = torch.tensor([[0.0, 1.0, 2.0, 9.0], [3.0, 9.0, 9.0, 9.0]], dtype=torch.float64)
+    values = torch.tensor([[0.5, 1.0, 1.5, 9.0], [1.0, 9.0, 9.0, 9.0]], dtype=torch.float64)
+    is_target = torch.tensor([[True, True, True, False], [True, False, False, False]])
+    third = 2.0 - 1.5
+    second = 1.0 + 0.9 * 1.5 - 1.0 + 0.9 * 0.8 * third
+    first = 0.0 + 0.9 * 1.0 - 0.5 + 0.9 * 0.8 * second
+    advantages, returns = generalised(rewards, values, is_target, 0.9, 0.8)
+    assert advantages.flatten().tolist() == pytest.approx([first, second, third, 0, 2.0, 0, 0, 0], rel=1e-12)
+    assert returns[0].tolist() == pytest.approx([first + 0.5, second + 1.0, third + 1.5, 0], rel=1e-12)
+
+
+def objective(kind, **settings):
+    torch.manual_seed(0)
+    model = create_model(ModelConfig(**MODEL)).double()
+    ids = torch.randint(0, 400, (3, 7), generator=torch.Generator().manual_seed(1))
+    targets = ids[:, 1:].clone()
+    targets[:, :2], targets[1, 4:] = IGNORED, IGNORED
+    is_target = targets != IGNORED
+    log_p = model(ids[:, :-1])[0].double().log_softmax(-1)
+    own = log_p.gather(2, targets.clamp(min=0)[..., None])[..., 0] * is_target
+    generator = torch.Generator().manual_seed(2)
+    moved = own.detach() + 0.4 * torch.randn(own.shape, generator=generator, dtype=torch.float64) * is_target
+    advantage = torch.tensor([1.0, -0.5, 0.25], dtype=torch.float64)[:, None] * is_target
+    extras = {"old": moved, "advantage": advantage, "reference": moved - 0.1 * is_target}
+    extras |= {"reward": torch.ones(3), "finished": torch.ones(3)}
+    batch = Batch(ids[:, :-1], targets, extras=extras)
+    return PolicyGradient(kind, RLConfig(**settings)), model, batch, own, is_target
+
+
+@pytest.mark.parametrize("mean", ["tokens", "sequences"])
+def test_the_clipped_loss_and_its_gradient_equal_the_formula(mean):
+    task, model, batch, own, is_target = objective("grpo", kl_coefficient=0.3, rl_loss_mean=mean, clip_high=0.3)
+    ratio = (own - batch.extras["old"]).exp()
+    a = batch.extras["advantage"]
+    loss = -torch.minimum(ratio * a, ratio.clamp(0.8, 1.3) * a)
+    d = batch.extras["reference"] - own
+    loss = (loss + 0.3 * (d.exp() - d - 1)) * is_target
+    expected = loss.sum() / is_target.sum() if mean == "tokens" else (loss.sum(1) / is_target.sum(1)).mean()
+    gradient = torch.autograd.grad(expected, model.layers[0].attention.in_proj.weight)[0]
+    losses = task.loss_sums(model, batch)
+    got = losses.total / task.count(batch)[0]
+    assert got.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, model.layers[0].attention.in_proj.weight)[0], gradient, rtol=1e-4, atol=1e-7
+    )
+    assert len(losses.parts) == len(task.names) == len(task.count(batch))
+
+
+def test_rloo_takes_the_ratio_of_whole_answers():
+    task, model, batch, own, is_target = objective("rloo")
+    ratio = ((own - batch.extras["old"]) * is_target).sum(1).exp()
+    a = torch.tensor([1.0, -0.5, 0.25], dtype=torch.float64)
+    expected = -torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a).mean()
+    assert (task.loss_sums(model, batch).total / 3).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.fixture
+def learn(tmp_path, make_chat):
+    """`learn(*flags, name=, iterations=)` runs reinforcement learning on prompts whose answers are known."""
+    rows = [{"question": f"{a}+{b}", "answer": str(a + b)} for a, b in itertools.product(range(3), range(3))]
+    _, folder = make_chat(rows, "--form", "prompts", "--chat-template", "plain", "--seqlen", "40", name="prompts")
+    (tmp_path / "model.json").write_text(json.dumps(MODEL))
+    torch.manual_seed(3)
+    model = create_model(ModelConfig(**MODEL))
+    base = str(tmp_path / "base.pt")
+    torch.save({"state_dict": model.state_dict(), "config": {"model": model.config.to_dict()}}, base)
+
+    def flags(*extra, task="grpo", name="run", steps=8):
+        return [
+            "--task", task, "--prompts", f"{folder}/prompts.jsonl", "--reward", "rl_rewards:digits",
+            "--model", str(tmp_path / "model.json"), "--pretrained", base, "--train-steps", str(steps),
+            "--rollout-prompts", "4", "--group-size", "4", "--rollout-tokens", "6", "--rl-minibatches", "2",
+            "--lr", "3e-3", "--warmup", "0", "--device", "cpu", "--precision", "fp32", "--log-every-n-steps", "1",
+            "--workers", "0", "--logs-dir", str(tmp_path / "logs"), "--name", name, *extra,
+        ]  # fmt: skip
+
+    def train(*extra, **options):
+        return main(flags(*extra, **options))
+
+    train.flags, train.base = flags, base
+    return train
+
+
+@pytest.mark.parametrize("task", ["grpo", "rloo", "ppo"])
+def test_the_ratio_is_one_in_the_first_minibatch_and_not_in_the_second(tmp_path, learn, task):
+    learn(task=task)
+    deviations = list(metrics(tmp_path, key="train/ratio_deviation").values())
+    assert max(deviations[::2]) < 1e-5
+    assert min(deviations[1::2]) > 1e-4
+
+
+def test_rewards_rise_and_answers_are_shown(tmp_path, learn):
+    learn("--show-rollouts-every", "2", "--lr", "1e-2", steps=40)
+    rewards = list(metrics(tmp_path, key="train/reward").values())
+    assert sum(rewards[-8:]) / 8 > sum(rewards[:8]) / 8 + 0.05
+    lines = (folder_of(tmp_path) / "rollouts.jsonl").read_text().splitlines()
+    assert len(lines) == 10 * 16
+    assert set(json.loads(lines[0])) == {"iteration", "prompt", "answer", "reward"}
+
+
+@pytest.mark.parametrize("task", ["grpo", "ppo"])
+def test_a_killed_run_repeats_the_straight_one_bit_for_bit(tmp_path, learn, task):
+    flags = ["--kl-coefficient", "0.05", "--rl-epochs", "2"]
+    learn(*flags, task=task, name="whole")
+    learn(*flags, "--save-every-steps", "3", "--stop-at-step", "4", task=task, name="again")
+    saved = [p.name for p in (folder_of(tmp_path, "again") / "checkpoints").glob("epoch_*.pt")]
+    assert saved == ["epoch_0-step4.pt"]  # asked for after 3 steps, inside an iteration
+    learn(*flags, "--resume", "latest", task=task, name="again")
+    for name, tensor in weights(tmp_path, "whole").items():
+        assert torch.equal(tensor, weights(tmp_path, "again")[name]), name
+
+
+def test_accumulation_changes_nothing(tmp_path, learn):
+    learn(name="one")
+    learn("--accum-freq", "4", name="four")
+    one, four = (list(metrics(tmp_path, name).values()) for name in ("one", "four"))
+    assert four == pytest.approx(one, abs=1e-5)
+
+
+def test_a_reward_model_scores_and_the_adapter_learns(tmp_path, learn, make_chat):
+    rows = [{"prompt": f"{a}?", "chosen": "1", "rejected": "b b"} for a in range(8)]
+    _, pairs = make_chat(rows, "--form", "pairs", "--chat-template", "plain", "--seqlen", "60", name="pairs")
+    common = ["--device", "cpu", "--precision", "fp32", "--workers", "0", "--logs-dir", str(tmp_path / "logs")]
+    reward = main(
+        ["--task", "reward", "--dataset-manifest", f"{pairs}/manifest.jsonl", "--pretrained", learn.base,
+         "--train-steps", "4", "--global-batch-size", "4", "--multiple-data-passes", "--name", "rm", *common]
+    )  # fmt: skip
+    learn("--reward", reward.folder, "--lora-rank", "2", "--kl-coefficient", "0.1", steps=2)
+    assert set(metrics(tmp_path, key="train/reward")) == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("reward", "error", "match"),
+    [
+        ("rl_rewards:broken", DataError, "raised ZeroDivisionError"),
+        ("rl_rewards:nan", DataError, "gave nan on the answer"),
+        ("rl_rewards:missing", ConfigError, "has no attribute"),
+        ("no_such_module:x", ConfigError, "No module named"),
+    ],
+)
+def test_a_reward_that_is_no_number_stops_the_run(learn, reward, error, match):
+    with pytest.raises(error, match=match):
+        learn("--reward", reward)
+
+
+def test_lengths_and_settings_that_cannot_be_honoured_are_refused(learn, tmp_path):
+    with pytest.raises(ConfigError, match="an iteration takes 2 steps"):
+        learn(steps=7)
+    with pytest.raises(ConfigError, match="do not divide"):
+        learn("--accum-freq", "3")
+    with pytest.raises(ConfigError, match="give --prompts and --reward"):
+        main(["--task", "grpo", "--dataset-type", "synthetic", "--train-steps", "2", "--logs-dir", str(tmp_path)])
+
+
+def test_verifiers():
+    assert verifiers.exact(" 4 ", {"answer": 4}) == 1 and verifiers.exact("44", {"answer": "4"}) == 0
+    assert (
+        verifiers.last_number("so 1,000 it is", {"answer": "#### 1000"}) == 1
+        and verifiers.last_number("none", {"answer": "1"}) == 0
+    )
+    row = {"tests": [{"contains": "a"}, {"matches": "^b"}, {"equals": "abc"}]}
+    assert verifiers.tests("abc", row) == pytest.approx(2 / 3)

@@ -83,7 +83,7 @@ def run(folder, seed, options):
          str(4 * options.iterations), "--lr", "1e-3", "--lr-scheduler", "const", "--warmup", "10",
          "--grad-clip-norm", "1", "--name", f"rl{seed}", *common]
     )  # fmt: skip
-    clip = [json.loads(line) for line in open(f"{rl.folder}/metrics.jsonl")]
+    clip = [json.loads(line) for line in Path(rl.folder, "metrics.jsonl").read_text().splitlines()]
     shares = [row["train/clip_share"] for row in clip if "train/clip_share" in row]
     return greedy(sft.folder), greedy(rl.folder), sum(shares) / len(shares), time.time() - began
 
@@ -101,7 +101,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--task", default="grpo", choices=["grpo", "rloo", "ppo"])
     parser.add_argument("--iterations", type=int, default=200)
-    parser.add_argument("--sft-steps", type=int, default=125)
+    parser.add_argument("--sft-steps", type=int, default=400)
     parser.add_argument("--recomputed", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -25,7 +25,10 @@ from open_lm.generation.config import GenerateConfig
 from open_lm.generation.cpu_decode import quick
 from open_lm.generation.decode import evaluating
 from open_lm.generation.engine import Engine
+from open_lm.generation.padded import PaddedTexts
+from open_lm.generation.sampling import next_tokens
 from open_lm.generation.text import Text
+from open_lm.model.config import ModelConfig
 from open_lm.post_training.advantages import generalised, group_relative, leave_one_out
 from open_lm.post_training.config import RLConfig
 from open_lm.post_training.log_probs import token_log_probs
@@ -34,6 +37,8 @@ from open_lm.post_training.reference import Reference
 from open_lm.post_training.reward_model import values_of
 from open_lm.post_training.rewards import Answer, Score, batch_of_answers, total
 
+TOGETHER = 256
+"""Answers written at once."""
 SHOWN = 3
 """Answers that the log shows of an iteration."""
 
@@ -124,8 +129,12 @@ class Rollouts:
     @torch.inference_mode()
     def _write(self, texts: list[Text]) -> None:
         """Let the current model write all texts."""
-        longest = max(len(text.prompt) + text.n_new for text in texts)
         with evaluating(self._plain), quick(self._plain), self.state.precision.autocast():
+            if isinstance(self._plain.config, ModelConfig):
+                for start in range(0, len(texts), TOGETHER):
+                    write_together(self._plain, texts[start : start + TOGETHER])
+                return
+            longest = max(len(text.prompt) + text.n_new for text in texts)
             engine = Engine(self._plain, min(len(texts), 64), longest)
             for text in texts:
                 engine.add(text)
@@ -193,6 +202,19 @@ class Rollouts:
                 asked = self.tokenizer.decode(list(answer.prompt))
                 row = {"iteration": iteration, "prompt": asked, "answer": answer.text, "reward": rewards[k]}
                 file.write(orjson.dumps(row) + b"\n")
+
+
+def write_together(model: Any, texts: Sequence[Text]) -> None:
+    """Write short answers to many prompts as one batch, padded on the left; each draws from its own random stream."""
+    padded = PaddedTexts(model, [text.prompt for text in texts], texts[0].config, max(text.n_new for text in texts))
+    configs = [text.config for text in texts]
+    while not all(text.finish for text in texts):
+        logits_BV = padded.next_logits()
+        tokens = next_tokens(logits_BV, configs, [0.0 if text.finish else text.uniform() for text in texts])
+        for text, token in zip(texts, tokens, strict=True):
+            if text.finish is None:
+                text.append(token, None)
+        padded.append(torch.tensor(tokens, device=logits_BV.device))
 
 
 def _order(n: int, seed: int, iteration: int, epoch: int, rank: int) -> Any:

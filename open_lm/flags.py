@@ -29,12 +29,13 @@ def flag(
 ) -> Any:
     """Declare one flag; `help` is its only documentation and names the unit and what special values mean.
 
-    `aliases` are further spellings, written as on the command line (`"--input-glob"`); numbers must be at `least` that,
-    or `above` that. A `repeatable` flag of several values adds to them when it is given again.
+    A registry as `choices` may still grow until the flags are parsed. `aliases` are further spellings, written as on
+    the command line (`"--input-glob"`); numbers must be at `least` that, or `above` that. A `repeatable` flag of several
+    values adds to them when it is given again.
     """
     metadata: dict[str, Any] = {
         "help": help,
-        "choices": tuple(choices) if choices else None,
+        "choices": choices if isinstance(choices, dict) else tuple(choices) if choices else None,
         "aliases": aliases,
         "metavar": metavar,
     }
@@ -101,7 +102,7 @@ def add_group(parser: ArgumentParser, config: type, *, separator: str = "-") -> 
             type=kind,
             default=list(default) if f.metadata["repeatable"] else default,
             nargs="+" if many else None,
-            choices=f.metadata["choices"],
+            choices=tuple(f.metadata["choices"]) if f.metadata["choices"] else None,
             metavar=f.metadata["metavar"] or (None if f.metadata["choices"] else kind.__name__.upper()),
             help=text + shown,
         )

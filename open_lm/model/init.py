@@ -12,12 +12,21 @@ def scaled_normal_(weight: Tensor, std: float) -> None:
     nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
 
+LIBRARIES = ("torch.", "transformers.", "megablocks.")
+"""Whose modules have a `reset_parameters` that is not for a model of ours."""
+
+
+def initialises(module: nn.Module) -> bool:
+    """Whether `module` gives first values to itself and to the layers of torch in it: ours, and those of users."""
+    return hasattr(module, "reset_parameters") and not type(module).__module__.startswith(LIBRARIES)
+
+
 def init_weights(model: nn.Module) -> None:
     """Give every parameter and buffer of `model` its first value; needed after `to_empty` of a model built on `meta`.
 
     Each of our modules has one `reset_parameters` that covers the layers it builds, so torch's own are not called.
     """
     for module in model.modules():
-        reset: Any = getattr(module, "reset_parameters", None)
-        if reset and type(module).__module__.startswith("open_lm."):
+        if initialises(module):
+            reset: Any = module.reset_parameters
             reset()

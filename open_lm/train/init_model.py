@@ -14,6 +14,7 @@ from open_lm.distributed import World
 from open_lm.errors import ConfigError
 from open_lm.model import create_model
 from open_lm.model.hf_config import HFConfig
+from open_lm.model.init import initialises
 from open_lm.train.config import ParallelConfig
 from open_lm.train.parallel import shards, wrap
 
@@ -50,14 +51,9 @@ def _filled_in_parts(config: Any, world: World, parallel: ParallelConfig, dtype:
     sharded = wrap(sharded, world, parallel)
     sharded.to_empty(device="cpu" if parallel.fsdp_cpu_offload else world.device)
     for source, target in zip(plain.modules(), sharded.modules(), strict=True):
-        if _initialises(source):
+        if initialises(source):
             _fill(source, target)
     return sharded
-
-
-def _initialises(module: nn.Module) -> bool:
-    """Whether `module` gives first values to itself and to the layers of torch in it, as `init_weights` asks it to."""
-    return hasattr(module, "reset_parameters") and type(module).__module__.startswith("open_lm.")
 
 
 def _fill(source: nn.Module, target: nn.Module) -> None:
@@ -86,7 +82,7 @@ def _own_tensors(source: nn.Module, target: nn.Module) -> Iterator[tuple[nn.Modu
     for names in (source._parameters, source._buffers):
         yield from ((source, target, name) for name, value in names.items() if value is not None)
     for name, child in source.named_children():
-        if not _initialises(child):
+        if not initialises(child):
             yield from _own_tensors(child, target.get_submodule(name))
 
 

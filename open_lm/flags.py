@@ -30,8 +30,8 @@ def flag(
     """Declare one flag; `help` is its only documentation and names the unit and what special values mean.
 
     A registry as `choices` may still grow until the flags are parsed. `aliases` are further spellings, written as on
-    the command line (`"--input-glob"`); numbers must be at `least` that, or `above` that. A `repeatable` flag of several
-    values adds to them when it is given again.
+    the command line (`"--input-glob"`); numbers must be at `least` that, or `above` that. A `repeatable` flag of
+    several values adds to them when it is given again.
     """
     metadata: dict[str, Any] = {
         "help": help,

@@ -70,6 +70,11 @@ GROUPS: dict[str, type] = {
 }
 
 
+FACTS = ("seq_len", "vocab_size", "per_gpu_batch_size", "per_gpu_val_batch_size", "world_size", "rank", "local_rank",
+         "distributed")  # fmt: skip
+"""What params.txt says beside the flags, for OpenLM's scripts; --config skips them."""
+
+
 def build_parser() -> Parser:
     """The parser of `open_lm.main`."""
     parser = Parser(
@@ -94,7 +99,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     config_only.add_argument("--config")
     path = config_only.parse_known_args(argv)[0].config
     if path:
-        flags.set_defaults_from(parser, flags.read_config_file(path), f"--config {path}")
+        values = {key: value for key, value in flags.read_config_file(path).items() if key not in FACTS}
+        flags.set_defaults_from(parser, values, f"--config {path}")
     return parser.parse_args(argv)
 
 

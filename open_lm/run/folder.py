@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -15,20 +16,39 @@ from open_lm.checkpoint.commit import Commit, committed
 from open_lm.checkpoint.remote_sync import bring_back
 from open_lm.distributed import World
 from open_lm.errors import ConfigError
+from open_lm.model.config import ModelConfig
 from open_lm.params import RunConfig
 
 
-def open_folder(config: RunConfig, world: World) -> str:
+def open_folder(config: RunConfig, world: World, architecture: ModelConfig) -> str:
     """Make the run's folder on rank 0 and write params.txt into it; every rank gets its path, or the same error.
 
     Raises:
         ConfigError: the folder holds a run and --resume is not given.
         StorageError: the folder cannot be written.
     """
-    return world.on_rank0(lambda: _open(config))
+    return world.on_rank0(lambda: _open(config, openlm_facts(config, world, architecture)))
 
 
-def _open(config: RunConfig) -> str:
+def openlm_facts(config: RunConfig, world: World, architecture: ModelConfig) -> dict[str, Any]:
+    """What OpenLM's and DCLM's scripts look for in params.txt and no flag here is called."""
+    train, validation, n = config.train, config.validation, world.size
+    per_gpu = train.batch_size or max(1, train.global_batch_size // n)
+    total = validation.global_val_batch_size
+    per_gpu_val = validation.val_batch_size or (max(1, total // n) if total else per_gpu)
+    return {
+        "seq_len": architecture.seq_len,
+        "vocab_size": architecture.vocab_size,
+        "per_gpu_batch_size": per_gpu,
+        "per_gpu_val_batch_size": per_gpu_val,
+        "world_size": n,
+        "rank": 0,
+        "local_rank": 0,
+        "distributed": n > 1,
+    }
+
+
+def _open(config: RunConfig, facts: dict[str, Any]) -> str:
     if storage.is_remote(config.tracking.logs):
         raise ConfigError(f"--logs {config.tracking.logs}: a run's folder is local. Give a local folder.")
     folder, resume = run_folder(config), config.checkpoint.resume
@@ -42,7 +62,7 @@ def _open(config: RunConfig) -> str:
         )
     storage.require_writable(os.path.join(folder, "checkpoints"), "--logs")
     if config.trains or not holds_a_run(folder):
-        lines = (f"{key}: {_one_line(value)}\n" for key, value in config.as_flags().items())
+        lines = (f"{key}: {_one_line(value)}\n" for key, value in {**facts, **config.as_flags()}.items())
         storage.write_text(os.path.join(folder, "params.txt"), "".join(lines))
     if config.tracking.copy_codebase:
         copy_code(folder)

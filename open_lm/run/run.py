@@ -270,7 +270,7 @@ def start_run(config: RunConfig, architecture: ModelConfig, command: str) -> Ite
                 mesh=partial(mesh_shape, flags),
             )
         )
-        folder = open_folder(config, world)
+        folder = open_folder(config, world, architecture)
         stack.enter_context(text_log(folder, world.rank, every_rank=tracking.log_local, debug=tracking.debug))
         logging.info("%s", command)
         copy = remote_folder(config) if config.trains and world.is_master else None

@@ -8,6 +8,7 @@ import yaml
 from runs import SEQ_LEN, folder_of, metrics, run, run_command, weights, write_data
 
 from open_lm.errors import CheckpointError, ConfigError, DataError
+from open_lm.params import parse_args
 
 
 @pytest.fixture
@@ -30,6 +31,9 @@ def test_a_run_learns_and_leaves_what_people_look_for(tmp_path, manifest):
     folder = folder_of(tmp_path)
     assert (result.folder, result.step) == (str(folder), 12)
     params = yaml.safe_load((folder / "params.txt").read_text())
+    of_openlm = ("seq_len", "vocab_size", "per_gpu_batch_size", "per_gpu_val_batch_size", "world_size", "distributed")
+    assert [params[name] for name in of_openlm] == [16, 16, 8, 8, 1, False]
+    assert parse_args(["--config", str(folder / "params.txt")]).lr == 0.01
     assert params["lr"] == 0.01 and params["model"] == "open_lm_test_tiny" and params["val_data"]
     (row,) = json.loads((folder / "checkpoints" / "results.jsonl").read_text())
     assert (row["sequences"], row["tokens"], row["train_tokens"]) == (17, 17 * SEQ_LEN, 12 * 8 * SEQ_LEN)

@@ -23,7 +23,7 @@ def check_mesh(config: RunConfig, architecture: ModelConfig, shape: MeshShape) -
     if task not in PER_TOKEN_TASKS or flags.distill_pretrained:
         what = "--distill-pretrained" if flags.distill_pretrained else f"--task {task}"
         raise ConfigError(f"--mesh {shape}: {what} needs whole sequences and logits on each rank. Use dp and fsdp.")
-    if getattr(config.task, "neftune_alpha", 0.0):
+    if config.task.neftune_alpha:
         raise ConfigError(f"--mesh {shape}: --neftune-alpha draws noise for whole sequences. Use dp and fsdp.")
     if tp > 1 and (config.adapters.lora_rank is not None or config.adapters.lora_from is not None):
         raise ConfigError(f"--mesh {shape}: adapters (--lora-rank, --lora-from) do not divide by tp. Use dp and fsdp.")

@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from open_lm import text
 from open_lm.checkpoint.save_policy import SaveSteps
 from open_lm.distributed import ranks_from_environment
+from open_lm.mesh import MeshShape
 from open_lm.model.config import ModelConfig
 from open_lm.model.describe import ModelSize, model_size
 from open_lm.params import RunConfig
 from open_lm.run.build import architecture_of
+from open_lm.run.check_mesh import check_mesh
 from open_lm.run.length import build_schedule, global_batch_size, run_length_of
+from open_lm.run.mesh_costs import rank_costs
+from open_lm.train.config import mesh_shape
 from open_lm.train.run_length import RunLength
 from open_lm.train.schedule import Schedule
 
@@ -28,6 +32,7 @@ class Forecast:
     steps: RunLength
     lr_at: Schedule
     world_size: int
+    shape: MeshShape
 
     def __str__(self) -> str:
         steps, size = self.steps, self.size
@@ -43,12 +48,31 @@ class Forecast:
             f"memory        {text.size(size.training_bytes)} for weights, gradients and optimizer over all ranks, "
             "activations come on top\n"
             f"compute       {text.count(size.flops_per_token)} FLOPs a token, {text.count(flops)} in all\n"
-            f"ranks         {self.world_size}\n"
+            f"ranks         {self.world_size} ({self.shape})\n"
+            f"{self._costs}"
             f"steps         {steps.total_steps:,} of {steps.tokens_per_step:,} tokens: {steps.total_tokens:,} tokens\n"
             f"{self._stop}"
             f"checkpoints   after steps {', '.join(map(str, self._save_steps.all()))}\n"
             f"learning rate {rates}"
         )
+
+    @property
+    def _costs(self) -> str:
+        """What a rank holds and receives; of the transformers of --model."""
+        if not isinstance(self.architecture, ModelConfig):
+            return ""
+        train, parallel = self.config.train, self.config.parallel
+        sequences = self.steps.tokens_per_step // self.architecture.seq_len // self.shape.n_data
+        costs = rank_costs(
+            self.architecture,
+            self.shape,
+            sequences=sequences,
+            accum=train.accum_freq,
+            precision=parallel.precision,
+            sharded=not self.shape.is_plain or parallel.fsdp,
+            recompute=parallel.grad_checkpointing and parallel.grad_checkpointing_mode in (None, "full"),
+        )
+        return f"{costs}\n"
 
     @property
     def _save_steps(self) -> SaveSteps:
@@ -70,7 +94,9 @@ def forecast(config: RunConfig) -> Forecast:
     """
     architecture = architecture_of(config)
     world_size = config.parallel.preset_world_size or ranks_from_environment()[1]
-    tokens_per_step = global_batch_size(config, world_size) * architecture.seq_len
+    shape = mesh_shape(config.parallel, world_size)
+    check_mesh(config, architecture, shape)
+    tokens_per_step = global_batch_size(config, shape.n_data) * architecture.seq_len
     steps = run_length_of(config, tokens_per_step, None, architecture.seq_len)
     lr_at = build_schedule(config.schedule, steps)
-    return Forecast(config, architecture, model_size(architecture), steps, lr_at, world_size)
+    return Forecast(config, architecture, model_size(architecture), steps, lr_at, world_size, shape)

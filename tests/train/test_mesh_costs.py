@@ -1,0 +1,79 @@
+"""What --dry-run says a rank holds is what ranks hold."""
+
+import dataclasses
+
+import pytest
+import torch
+from gloo import run_ranks
+from torch.distributed.tensor import DTensor
+from train.test_meshes import make_state
+
+from open_lm.data.batch import Batch
+from open_lm.mesh import MeshShape, parse_mesh, shape_for
+from open_lm.model.architecture import ModelConfig
+from open_lm.run.mesh_costs import activation_bytes, rank_costs
+from open_lm.train.config import ParallelConfig, mesh_shape
+
+CONFIG = {"hidden_dim": 64, "n_heads": 4, "n_kv_heads": 2, "n_layers": 6, "seq_len": 256, "vocab_size": 64,
+          "ffn_dim": 192}  # fmt: skip
+
+
+def own(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def kept_by(state, ids_BT):
+    """Bytes that autograd keeps of a forward pass, without weights."""
+    kept = {}
+
+    def keep(tensor):
+        kept[own(tensor).untyped_storage()._cdata] = own(tensor).untyped_storage()
+        return tensor
+
+    batch = Batch(ids_BT, ids_BT)
+    batch = batch if state.part is None else batch.of_part(state.part)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        state.model(batch.inputs_BT, **batch.model_inputs, head=lambda hidden, weight: hidden.sum())
+        whole = {own(p).untyped_storage()._cdata for p in state.model.parameters()}
+    return sum(storage.nbytes() for key, storage in kept.items() if key not in whole)
+
+
+def _measure(world, mesh, folder):
+    parallel = ParallelConfig(mesh=mesh)
+    world = dataclasses.replace(world, mesh=mesh_shape(parallel, world.size))
+    state = make_state(world, parallel, CONFIG)
+    held = sum(own(p).nbytes for p in state.model.parameters())
+    found = kept_by(state, torch.zeros(4, 256, dtype=torch.long))
+    if world.rank == 0:
+        torch.save((found, 4 * held), f"{folder}/{mesh}.pt")
+
+
+@pytest.mark.parametrize("mesh", ["tp=2", "cp=2"])
+def test_activations_and_state_of_a_rank_are_as_forecast(tmp_path, mesh):
+    run_ranks(_measure, 2, mesh, str(tmp_path))
+    activations, state = torch.load(tmp_path / f"{mesh}.pt")
+    shape, config = shape_for(parse_mesh(mesh), 2), ModelConfig(**CONFIG)
+    costs = rank_costs(config, shape, sequences=4, accum=1, precision="fp32", sharded=True, recompute=False)
+    assert costs.state == pytest.approx(state, rel=0.15)
+    assert activation_bytes(config, shape, 4, "fp32", recompute=False) == pytest.approx(activations, rel=0.15)
+
+
+def test_traffic_is_what_the_axes_send():
+    config = ModelConfig(**CONFIG)
+
+    def traffic(**axes):
+        shape = MeshShape(**axes)
+        return rank_costs(config, shape, sequences=4, accum=1, precision="fp32", sharded=True, recompute=False).traffic
+
+    assert not any(traffic().values())
+    n = sum(p.numel() for p in make_state_parameters(config))
+    assert traffic(fsdp=4)["fsdp"] == 3 * n * 4 * 3 // 4
+    assert traffic(dp=2)["dp"] == n * 4
+    assert traffic(tp=2)["tp"] == (8 * 6 + 4) * 4 * 256 * 64 * 4 // 2
+    assert traffic(cp=2)["cp"] == 2 * 6 * 4 * 128 * 2 * 2 * 16 * 4
+
+
+def make_state_parameters(config):
+    from open_lm.model import create_model
+
+    return create_model(config).parameters()

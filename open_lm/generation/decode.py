@@ -22,7 +22,6 @@ Watch = Callable[[int, list[int]], bool]
 """Called with a row and all it has written, after each of its tokens; true ends the row."""
 
 
-@torch.inference_mode()
 def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
@@ -44,12 +43,17 @@ def generate(
     """
     config = config or GenerateConfig(**settings)
     check_prompts(model, prompts)
-    with evaluating(model):
+    with without_gradients(model), evaluating(model):
         if config.num_beams > 1:
             ranked = beam_search(model, prompts, config, stop_ids=stop_ids)
             return [up_to_stop(beams[0].tokens, stop_ids) for beams in ranked]
         with quick(model):
             return _written(model, prompts, config, stop_ids, watch)
+
+
+def without_gradients(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """Inference mode; under FSDP, which counts the versions of its tensors, only no gradients."""
+    return torch.no_grad() if hasattr(model, "unshard") else torch.inference_mode()
 
 
 def _written(

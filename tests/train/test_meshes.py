@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from open_lm.data.batch import IGNORED, Batch
 from open_lm.distributed import World
 from open_lm.errors import ConfigError
+from open_lm.generation import generate
 from open_lm.mesh import MeshShape, parse_mesh, shape_for
 from open_lm.model.config import ModelConfig
 from open_lm.precision import Precision
@@ -100,7 +101,7 @@ def _together(world, folder, names, mesh, how):
             assert one == pytest.approx(other, abs=1e-5, rel=2e-5), (mesh, name, step)
         for key, expected_weight in expected_weights.items():
             worst = (weights[key] - expected_weight).abs().max().item()
-            assert worst < 1e-5, (mesh, name, key, worst)
+            assert worst < 1e-5 + 1e-4 * expected_weight.abs().max().item(), (mesh, name, key, worst)
 
 
 def assert_one_process_and_a_mesh_agree(tmp_path, mesh, ranks, names, **how):
@@ -241,3 +242,28 @@ def test_ranks_know_which_of_them_hold_the_same_data():
     assert [shape.data_rank(rank) for rank in range(16)] == [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]
     assert [shape.share_rank(rank) for rank in range(16)] == [rank // 2 for rank in range(16)]
     assert shape.place(13) == {"dp": 1, "fsdp": 0, "cp": 1, "ep": 0, "tp": 1}
+
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+
+
+def _writes(world, mesh, names, folder):
+    parallel = ParallelConfig(mesh=mesh)
+    world = dataclasses.replace(world, mesh=mesh_shape(parallel, world.size))
+    for name in names:
+        state = make_state(world, parallel, MODELS[name])
+        texts = generate(state.model.eval(), PROMPTS, temperature=0, max_gen_len=8)
+        assert texts == torch.load(f"{folder}/{name}.pt"), (mesh, name)
+
+
+def _writes_alone(world, names, folder):
+    for name in names:
+        model = make_state(World(), ParallelConfig(), MODELS[name]).model
+        torch.save(generate(model.eval(), PROMPTS, temperature=0, max_gen_len=8), f"{folder}/{name}.pt")
+
+
+def test_divided_models_write_the_same_texts(tmp_path):
+    names = ["shared keys, qk norm", "by head, biases", "experts"]
+    run_ranks(_writes_alone, 1, names, str(tmp_path))
+    run_ranks(_writes, 2, "tp=2", names, str(tmp_path))
+    run_ranks(_writes, 2, "ep=2", ["experts"], str(tmp_path))

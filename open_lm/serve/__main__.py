@@ -67,15 +67,16 @@ def _listening(config: ServeConfig) -> socket.socket:
 
 
 def state_of_flags(config: ServeConfig, flags: ModelFlags) -> State:
-    """Every model of --checkpoint, loaded, under a name of its own."""
+    """Every model of --checkpoint and --adapter, loaded, under a name of its own."""
     from open_lm.serve.metrics import Metrics
     from open_lm.serve.state import State
 
     metrics = Metrics()
     models: dict[str, Served] = {}
-    for path in config.checkpoint:
-        name = _name_of(path, models)
-        models[name] = _served(name, path, config, flags, metrics)
+    asked = [(path, None) for path in config.checkpoint]
+    for path, adapter in [*asked, *((config.checkpoint[0], adapter) for adapter in config.adapter)]:
+        name = _name_of(adapter or path, models)
+        models[name] = _served(name, path, adapter, config, flags, metrics)
     return State(config, models, metrics)
 
 
@@ -91,7 +92,9 @@ def _name_of(path: str, taken: Any) -> str:
     return unique
 
 
-def _served(name: str, path: str, config: ServeConfig, flags: ModelFlags, metrics: Metrics) -> Served:
+def _served(
+    name: str, path: str, adapter: str | None, config: ServeConfig, flags: ModelFlags, metrics: Metrics
+) -> Served:
     import torch
 
     from open_lm.checkpoint.load_model import load_model, stored_tokenizer
@@ -105,10 +108,22 @@ def _served(name: str, path: str, config: ServeConfig, flags: ModelFlags, metric
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     given = {key: value for key, value in vars(flags).items() if value != getattr(ModelFlags(), key)}
     model = load_model(path, device=device, dtype=config.dtype, **given)
+    if adapter is not None:
+        model = _adapted(model, adapter, device)
     n_slots = slots_that_fit(model, config.slots)
-    logging.info("%s: %s on %s, %d slots of %d tokens", name, path, device, n_slots, model.config.seq_len)
+    logging.info("%s: %s on %s, %d slots of %d tokens", name, adapter or path, device, n_slots, model.config.seq_len)
     service = Service(name, model, n_slots, config.max_queue, metrics)
     return Served(name, service, tokenizer, template, int(time.time()))
+
+
+def _adapted(model: Any, adapter: str, device: str) -> Any:
+    """The model with an adapter in its weights: so it computes as fast as any other."""
+    from open_lm.checkpoint.load_model import build
+    from open_lm.model.lora import without_additions
+    from open_lm.post_training.peft_format import load_adapter
+
+    load_adapter(model, model.config, adapter)
+    return build(model.config, without_additions(model.state_dict()), adapter, device, None).eval()
 
 
 def serve(state: State, listener: socket.socket) -> None:
@@ -118,15 +133,30 @@ def serve(state: State, listener: socket.socket) -> None:
     from open_lm.serve.app import create_app
 
     host, port = listener.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    class Server(uvicorn.Server):
+        """Says when requests are taken, and when no more are."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets=sockets)
+            logging.info("serving %s on %s", ", ".join(state.models), url)
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            if not state.is_ending:
+                logging.info("no new requests; those that run have %g seconds", state.config.grace_seconds)
+            else:
+                self.force_exit = True
+            state.is_ending = self.should_exit = True  # not super(): it would raise the signal again at the end
+
     config = uvicorn.Config(
         create_app(state),
         log_level="warning",
         access_log=False,
-        timeout_graceful_shutdown=int(state.config.grace_seconds),
+        timeout_graceful_shutdown=max(1, round(state.config.grace_seconds)),
         server_header=False,
     )
-    logging.info("serving %s on http://%s:%d", ", ".join(state.models), f"[{host}]" if ":" in host else host, port)
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(config).run(sockets=[listener])
 
 
 if __name__ == "__main__":

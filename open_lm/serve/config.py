@@ -19,6 +19,9 @@ class ServeConfig:
         "Run folders (their newest checkpoint), weights files, folders of transformers, or hf://owner/name; each is "
         "served under the last part of its name.",
     )
+    adapter: tuple[str, ...] = flag(
+        (), "Folders of LoRA adapters in PEFT's format; each is served, merged into the one --checkpoint, beside it."
+    )
     tokenizer: str | None = flag(
         None, "Hub id, local folder or tokenizer.json. None: the one each checkpoint names, if it names one."
     )
@@ -44,6 +47,8 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if not self.checkpoint:
             raise ConfigError("--checkpoint is missing: give a run folder or an epoch_K.pt.")
+        if self.adapter and len(self.checkpoint) > 1:
+            raise ConfigError(f"--adapter belongs to one --checkpoint, here are {len(self.checkpoint)}: give one.")
         if self.port > 65535:
             raise ConfigError(f"--port {self.port}: need 0 to 65535.")
 

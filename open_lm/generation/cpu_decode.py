@@ -62,7 +62,7 @@ def quick_forward(module: nn.Module) -> Callable[..., Tensor] | None:
         return partial(linear, module.weight)
     if type(module) is RMSNorm and module.dim % 16 == 0:
         return partial(norm, module)
-    if isinstance(module, Attention) and module.is_softmax and module.head_dim % 16 == 0:
+    if isinstance(module, Attention) and module.is_softmax and module.head_dim % 2 == 0:
         return partial(attention, module, module.forward)
     return None
 

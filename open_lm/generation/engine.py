@@ -190,7 +190,7 @@ class Engine:
                 weighed_BV[row] = penalised(logits_BV[row], ids, text.config.repetition_penalty)
         uniforms = [text.uniform() if text.config.temperature > 0 else 0.0 for text in texts]
         tokens = next_tokens(weighed_BV, [text.config for text in texts], uniforms)
-        broken = logits_BV.amax(-1).isnan().tolist()
+        broken = _with_nan(logits_BV, tokens, [text.config.temperature > 0 for text in texts])
         for row, (text, token) in enumerate(zip(texts, tokens, strict=True)):
             if broken[row]:
                 text.finish = "error"
@@ -198,6 +198,12 @@ class Engine:
             wanted = text.n_top is not None
             score = scores_of(logits_BV[row : row + 1], [token], text.n_top or 0)[0] if wanted else None
             text.append(token, score)
+
+
+def _with_nan(logits_BV: Tensor, tokens: Sequence[int], drawn: Sequence[bool]) -> list[bool]:
+    """Which rows hold NaN: where the likeliest was taken, that is it; where one was drawn, all are looked at."""
+    chosen_B1 = logits_BV.gather(1, torch.tensor(tokens, device=logits_BV.device)[:, None])
+    return ((logits_BV.amax(-1) if any(drawn) else chosen_B1[:, 0]).isnan()).tolist()
 
 
 def scores_of(logits_TV: Tensor, tokens: Sequence[int], n_top: int) -> list[TokenScore]:

@@ -5,8 +5,10 @@ Shapes: N slots, S positions of a slot, B rows of a forward pass, T new position
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,6 +73,14 @@ class SlotLayerCache(LayerCache):
         return self.k_NSGK[rows.select, :end], self.v_NSGK[rows.select, :end]
 
 
+def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Zeros; on a CPU of memory that is taken page by page when it is written to."""
+    if device.type != "cpu":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    n_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(n_bytes, np.uint8)).view(dtype).view(shape)
+
+
 class SlotCache(StaticCache):
     """Memory for `n_slots` texts of at most `max_len` positions, each with its own length; it carries no gradients.
 
@@ -90,7 +100,7 @@ class SlotCache(StaticCache):
         self.device, self.max_len = device, max_len
         shape = (n_slots, max_len, *key_shape)
         self.layers: list[SlotLayerCache] = [  # type: ignore[assignment]  # zeros: what is masked must be finite
-            SlotLayerCache(*(torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")) for _ in range(n_layers)
+            SlotLayerCache(*(_zeros(shape, device, dtype) for _ in "kv")) for _ in range(n_layers)
         ]
         self.lengths = [0] * n_slots
         self._rows: Rows

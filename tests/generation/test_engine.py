@@ -76,7 +76,14 @@ def test_a_sliding_window_slides_in_every_row_by_its_own_length(window):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"n_kv_heads": 2, "positional_embedding_type": "llama_rotary"}, {"sliding_window": 5}, {"qk_norm": True}],
+    [
+        {},
+        {"n_heads": 8},
+        {"n_heads": 8, "n_kv_heads": 1},
+        {"n_kv_heads": 2, "positional_embedding_type": "llama_rotary"},
+        {"sliding_window": 5},
+        {"qk_norm": True},
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_with_the_kernels_its_log_probabilities_are_equal_to_the_bit(dtype, changes):
@@ -84,7 +91,7 @@ def test_with_the_kernels_its_log_probabilities_are_equal_to_the_bit(dtype, chan
         pytest.skip("the C++ kernels do not run here: no compiler or no AVX-512")
     torch.manual_seed(0)
     sizes = {"hidden_dim": 64, "n_layers": 2, "n_heads": 4, "seq_len": 40, "vocab_size": VOCAB}
-    model = create_model(ModelConfig(**sizes, model_norm="rms_norm", **changes)).to(dtype).eval()
+    model = create_model(ModelConfig(**{**sizes, "model_norm": "rms_norm", **changes})).to(dtype).eval()
     try:
         together = [text(prompt, 9, **settings) for prompt, settings in zip(PROMPTS, SETTINGS, strict=True)]
         run(model, together, every=1, n_slots=5)

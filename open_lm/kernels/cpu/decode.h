@@ -20,6 +20,21 @@ inline __m512 widened(const BFloat16* from) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
 
+// The first numbers of a vector, as many as `lanes` has bits; 0 in the others.
+inline __m512 widened(const float* from, __mmask16 lanes) {
+  return _mm512_maskz_loadu_ps(lanes, from);
+}
+
+inline __m512 widened(const BFloat16* from, __mmask16 lanes) {
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+
+// The lanes of a vector at `d` that are among `n` numbers.
+inline __mmask16 among(int64_t d, int64_t n) {
+  return n - d >= LANES ? 0xffff : (1u << (n - d)) - 1;
+}
+
 // What turns the channels of a head: no angles, or `half` of each, the same for all heads or one set per head, the same
 // for all rows or one set per row.
 struct Turn {
@@ -58,7 +73,7 @@ inline void softmax(float* scores, int64_t n) {
 }
 
 // softmax(q k') v of some heads, `shared` of them on each group of keys and values, over n positions; those with `real`
-// false are not there. Position after position, as the caches lie. dim is a multiple of 16.
+// false are not there. Position after position, as the caches lie.
 template <class Element>
 void attend(
     const Element* q, const Element* keys, const Element* values, int64_t stride, int64_t n, int64_t heads,
@@ -70,7 +85,10 @@ void attend(
     for (int64_t h = 0; h < heads; h++) {
       const Element *key = keys + s * stride + h / shared * dim, *own = q + h * dim;
       __m512 sum = _mm512_setzero_ps();
-      for (int64_t d = 0; d < dim; d += LANES) sum = _mm512_fmadd_ps(widened(key + d), widened(own + d), sum);
+      for (int64_t d = 0; d < dim; d += LANES) {
+        const __mmask16 lanes = among(d, dim);
+        sum = _mm512_fmadd_ps(widened(key + d, lanes), widened(own + d, lanes), sum);
+      }
       scores[h * padded + s] = real && !real[s] ? -FAR : _mm512_reduce_add_ps(sum) * scale;
     }
   for (int64_t h = 0; h < heads; h++) softmax(scores.data() + h * padded, n);
@@ -79,10 +97,16 @@ void attend(
     for (int64_t h = 0; h < heads; h++) {
       const Element* value = values + s * stride + h / shared * dim;
       const __m512 share = _mm512_set1_ps(scores[h * padded + s]);
-      for (int64_t d = h * dim; d < (h + 1) * dim; d += LANES)
-        _mm512_storeu_ps(mixed + d, _mm512_fmadd_ps(share, widened(value + d - h * dim), _mm512_loadu_ps(mixed + d)));
+      for (int64_t d = 0; d < dim; d += LANES) {
+        const __mmask16 lanes = among(d, dim);
+        float* at = mixed + h * dim + d;
+        const __m512 sum = _mm512_fmadd_ps(share, widened(value + d, lanes), widened(at, lanes));
+        _mm512_mask_storeu_ps(at, lanes, sum);
+      }
     }
-  for (int64_t d = 0; d < heads * dim; d += LANES) store(out + d, _mm512_loadu_ps(mixed + d));
+  int64_t d = 0;
+  for (; d + LANES <= heads * dim; d += LANES) store(out + d, _mm512_loadu_ps(mixed + d));
+  for (; d < heads * dim; d++) out[d] = Element(mixed[d]);
 }
 
 template <class Element>

@@ -18,8 +18,8 @@ class Make2048:
 
     input_files: tuple[str, ...] = flag(
         (),
-        "Raw text: paths, urls, globs or folders of .jsonl, .jsonl.zst, .jsonl.gz, one document a line; or of .tar, "
-        "one a member.",
+        "Raw text: paths, urls, globs or folders of .jsonl, .jsonl.zst, .jsonl.gz, one document a line; of .txt and "
+        ".md, one a file; or of .tar, one a member.",
     )
     output_dir: str = flag(
         "", "Folder or url for the shards, manifest.jsonl and ledger.json. It appears when all is there."
@@ -107,9 +107,9 @@ def make_job(flags: Make2048) -> tuple[Any, Any]:
     from open_lm.data.tokenizer import load_tokenizer
     from open_lm.preprocess import job as jobs
     from open_lm.preprocess.input import member_ending
-    from open_lm.preprocess.jsonl import JSON_ENDINGS, TAR, expand_inputs
+    from open_lm.preprocess.jsonl import JSON_ENDINGS, TAR, WHOLE, expand_inputs
 
-    urls = expand_inputs(flags.input_files, "--input-files", (*JSON_ENDINGS, TAR))
+    urls = expand_inputs(flags.input_files, "--input-files", (*JSON_ENDINGS, *WHOLE, TAR))
     if any(url.endswith(TAR) for url in urls):
         member_ending(flags.content_key)
     tokenizer = load_tokenizer(flags.tokenizer)

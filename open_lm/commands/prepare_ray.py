@@ -61,8 +61,8 @@ class TokenizeShuffle:
             raise ConfigError(f"{'--output' if self.input else '--input'}: not given. See --help.")
         if self.subfraction is not None and self.subfraction > 1:
             raise ConfigError(f"--subfraction {self.subfraction}: must be at most 1.")
-        if self.do_sample != (self.default_dataset_yaml is not None):
-            raise ConfigError("--do_sample and --default_dataset_yaml belong together: give both or none.")
+        if self.do_sample and self.default_dataset_yaml is None:
+            raise ConfigError("--do_sample: needs --default_dataset_yaml, the sources and how often they are written.")
         ignored = [f"--{name}" for name in IGNORED if getattr(self, name)]
         if ignored:
             logging.warning("%s: has no meaning here and is ignored. See --help.", ", ".join(ignored))
@@ -136,7 +136,9 @@ def make_job(flags: TokenizeShuffle) -> tuple[Any, Any]:
     vocab_size = flags.vocab_size or tokenizer.vocab_size
     if vocab_size < tokenizer.vocab_size:
         raise ConfigError(f"--vocab_size {vocab_size}: must be {tokenizer.vocab_size} or more, as the tokenizer.")
-    sampling = assign(urls, flags.default_dataset_yaml, "--default_dataset_yaml") if flags.default_dataset_yaml else {}
+    sampling: dict[str, Any] = {}
+    if flags.do_sample and flags.default_dataset_yaml:  # DCLM's wrapper names the yaml with and without sampling
+        sampling = assign(urls, flags.default_dataset_yaml, "--default_dataset_yaml")
     job = jobs.make_job(
         urls,
         tokenizer,

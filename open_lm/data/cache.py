@@ -101,13 +101,13 @@ class BlockCache:
 
     def _stat(self, url: str) -> tuple[int, str | None]:
         path = os.path.join(self.folder, f"{_digest(f'{url} {self.session}')}.stat")
-        with self._alone(path):
+        with self._alone("stat", path):
             with contextlib.suppress(FileNotFoundError, orjson.JSONDecodeError), open(path, "rb") as file:
                 size, etag = orjson.loads(file.read())
                 return size, etag
             found = remote.stat(url)
             self.n_requests += 1
-            _write(path, orjson.dumps(found))
+            _write(path, orjson.dumps(list(found)))
             return found
 
     def read_into(self, shard: RemoteShard, offset: int, view: memoryview) -> int:
@@ -184,7 +184,7 @@ class BlockCache:
             return started
 
     def _fetch_block(self, shard: RemoteShard, block: int, path: str) -> None:
-        with self._alone(path):
+        with self._alone("block", path):
             if os.path.exists(path):
                 return
             start = block * BLOCK_BYTES
@@ -256,7 +256,7 @@ class BlockCache:
             DataError: it is damaged, or holds no samples.
         """
         path = os.path.join(self.folder, f"{shard.key}.{key}.index")
-        with self._alone(path):
+        with self._alone("index", path):
             with contextlib.suppress(FileNotFoundError):
                 return _load_index(path)
             found = self._make_index(shard, key)
@@ -278,10 +278,13 @@ class BlockCache:
         return f"{self.folder}/{shard.key}.{block}"
 
     @contextlib.contextmanager
-    def _alone(self, path: str) -> Iterator[None]:
-        """One process or thread at a time fetches what lies at `path`."""
+    def _alone(self, kind: str, path: str) -> Iterator[None]:
+        """One process or thread at a time makes the block, index or stat at `path`.
+
+        Each kind has its own locks: who makes an index waits for blocks, who fetches a block waits for nobody.
+        """
         number = int(_digest(path), 16) % _LOCKS
-        with open(os.path.join(self.folder, "locks", f"{number:03d}.lock"), "w") as lock:
+        with open(os.path.join(self.folder, "locks", f"{kind}{number:03d}.lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 

@@ -54,7 +54,7 @@ def documents_csv(tokens: np.ndarray, eot_id: int, source: str, first_number: in
         ends = np.append(ends, len(tokens))
     starts = np.concatenate([[0], ends[:-1]])
     rows = "".join(
-        f"{start},{end},{first_number + k},{source},{k}\n"
+        f"{start},{end},{first_number + k},{source},{k + 1}\n"
         for k, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True))
     )
     packed = io.BytesIO()

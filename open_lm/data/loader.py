@@ -74,7 +74,7 @@ class Loader:
         )
         for step, rows in enumerate(steps, start_step):
             self._check(rows, step)
-            batch = self._masked(rows.tokens, rows.unreadable, step)
+            batch = self._masked(rows, step)
             yield batch if self._rows == 1 else self._with_columns(batch, step).trimmed()
 
     def _check(self, rows: StepRows, step: int) -> None:
@@ -206,10 +206,11 @@ class Loader:
         extras = {name: torch.from_numpy(column.rows(found, self._rows)) for name, column in self.columns.items()}
         return replace(batch, extras={**batch.extras, **extras})
 
-    def _masked(self, tokens_BS: torch.Tensor, unreadable: list[tuple[int, str]], step: int) -> Batch:
+    def _masked(self, read: StepRows, step: int) -> Batch:
         """The batch; the rows of unreadable samples are masked, or end the run."""
-        n_rows = self._rows
-        batch = batch_of(tokens_BS.view(len(tokens_BS) * n_rows, -1), self._config, self._document_end)
+        n_rows, unreadable = self._rows, read.unreadable
+        samples_BS = read.tokens.view(len(read.tokens) * n_rows, -1)
+        batch = batch_of(samples_BS, self._config, self._document_end, plain=read.is_plain)
         batch = batch if n_rows == 1 else replace(batch, group=n_rows)
         if not unreadable:
             return batch

@@ -16,16 +16,16 @@ from open_lm.data.marks import ID_BITS, IDS, PADDING, START
 from open_lm.errors import ConfigError
 
 
-def batch_of(samples_BS: Tensor, config: DataConfig, document_end: int | None) -> Batch:
+def batch_of(samples_BS: Tensor, config: DataConfig, document_end: int | None, *, plain: bool = False) -> Batch:
     """Inputs and targets of samples, masked as their marks and the flags --target-mask-* say.
 
     `document_end` is the id after which attention starts anew, None where it does not. Unreadable samples are rows
-    of -1.
+    of -1. `plain` samples are known to carry no marks.
 
     Raises:
         ConfigError: --squash-mask-left with samples that carry marks.
     """
-    are_marked = bool((samples_BS > IDS).any())
+    are_marked = not plain and bool((samples_BS > IDS).any())
     if are_marked and config.squash_mask_left:
         raise ConfigError("--squash-mask-left: these samples say themselves what is trained on. Leave the flag out.")
     batch = masked_batch(

@@ -96,15 +96,23 @@ def _packed(rows: Rows) -> dict[str, Any]:
 
     A worker sends a copy: its reader fills the same table again while this one is still on its way.
     """
-    tokens = rows.tokens.copy() if get_worker_info() else np.ascontiguousarray(rows.tokens)
-    is_unsigned = tokens.dtype in _SIGNED
-    tensor = torch.from_numpy(tokens.view(_SIGNED[tokens.dtype]) if is_unsigned else tokens)
-    return {"tokens": tensor, "unsigned": is_unsigned, "rows": rows._replace(tokens=np.zeros(0))}
+    plain = rows.tokens.dtype in _SIGNED
+    if get_worker_info() is None:
+        return {"tokens": rows.tokens, "plain": plain, "rows": rows}
+    tokens = rows.tokens.copy()
+    tensor = torch.from_numpy(tokens.view(_SIGNED[tokens.dtype]) if plain else tokens)
+    return {"tokens": tensor, "plain": plain, "rows": rows._replace(tokens=_NOTHING)}
+
+
+_NOTHING = np.zeros(0)
 
 
 def _ids(part: dict[str, Any]) -> np.ndarray:
-    tokens = part["tokens"].numpy()
-    return tokens.view(f"<u{tokens.itemsize}") if part["unsigned"] else tokens
+    tokens = part["tokens"]
+    if isinstance(tokens, np.ndarray):
+        return tokens
+    ids = tokens.numpy()
+    return ids.view(f"<u{ids.itemsize}") if part["plain"] else ids
 
 
 class StepRows(NamedTuple):
@@ -115,6 +123,8 @@ class StepRows(NamedTuple):
     read_checksum: int
     stored: np.ndarray
     widths: np.ndarray
+    is_plain: bool
+    """Whether no id carries a mark."""
 
 
 def run_pipeline(source: StepSource, fill: Fill, *, n_workers: int, batch: int, ahead: int = 0) -> Iterator[StepRows]:
@@ -191,7 +201,8 @@ def _together(parts: list[dict[str, Any]], step: int, batch: int) -> StepRows:
             stored[slots], widths[slots] = rows.stored, rows.widths
         unreadable += [(int(part["slots"][row]), reason) for row, reason in rows.unreadable]
         read_sum += rows.read_checksum
-    return StepRows(torch.from_numpy(tokens), sorted(unreadable), read_sum % 2**64, stored, widths)
+    is_plain = all(part["plain"] for part in parts)
+    return StepRows(torch.from_numpy(tokens), sorted(unreadable), read_sum % 2**64, stored, widths, is_plain)
 
 
 def _one_thread(_: int) -> None:

@@ -37,7 +37,7 @@ class Tokenizer:
         self.chat_template, self.special_tokens = chat_template, dict(special_tokens or {})
         backend.no_truncation()
         backend.no_padding()
-        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.eot_id = self._end_of_text(eot_token)
         self.pad_id = self._first_known([pad_token, *PADDING_NAMES], self.eot_id)
 

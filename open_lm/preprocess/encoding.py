@@ -18,6 +18,8 @@ PIECE_CHARACTERS = 1 << 20
 """A longer document is encoded in pieces of about this size: Hugging Face's encoder needs 150 times their memory."""
 
 _WORD_END = re.compile(r"(?<=\w)(?=\s)")
+_PUNCTUATION_END = re.compile(r"(?<=[^\w\s])(?=\w)")
+_SEARCHED = 1 << 20
 _MARGIN = 2000
 _TRAPS = (
     "", " ", "  \n\n  x ", "\x00\x1f\x7f", "naïve e\u0301 日本語 한국어 👍🏽 \u200b\ufeff", "don't I'LL 's", "a" * 3000,
@@ -135,6 +137,11 @@ class DocumentEncoder:
             pieces += [text] if len(text) <= PIECE_CHARACTERS else cut_safely(self._encoder, text)
             last_piece[number] = len(pieces)
         ids, offsets = self._encode_in_groups(pieces)
+        if len(ids) and int(ids.max()) > np.iinfo(self._dtype).max:
+            raise DataError(
+                f"--tokenizer {self._tokenizer.name}: gives id {int(ids.max())}, too large for {self._dtype}. "
+                "Its vocabulary has gaps: start anew with --overwrite."
+            )
         joined = np.empty(len(ids) + len(texts), self._dtype)
         ends = offsets[last_piece] + np.arange(len(texts))
         is_id = np.ones(len(joined), bool)
@@ -197,10 +204,12 @@ def cut_safely(encoder: Encoder, text: str, piece: int = PIECE_CHARACTERS) -> li
 
 
 def _safe_cut(encoder: Encoder, text: str, near: int) -> int | None:
-    for match in itertools.islice(_WORD_END.finditer(text, near), 100):
-        cut = match.start()
-        left, right = text[max(0, cut - _MARGIN) : cut], text[cut : cut + _MARGIN]
-        ids, offsets = encoder.encode([left + right, left, right])
-        if np.array_equal(ids[: offsets[1]], ids[offsets[1] :]):
-            return cut
+    """A place from `near` on where ids do not change: where a word ends; in text without spaces after punctuation."""
+    for pattern in (_WORD_END, _PUNCTUATION_END):
+        for match in itertools.islice(pattern.finditer(text, near, near + _SEARCHED), 100):
+            cut = match.start()
+            left, right = text[max(0, cut - _MARGIN) : cut], text[cut : cut + _MARGIN]
+            ids, offsets = encoder.encode([left + right, left, right])
+            if np.array_equal(ids[: offsets[1]], ids[offsets[1] :]):
+                return cut
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import tarfile
 from collections.abc import Iterator, Sequence
 from typing import IO
@@ -11,7 +12,7 @@ import numpy as np
 from open_lm import storage
 from open_lm.data.formats import NPY
 from open_lm.errors import ConfigError, DataError
-from open_lm.preprocess.jsonl import TAR, Line, Rejected, document_text, read_lines
+from open_lm.preprocess.jsonl import TAR, Line, Rejected, document_text, is_whole, read_lines
 
 
 def member_ending(content_key: str, flag_name: str = "--content-key") -> str:
@@ -95,11 +96,29 @@ def read_documents(url: str, content_key: str, *, max_bytes: int) -> Iterator[Li
     """The lines of a raw file, or the members of a tar that hold documents; longer ones have no content."""
     if url.endswith(TAR):
         return read_members(url, content_key, max_bytes=max_bytes)
-    return read_lines(url, max_line_bytes=max_bytes)
+    return read_whole(url, max_bytes) if is_whole(url) else read_lines(url, max_line_bytes=max_bytes)
+
+
+def read_whole(url: str, max_bytes: int) -> Iterator[Line]:
+    """The one document of a text file."""
+    with storage.open_read(url) as file:
+        content = file.read(max_bytes + 1)
+    yield Line(0, content if len(content) <= max_bytes else None)
+
+
+def whole_document(line: Line) -> str | Rejected:
+    """The text of a text file; one of nothing but space is empty."""
+    try:
+        text = (line.content or b"").removeprefix(codecs.BOM_UTF8).decode()
+    except UnicodeDecodeError:
+        return Rejected("invalid_utf8")
+    return text if text.strip() else Rejected("empty")
 
 
 def document_of(url: str, line: Line, content_key: str) -> str | np.ndarray | Rejected | None:
     """The document that one line or member of `url` holds; None for a blank line.  `line.content` is not None."""
+    if is_whole(url):
+        return whole_document(line)
     return member_document(line, content_key) if url.endswith(TAR) else document_text(line, content_key)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, TypeVar
 
 import numpy as np
 import orjson
@@ -13,8 +15,12 @@ import orjson
 from open_lm import storage
 from open_lm.data.formats import token_dtype
 from open_lm.data.tokenizer import Tokenizer
+from open_lm.errors import DataError, StorageError
 
-VERSION = 2
+T = TypeVar("T")
+U = TypeVar("U")
+
+VERSION = 3
 TAILS = "tails"
 """Name of the block made of the tokens left over in the others."""
 
@@ -51,6 +57,10 @@ class Job:
         return self.seq_len + 1
 
     @property
+    def sample_bytes(self) -> int:
+        return self.sample_tokens * self.dtype.itemsize
+
+    @property
     def dtype(self) -> np.dtype:
         return token_dtype(self.vocab_size)
 
@@ -59,12 +69,21 @@ class Job:
         """Names of the blocks made of the tokens left over in the others: one for each source."""
         return [f"{TAILS}-{number:04d}" for number in range(len(self.sampling))] or [TAILS]
 
+    def source_of_file(self, file: int) -> int:
+        """The source of an input."""
+        return self.source_of[file] if self.sampling else 0
+
     def source(self, block: str) -> int:
         """The source of one block of an input."""
-        return self.source_of[file_and_block(block)[0]] if self.sampling else 0
+        return self.source_of_file(file_and_block(block)[0])
 
     def to_json(self) -> bytes:
         return orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A short text that two jobs share only if they write the same."""
+        return hashlib.blake2b(self.to_json(), digest_size=8).hexdigest()
 
 
 def make_job(urls: Sequence[str], tokenizer: Tokenizer, **settings: Any) -> Job:
@@ -102,15 +121,45 @@ class Workplace:
         return orjson.loads(storage.read_bytes(path)) if storage.exists(path) else None
 
     def records(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """The records of finished tasks; remote ones several at a time."""
+        """The records of finished tasks."""
+        return [record or {} for record in self.for_each(names, self.done)]
+
+    def for_each(self, items: Sequence[T], look: Callable[[T], U]) -> list[U]:
+        """`look` at each; in a remote folder several at a time."""
         if not storage.is_remote(self.folder):
-            return [self.done(name) or {} for name in names]
+            return [look(item) for item in items]
         with ThreadPoolExecutor(16) as pool:
-            return [record or {} for record in pool.map(self.done, names)]
+            return list(pool.map(look, items))
+
+    def sound_block(self, name: str, sample_bytes: int) -> dict[str, Any] | None:
+        """The record of a finished block whose samples are all there, None where it must be made (again)."""
+        record = self.done(name)
+        if record is None:
+            return None
+        try:
+            size = storage.size_bytes(self.path(f"{name}.bin"))
+        except StorageError:
+            return None
+        return record if size == record["samples"] * (8 + sample_bytes) else None
 
     def record(self, name: str, record: dict[str, Any]) -> dict[str, Any]:
         storage.write_bytes(self.path(f"{name}.json"), orjson.dumps(record))
         return record
+
+
+@lru_cache(maxsize=2)
+def load_job(folder: str, fingerprint: str) -> Job:
+    """The job whose unfinished work lies in `folder`: tasks carry only its fingerprint.
+
+    Raises:
+        DataError: another job lies there.
+    """
+    row = orjson.loads(storage.read_bytes(storage.join(folder, "job.json")))
+    pairs = {name: tuple(map(tuple, row[name])) for name in ("inputs", "sampling")}
+    job = Job(**(row | pairs | {"source_of": tuple(row["source_of"])}))
+    if job.fingerprint != fingerprint:
+        raise DataError(f"{folder}: holds another job. Is another process at work there?")
+    return job
 
 
 def block_name(file: int, block: int) -> str:

@@ -16,6 +16,8 @@ from open_lm.errors import DataError, StorageError
 
 JSON_ENDINGS = (".jsonl", ".json", ".jsonl.zst", ".jsonl.zstd", ".json.zst", ".json.zstd", ".jsonl.gz", ".json.gz")
 TAR = ".tar"
+WHOLE = (".txt", ".md")
+"""Endings of files that are one document each."""
 _BOM = b"\xef\xbb\xbf"
 
 BAD_LINE_REASONS = ("malformed_json", "invalid_utf8", "missing_key", "not_text", "not_ids")
@@ -66,6 +68,11 @@ def expand_inputs(
 def is_packed(url: str) -> bool:
     """Whether a raw file can only be read from its start."""
     return url.endswith((".zst", ".zstd", ".gz", TAR))
+
+
+def is_whole(url: str) -> bool:
+    """Whether a raw file is one document."""
+    return url.endswith(WHOLE)
 
 
 def open_unpacked(url: str) -> IO[bytes]:
@@ -164,20 +171,29 @@ class _Unpacked(io.RawIOBase):
         super().close()
 
 
+_PIECE = 1 << 20
+
+
 def read_lines(url: str, *, start: int = 0, stop: int | None = None, max_line_bytes: int) -> Iterator[Line]:
     """The lines that begin in unpacked bytes `start` to `stop`; an unpacked file is not read before `start`."""
     with open_unpacked(url) as file:
         offset = 0
         if start and not is_packed(url):
             offset = file.seek(start - 1)
-            offset += len(file.readline())
+            line = file.readline(_PIECE)
+            offset += len(line)
+            while line and line[-1:] != b"\n":  # the rest of a line that began before, of any length
+                if stop is not None and offset >= stop:
+                    return
+                line = file.readline(_PIECE)
+                offset += len(line)
         while stop is None or offset < stop:
             line = file.readline(max_line_bytes + 2)
             if not line:
                 return
             length = len(line)
             too_long = length > max_line_bytes + 1 or (length == max_line_bytes + 1 and line[-1:] != b"\n")
-            while too_long and line[-1:] != b"\n" and (line := file.readline(1 << 20)):
+            while too_long and line[-1:] != b"\n" and (line := file.readline(_PIECE)):
                 length += len(line)
             if offset >= start:
                 yield Line(offset, None if too_long else line.rstrip(b"\r\n"))

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
 
 from open_lm import storage
-from open_lm.data.manifest import FILENAME, write_manifest
+from open_lm.data.manifest import FILENAME, read_manifest, write_manifest
 from open_lm.errors import ConfigError, DataError
 from open_lm.preprocess.accounting import make_ledger
 from open_lm.preprocess.job import Job, Workplace
 from open_lm.preprocess.jsonl import estimated_text_bytes
+from open_lm.preprocess.merge import merge_all, runs_of
 from open_lm.preprocess.shuffle import SortedRuns
-from open_lm.preprocess.tokenize import FileTask, join_tails, tokenize
+from open_lm.preprocess.tokenize import TextTask, join_tails, text_tasks, tokenize
 from open_lm.preprocess.workers import RunTasks, run_tasks
-from open_lm.preprocess.write_shard import make_shard, shard_name
+from open_lm.preprocess.write_shard import make_shards, shard_name, shard_tasks, sound_shard
+
+log = logging.getLogger(__name__)
 
 LEDGER = "ledger.json"
 _UNFINISHED = ".unfinished"
+_TRIES = 3
 _FEW_BYTES = 128 << 20
 """Shards of so little are written here: starting processes would take longer."""
 
@@ -81,7 +85,8 @@ def build_data_set(
     with _workplace(job, to, tokenizer_json, resume=resume, overwrite=overwrite) as work:
         blocks = _tokenize_all(job, work, encoder, n_workers, run or run_tasks)
         join_tails(job, work.folder, blocks)
-        runs = _runs(job, work, [*blocks, *job.tail_blocks])
+        names = merge_all(job, work, [*blocks, *job.tail_blocks], n_workers, run or run_tasks)
+        runs = _runs(job, work, names)
         quick = run is None and runs.size_bytes < _FEW_BYTES and not storage.is_remote(to.shards)
         rows = _write_all(job, work, to, runs, n_writers or (1 if quick else n_workers), run or run_tasks)
         ledger = make_ledger(job, work, blocks, rows)
@@ -106,7 +111,8 @@ def _finished(job: Job, to: Destination, resume: bool) -> dict[str, Any] | None:
     ledger = orjson.loads(storage.read_bytes(ledger_url)) if storage.exists(ledger_url) else {}
     if ledger.get("job") != orjson.loads(job.to_json()):
         return None
-    _remove(to.workplace)  # left by a run that was killed between its last two steps
+    _remove(to.workplace)  # left by a run that was killed between its last steps
+    _remove_replaced(to.folder)
     return ledger
 
 
@@ -174,28 +180,31 @@ def _clean(folder: str, *, everything: bool) -> None:
 
 
 def _tokenize_all(job: Job, work: Workplace, encoder: str, n_workers: int, run: RunTasks) -> list[str]:
-    """Stage 1; the names of all blocks, in the order of the corpus."""
-    tasks = [task for file in range(len(job.inputs)) for task in _file_tasks(job, file, n_workers)]
-    calls = [partial(tokenize, job, work.folder, encoder, task) for task in tasks]
-    run(calls, n_workers, label="tokenize", total_bytes=estimated_text_bytes(job.inputs))
-    if storage.is_remote(work.folder):
-        names = [Path(url).stem for url in storage.glob(work.path("block-*.bin"))]
-    else:
-        names = [Path(entry.path).stem for entry in os.scandir(work.folder) if entry.name.endswith(".bin")]
-    return sorted(name for name in names if name.startswith("block-"))
+    """Stage 1; the names of all blocks, in the order of the corpus. What is lost or cut off is made again."""
+    tasks = text_tasks(job, n_workers)
+    left, total_bytes = tasks, estimated_text_bytes(job.inputs)
+    for _ in range(_TRIES):
+        calls = [partial(tokenize, work.folder, job.fingerprint, encoder, task) for task in left]
+        run(calls, n_workers, label="tokenize", total_bytes=total_bytes)
+        checked = work.for_each(tasks, partial(_lost_block, job, work))
+        left = [task for task, lost in zip(tasks, checked, strict=True) if lost is not None]
+        if not left:
+            return sorted(name for record in work.records([task.name for task in tasks]) for name in record["blocks"])
+        log.warning("%s: %s is missing or cut off; made again.", work.folder, next(filter(None, checked)))
+    raise DataError(f"{work.folder}: finished work disappears ({left[0].name}). Is something else deleting there?")
 
 
-def _file_tasks(job: Job, file: int, n_workers: int) -> list[FileTask]:
-    """How many workers share one file: by its part of all bytes."""
-    total = max(1, sum(size for _, size in job.inputs))
-    modulus = max(1, min(n_workers, round(2 * n_workers * job.inputs[file][1] / total)))
-    return [FileTask(file, residue, modulus) for residue in range(modulus)]
+def _lost_block(job: Job, work: Workplace, task: TextTask) -> str | None:
+    """The first block of a task that is not there as recorded; None when all are."""
+    record = work.done(task.name)
+    if record is None:
+        return task.name
+    return next((name for name in record["blocks"] if not work.sound_block(name, job.sample_bytes)), None)
 
 
 def _runs(job: Job, work: Workplace, names: Sequence[str]) -> SortedRuns:
-    counts = [record["samples"] for record in work.records(names)]
-    runs = SortedRuns(work.folder, tuple(names), tuple(counts), job.sample_tokens, job.dtype.str)
-    if not sum(counts):
+    runs = runs_of(job, work.folder, names)
+    if not sum(runs.counts):
         raise DataError(
             f"--input-files: all text together makes less than one sample of {job.sample_tokens} tokens. "
             "Give more text or a smaller --seqlen."
@@ -209,12 +218,41 @@ def _write_all(
     job: Job, work: Workplace, to: Destination, runs: SortedRuns, n_workers: int, run: RunTasks
 ) -> list[dict[str, Any]]:
     """Stage 2; the manifest's rows."""
-    n_shards = -(-sum(runs.counts) // job.shard_size)
+    n_samples = sum(runs.counts)
     if not storage.is_remote(to.shards):
         os.makedirs(to.shards, exist_ok=True)
-    calls = [partial(make_shard, job, work.folder, to.shards, runs, number) for number in range(n_shards)]
-    run(calls, n_workers, label="write shards", total_bytes=runs.size_bytes)
-    return work.records([f"shard-{shard_name(number)}" for number in range(n_shards)])
+    prefix = _prefix(job, to)
+    names = [prefix + shard_name(number) for number in range(-(-n_samples // job.shard_size))]
+    arguments = (work.folder, job.fingerprint, to.shards, prefix, runs)
+    calls = [partial(make_shards, *arguments, first, end) for first, end in shard_tasks(job, n_samples)]
+    for _ in range(_TRIES):
+        run(calls, n_workers, label="write shards", total_bytes=runs.size_bytes)
+        rows = work.for_each(names, partial(sound_shard, work, to.shards))
+        if all(rows):
+            return [row for row in rows if row]
+        log.warning("%s: %s.tar is missing or cut off; made again.", to.shards, names[rows.index(None)])
+    raise DataError(f"{to.shards}: written shards disappear. Is something else deleting there?")
+
+
+def _prefix(job: Job, to: Destination) -> str:
+    """What names of new shards begin with, where shards of another data set lie under the plain names.
+
+    A store knows no rename of folders: the old shards stay until the manifest names the new ones.
+    """
+    if not storage.is_remote(to.folder) or not storage.exists(storage.join(to.folder, FILENAME)):
+        return ""
+    prefix = f"{job.fingerprint[:8]}-"
+    mine = any(shard.name.startswith(prefix) for shard in read_manifest(storage.join(to.folder, FILENAME)))
+    return f"{job.fingerprint[8:16]}-" if mine else prefix
+
+
+def _remove_replaced(folder: str) -> None:
+    """Remove shards in a remote folder that its manifest does not name: those it named before."""
+    if storage.is_remote(folder):
+        named = {os.path.basename(shard.url) for shard in read_manifest(storage.join(folder, FILENAME))}
+        for url in storage.glob(storage.join(folder, "*.tar")):
+            if os.path.basename(url) not in named:
+                storage.remove(url)
 
 
 def _publish(to: Destination, rows: list[dict[str, Any]], ledger: dict[str, Any], overwrite: bool) -> None:
@@ -222,6 +260,8 @@ def _publish(to: Destination, rows: list[dict[str, Any]], ledger: dict[str, Any]
     storage.write_bytes(storage.join(to.shards, LEDGER), orjson.dumps(ledger, option=orjson.OPT_INDENT_2))
     write_manifest(storage.join(to.shards, FILENAME), rows)
     if storage.is_remote(to.folder):
+        if overwrite:
+            _remove_replaced(to.folder)
         return
     if os.path.isdir(to.folder):
         if overwrite:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from open_lm import storage
 
 N_BINS = 1 << 16
 _AT_ONCE = 16
+_MERGE_BYTES = 64 << 20
 
 
 def write_sorted(path: str, samples: np.ndarray, keys: np.ndarray, numbers: np.ndarray | None = None) -> None:
@@ -59,6 +60,19 @@ class SortedRuns:
         row_of = np.concatenate([first + np.arange(len(mine)) for first, mine in found])
         order = np.argsort(keys, kind="stable")[start - below[low] : stop - below[low]]
         return self._gather(owner_of[order], row_of[order])
+
+    def merge(self) -> Iterator[bytes]:
+        """All keys in order, then all samples in that order, in pieces: the content of one sorted file for all."""
+        found = [self._keys(owner, 0, n) for owner, n in enumerate(self.counts)]
+        keys = np.concatenate(found) if found else np.zeros(0, np.uint64)
+        owners = np.repeat(np.arange(len(self.counts)), self.counts)
+        rows = np.concatenate([np.arange(n) for n in self.counts])
+        order = np.argsort(keys, kind="stable")
+        yield keys[order].tobytes()
+        at_once = max(1, _MERGE_BYTES // (self.sample_tokens * np.dtype(self.dtype).itemsize))
+        for start in range(0, len(order), at_once):
+            mine = order[start : start + at_once]
+            yield self._gather(owners[mine], rows[mine]).tobytes()
 
     def _keys_between(self, owner: int, low: int, high: int) -> tuple[int, np.ndarray]:
         """The keys of bins `low` to `high` and the place of the first: guessed from their even spread, then checked."""

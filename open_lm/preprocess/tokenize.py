@@ -22,8 +22,8 @@ from open_lm.data.tokenizer import Tokenizer
 from open_lm.errors import DataError
 from open_lm.preprocess.encoding import DocumentEncoder
 from open_lm.preprocess.input import document_of, read_documents
-from open_lm.preprocess.job import TAILS, Job, Workplace, block_name, file_and_block
-from open_lm.preprocess.jsonl import BAD_LINE_REASONS, TAR, Line, Rejected, is_packed, read_lines
+from open_lm.preprocess.job import TAILS, Job, Workplace, block_name, file_and_block, load_job
+from open_lm.preprocess.jsonl import BAD_LINE_REASONS, TAR, Line, Rejected, is_packed, is_whole, read_lines
 from open_lm.preprocess.packing import copies, keys_in_order, keys_of_copies, pack, shuffle_keys
 from open_lm.preprocess.shuffle import write_sorted
 
@@ -31,41 +31,81 @@ _BATCH_CHARACTERS = 2 << 20
 _BATCH_DOCUMENTS = 1024
 
 
+Document = tuple[str, Line]
+"""The file a line or member is of, and itself."""
+
+
 @dataclass(frozen=True)
-class FileTask:
-    """Every `modulus`-th block of one input, from block `residue`: several workers can share one file."""
+class TextTask:
+    """Inputs `first` to `last`: several small ones as one block; or every `modulus`-th block of a large one, from block
+    `residue`, so that several workers can share it."""
 
-    file: int
-    residue: int
-    modulus: int
+    first: int
+    last: int
+    residue: int = 0
+    modulus: int = 1
+
+    @property
+    def name(self) -> str:
+        """Of its record."""
+        return f"read-{self.first:06d}-{self.last:06d}-{self.residue}-{self.modulus}"
 
 
-def tokenize(job: Job, folder: str, encoder: str, task: FileTask) -> Iterator[int]:
-    """Stage 1. Yields the text bytes of each block as it is finished; blocks finished before are passed over.
+def text_tasks(job: Job, n_workers: int) -> list[TextTask]:
+    """All inputs as tasks: small neighbours grouped, large ones shared by workers where there are fewer files."""
+    total = max(1, sum(size for _, size in job.inputs))
+    tasks: list[TextTask] = []
+    group: list[int] = []
+    held = 0
+    for file, (url, size) in enumerate(job.inputs):
+        fits = not is_packed(url) and held + size <= job.block_bytes
+        if group and not (fits and job.source_of_file(group[0]) == job.source_of_file(file)):
+            tasks.append(TextTask(group[0], group[-1]))
+            group, held = [], 0
+        if not is_packed(url) and size <= job.block_bytes // 2:
+            group, held = [*group, file], held + size
+            continue
+        share = n_workers * size / total  # a packed file is read whole by each worker that shares it
+        modulus = max(1, min(n_workers, int(share) if is_packed(url) else round(2 * share)))
+        modulus = 1 if is_whole(url) else modulus
+        tasks += [TextTask(file, file, residue, modulus) for residue in range(modulus)]
+    return [*tasks, TextTask(group[0], group[-1])] if group else tasks
+
+
+def tokenize(folder: str, job_fingerprint: str, encoder: str, task: TextTask) -> Iterator[int]:
+    """Stage 1. Yields the text bytes of each block as it is finished; already finished blocks are skipped.
 
     Raises:
-        DataError: the file is damaged, or holds a bad line and `on_bad_line` is `stop`.
+        DataError: a file is damaged, or holds a bad line and `on_bad_line` is `stop`.
     """
-    work, (url, size) = Workplace(folder), job.inputs[task.file]
+    job, work = load_job(folder, job_fingerprint), Workplace(folder)
+    done = work.done(task.name)
+    if done and all(work.sound_block(name, job.sample_bytes) for name in done["blocks"]):
+        yield done["bytes"]
+        return
     documents = _document_encoder(folder, job.tokenizer, job.eot_token, encoder, job.dtype.str)
-    last = -1
-    for block, lines in _blocks(job, url, size, task):
-        last = block
-        name = block_name(task.file, block)
-        record = work.done(name)
-        if not record:
-            record = _tokenize_block(job, work, name, lines, documents, url)
+    blocks, n_bytes = [], 0
+    for block, lines in _blocks(job, task):
+        name = block_name(task.first, block)
+        record = work.sound_block(name, job.sample_bytes) or _tokenize_block(job, work, name, lines, documents)
+        blocks.append(name)
+        n_bytes += record["bytes"]
         yield record["bytes"]
-    work.record(f"{block_name(task.file, 0)}-read-{task.residue}-{task.modulus}", {"last_block": last})
+    work.record(task.name, {"blocks": blocks, "bytes": n_bytes})
 
 
-def _blocks(job: Job, url: str, size: int, task: FileTask) -> Iterator[tuple[int, Iterator[Line]]]:
+def _blocks(job: Job, task: TextTask) -> Iterator[tuple[int, Iterator[Document]]]:
     """The task's blocks and the lines that begin in them. A packed file is read once; others only where needed."""
     step, limit = job.block_bytes, job.max_document_bytes
-    if not is_packed(url):
+    url, size = job.inputs[task.first]
+    if task.first < task.last:
+        files = [url for url, _ in job.inputs[task.first : task.last + 1]]
+        yield 0, ((url, line) for url in files for line in read_documents(url, job.content_key, max_bytes=limit))
+        return
+    if not is_packed(url) and not is_whole(url):
         for block in range(task.residue, -(-size // step), task.modulus):
             lines = read_lines(url, start=block * step, stop=(block + 1) * step, max_line_bytes=limit)
-            yield block, lines
+            yield block, ((url, line) for line in lines)
         return
     every_line = read_documents(url, job.content_key, max_bytes=limit)
     held = next(every_line, None)
@@ -74,7 +114,7 @@ def _blocks(job: Job, url: str, size: int, task: FileTask) -> Iterator[tuple[int
         state: list[Line | None] = [held]
         lines = _lines_until(every_line, state, (block + 1) * step)
         if block % task.modulus == task.residue:
-            yield block, lines
+            yield block, ((url, line) for line in lines)
         for _ in lines:
             pass
         held = state[0]
@@ -88,14 +128,13 @@ def _lines_until(lines: Iterator[Line], state: list[Line | None], stop: int) -> 
 
 
 def _tokenize_block(
-    job: Job, work: Workplace, name: str, lines: Iterable[Line], documents: DocumentEncoder, url: str
+    job: Job, work: Workplace, name: str, lines: Iterable[Document], documents: DocumentEncoder
 ) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
     pieces: list[np.ndarray] = []
-    holds_ids = url.endswith(TAR) and job.content_key == "npy"
-    for batch in _batches(_documents(job, lines, url, counts, rejected)):
-        pieces.append(_ended(job, batch) if holds_ids else documents.encode(batch))
+    for batch in _batches(_documents(job, lines, counts, rejected)):
+        pieces.append(documents.encode(batch) if isinstance(batch[0], str) else _ended(job, batch))
         counts["tokenized"] += len(batch)
     samples, tail = pack(pieces, job.sample_tokens)
     n_written = _write_block(job, work, name, samples, source=job.source(name))
@@ -138,11 +177,9 @@ def _ended(job: Job, documents: list[Any]) -> np.ndarray:
     return np.concatenate(parts).astype(job.dtype)
 
 
-def _documents(
-    job: Job, lines: Iterable[Line], url: str, counts: Counter[str], rejected: Counter[str]
-) -> Iterator[Any]:
+def _documents(job: Job, lines: Iterable[Document], counts: Counter[str], rejected: Counter[str]) -> Iterator[Any]:
     """The texts, or vectors of ids, of the lines that hold one; all others are counted."""
-    for line in lines:
+    for url, line in lines:
         counts["lines"] += 1
         if line.content is None:
             rejected["too_long"] += 1
@@ -194,6 +231,9 @@ def _batches(documents: Iterable[Any]) -> Iterator[list[Any]]:
     batch: list[Any] = []
     held = 0
     for document in documents:
+        if batch and isinstance(document, str) != isinstance(batch[0], str):
+            yield batch
+            batch, held = [], 0
         batch.append(document)
         held += len(document)
         if held >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
@@ -214,7 +254,7 @@ def join_tails(job: Job, folder: str, blocks: list[str]) -> None:
     """The tokens left over at the ends of all blocks of each source, in their order, as one more block."""
     work = Workplace(folder)
     for source, name in enumerate(job.tail_blocks):
-        if work.done(name):
+        if work.sound_block(name, job.sample_bytes):
             continue
         mine = [block for block in blocks if job.source(block) == source]
         tails = [np.array(record["tail"], job.dtype) for record in work.records(mine)]

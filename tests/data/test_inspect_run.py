@@ -22,9 +22,9 @@ def recorded(monkeypatch):
     """What the loader handed to training, by step."""
     seen, masked = {}, loader.Loader._masked
 
-    def watch(self, tokens_BS, holes, step):
-        seen[step] = tokens_BS.tolist()
-        return masked(self, tokens_BS, holes, step)
+    def watch(self, read, step):
+        seen[step] = read.tokens.tolist()
+        return masked(self, read, step)
 
     monkeypatch.setattr(loader.Loader, "_masked", watch)
     return seen

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from open_lm import remote, storage
-from open_lm.errors import ConfigError, StorageError
+from open_lm.errors import ConfigError, DataError, StorageError
 
 pytest.importorskip("s3fs", reason="s3:// needs s3fs (pip install s3fs)")
 moto_server = pytest.importorskip("moto.server", reason="needs moto[server]")
@@ -249,3 +249,59 @@ def test_make_2048_reads_from_and_writes_to_s3_what_it_writes_to_disk(bucket, tm
 )
 def test_messages_lose_what_may_be_secret(text, expected):
     assert storage.redacted(text) == expected
+
+
+def training_set(bucket, name, key, n_shards=3, n_samples=1800, length=2049):
+    """A data set of shards of several blocks each; its manifest, and the bytes of its shards."""
+    from open_lm.data.manifest import write_manifest
+    from open_lm.data.shards import describe_shard, write_shard
+
+    rows, total = [], 0
+    for k in range(n_shards):
+        samples = np.random.default_rng(k).integers(0, 50_000, (n_samples, length)).astype("<u2")
+        tar = io.BytesIO()
+        write_shard(tar, samples, key, first_number=n_samples * k)
+        storage.write_bytes(f"{bucket}/{name}/{k}.tar", tar.getvalue())
+        rows.append({"shard": str(k), **describe_shard(tar.getvalue(), "x")})
+        total += len(tar.getvalue())
+    write_manifest(f"{bucket}/{name}/manifest.jsonl", rows)
+    return f"{bucket}/{name}/manifest.jsonl", total
+
+
+def training_loader(manifest, cache, rank=0, world_size=1, **flags):
+    from open_lm.data.config import DataConfig
+    from open_lm.data.loader import build_loader
+
+    config = DataConfig(dataset_manifest=(manifest,), workers=0, data_cache=str(cache), **flags)
+    shape = {"vocab_size": 60_000, "seq_len": 2048, "global_batch": 36}
+    return build_loader(config, **shape, rank=rank, world_size=world_size, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["npy", "json.gz"])
+def test_a_pass_over_s3_costs_its_bytes_once_in_requests_of_4_mib_for_all_ranks_together(
+    bucket, s3_server, tmp_path, key
+):
+    manifest, total = training_set(bucket, f"count-{key}", key)
+    s3_server.seen.clear()
+    for rank in range(2):
+        loader = training_loader(manifest, tmp_path / "cache", rank, 2, shuffle_lanes=36, shuffle_window=16)
+        assert sum(len(batch) for batch in loader.batches(0, 150)) == 2700
+    shards = [(method, ranges) for method, path, ranges, _ in s3_server.seen if path.endswith(".tar")]
+    ends = [tuple(map(int, ranges.removeprefix("bytes=").split("-"))) for _, ranges in shards if ranges]
+    assert sum(last - first + 1 for first, last in ends) <= total
+    heads_at_start = 2 * 3  # a sample of the shards is looked for by each of these loaders
+    assert len(shards) - heads_at_start <= total / (4 << 20) + 2 * 3
+
+
+def test_an_object_replaced_in_the_middle_of_a_run_is_noticed(bucket, tmp_path):
+    manifest, _ = training_set(bucket, "replaced", "npy", n_samples=1000)
+    batches = training_loader(manifest, tmp_path / "cache", shuffle_lanes=1, shuffle_window=1).batches(0, 80)
+    next(batches)
+    for k in range(3):
+        url = f"{bucket}/replaced/{k}.tar"
+        content = bytearray(storage.read_bytes(url))
+        content[-1_000_000] ^= 1
+        storage.write_bytes(url, bytes(content))
+    with pytest.raises(DataError, match=r"changed during the read|make the manifest again"):
+        list(batches)

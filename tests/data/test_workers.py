@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from open_lm.data.pipeline import Rows, StepSource, run_pipeline
+from open_lm.data.pipeline import StepSource, run_pipeline
+from open_lm.data.rows import Rows
 from open_lm.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -49,7 +49,11 @@ class TokenizeShuffle:
     overwrite: bool = flag(False, "Replace what the output folder holds, once the new data is there.")
     ray_address: str | None = flag(None, "Of the cluster's head. None: $RAY_ADDRESS, else a cluster on this machine.")
     ray_dashboard_host: str = flag("127.0.0.1", "Where a cluster that is started here shows its dashboard.")
-    force_parallelism: int | None = flag(None, "Tasks at a time. None: one for each core of the cluster.", least=1)
+    force_parallelism: int | None = flag(
+        None, "Tasks at a time. None: as many as the cluster has cores for, also those that join later.", least=1
+    )
+    ray_task_memory_gb: float | None = flag(None, "Memory that Ray reserves for each task. None: none.", above=0)
+    ray_runtime_env: str | None = flag(None, "JSON or YAML file passed to ray.init as runtime_env. None: none.")
     force_num_cores: int | None = flag(None, "Cores of a cluster that is started here. None: all.", least=1)
     num_writers_per_node: int | None = flag(None, "Shards written at a time, for each node. None: any number.", least=1)
     ray_spill_location: str | None = flag(None, "Accepted and ignored: no data pass through Ray's object store.")
@@ -91,7 +95,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print(f"reading    {len(job.inputs):,} files, {text.size(sum(size for _, size in job.inputs))}")
     print(f"encoder    {encoder}: {why}", flush=True)
     started, output = time.monotonic(), absolute(flags.output)
-    ray = connect(flags.ray_address, n_cores=flags.force_num_cores, dashboard_host=flags.ray_dashboard_host)
+    ray = connect(
+        flags.ray_address,
+        n_cores=flags.force_num_cores,
+        dashboard_host=flags.ray_dashboard_host,
+        runtime_env=runtime_env(flags.ray_runtime_env),
+    )
     try:
         n_nodes = sum(node["Alive"] for node in ray.nodes())
         n_tasks = flags.force_parallelism or max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -105,7 +114,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             encoder=encoder,
             resume=flags.resume,
             overwrite=flags.overwrite,
-            run=RayTasks(ray),
+            run=RayTasks(
+                ray,
+                follow=flags.force_parallelism is None and flags.num_writers_per_node is None,
+                memory_bytes=int(flags.ray_task_memory_gb * 1e9) if flags.ray_task_memory_gb else None,
+            ),
         )
     finally:
         ray.shutdown()
@@ -113,6 +126,25 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     rate = text.count(ledger["tokens"]["in"] / (time.monotonic() - started))
     print(f"written    {storage.shown(output)} in {text.duration(time.monotonic() - started)} ({rate} tokens/s)")
     return ledger
+
+
+def runtime_env(path: str | None) -> dict[str, Any] | None:
+    """What a file says for ray.init.
+
+    Raises:
+        ConfigError: it holds no mapping.
+    """
+    if path is None:
+        return None
+    import yaml
+
+    try:
+        found = yaml.safe_load(storage.read_text(path))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--ray_runtime_env {path}: not yaml ({error}).") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"--ray_runtime_env {path}: holds no mapping. See Ray's documentation of runtime_env.")
+    return found
 
 
 def make_job(flags: TokenizeShuffle) -> tuple[Any, Any]:

@@ -14,16 +14,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from open_lm.errors import ConfigError, DataError, OpenLMError
+from open_lm.errors import ConfigError, DataError, OpenLMError, StorageError
 from open_lm.preprocess.workers import Task
 from open_lm.progress import progress
 
 _ROOT = str(Path(__file__).resolve().parents[2])
 _TIMES_STARTED_AGAIN = 5
 _SHARED_BYTES = 10_000
+_IN_FLIGHT = 10_000
+
+log = logging.getLogger(__name__)
 
 
-def connect(address: str | None, *, n_cores: int | None, dashboard_host: str) -> Any:
+def connect(
+    address: str | None, *, n_cores: int | None, dashboard_host: str, runtime_env: dict[str, Any] | None = None
+) -> Any:
     """The module `ray`, connected to the cluster at `address` ($RAY_ADDRESS when None) or to one started here.
 
     Raises:
@@ -37,7 +42,8 @@ def connect(address: str | None, *, n_cores: int | None, dashboard_host: str) ->
     address = address or os.environ.get("RAY_ADDRESS")
     here: dict[str, Any] = {"num_cpus": n_cores, "dashboard_host": dashboard_host, "object_store_memory": 100 << 20}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **({} if address else here))
+        common = {"log_to_driver": False, "logging_level": logging.WARNING, "runtime_env": runtime_env}
+        ray.init(address=address, **common, **({} if address else here))
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"--ray_address {address}: no cluster to work on ({reason}).") from error
@@ -45,40 +51,60 @@ def connect(address: str | None, *, n_cores: int | None, dashboard_host: str) ->
 
 
 class RayTasks:
-    """Runs tasks on the cluster of `ray`, one core each, spread over the nodes."""
+    """Runs tasks on the cluster of `ray`, one core each, spread over the nodes.
 
-    def __init__(self, ray: Any):
-        self._ray = ray
+    With `follow` tasks wait in Ray's own queue: a node that joins in the middle is used, and an autoscaler sees the
+    demand. `memory_bytes` is reserved for each.
+    """
+
+    def __init__(self, ray: Any, *, follow: bool = False, memory_bytes: int | None = None):
+        self._ray, self._follow, self._memory_bytes = ray, follow, memory_bytes
 
     def __call__(self, tasks: Sequence[Task], n_workers: int, /, *, label: str, total_bytes: int) -> None:
-        """Run all tasks, at most `n_workers` at a time. The first error of a task ends the others and is raised.
+        """Run all tasks, at most `n_workers` at a time unless the cluster is followed.
+
+        The first error of a task ends the others and is raised; a StorageError is tried again first. A task whose
+        worker is killed again and again is set aside, and named when the others are done.
 
         Raises:
-            DataError: a task's worker was killed again and again.
+            DataError: tasks were set aside.
         """
-        start = self._starter()
+        start, at_once = self._starter(), _IN_FLIGHT if self._follow else n_workers
         waiting: list[Task] = list(reversed(tasks))
-        running: list[Any] = []
-        bar = progress(total=total_bytes, unit="B", label=label)
-        with bar:
+        running: dict[Any, Task] = {}
+        poisoned: list[str] = []
+        with progress(total=total_bytes, unit="B", label=label) as bar:
             try:
                 while waiting or running:
-                    while waiting and len(running) < n_workers:
-                        running.append(start(waiting.pop()))
-                    done, running = self._ray.wait(running, num_returns=1)
-                    for n_bytes in self._ray.get(done):
-                        bar.update(n_bytes)
+                    while waiting and len(running) < at_once:
+                        task = waiting.pop()
+                        running[start(task)] = task
+                    done, _ = self._ray.wait(list(running), num_returns=1)
+                    for reference in done:
+                        task = running.pop(reference)
+                        bar.update(self._result(reference, task, label, poisoned))
             except self._ray.exceptions.RayTaskError as error:
-                self._cancel(running)
+                self._cancel(list(running))
                 if isinstance(error.cause, OpenLMError):
                     raise error.cause from None
                 raise
-            except self._ray.exceptions.RayError as error:
-                self._cancel(running)
-                raise DataError(
-                    f"{label}: a task's worker died {_TIMES_STARTED_AGAIN + 1} times ({type(error).__name__}), most "
-                    "likely for want of memory. Go on with --resume and a smaller --force_parallelism."
-                ) from error
+        if poisoned:
+            raise DataError(
+                f"{label}: {len(poisoned)} of {len(tasks)} tasks were set aside, their workers died "
+                f"{_TIMES_STARTED_AGAIN + 1} times, probably out of memory: {'; '.join(poisoned[:5])}. The others are "
+                "done. Go on with --resume, and --ray_task_memory_gb or a smaller --force_parallelism."
+            )
+
+    def _result(self, reference: Any, task: Task, label: str, poisoned: list[str]) -> int:
+        try:
+            return self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError:
+            raise
+        except self._ray.exceptions.RayError as error:
+            call = cast("partial[Any]", task)
+            poisoned.append(f"{call.func.__name__}{call.args[-1:]} ({type(error).__name__})")
+            log.error("%s: task set aside: %s", label, poisoned[-1])
+            return 0
 
     def _starter(self) -> Any:
         """A function that gives one task to the cluster; arguments that several tasks have are sent once."""
@@ -90,7 +116,14 @@ class RayTasks:
             function, *arguments = (pickle.loads(part) for part in parts)
             return sum(function(*arguments))
 
-        options = {"max_retries": _TIMES_STARTED_AGAIN, "scheduling_strategy": "SPREAD", "num_cpus": 1}
+        options: dict[str, Any] = {
+            "max_retries": _TIMES_STARTED_AGAIN,
+            "retry_exceptions": [StorageError],
+            "scheduling_strategy": "SPREAD",
+            "num_cpus": 1,
+        }
+        if self._memory_bytes:
+            options["memory"] = self._memory_bytes
         remote, known = self._ray.remote(**options)(run_pickled), {}
 
         def start(task: Task) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import multiprocessing
 import os
 import signal
@@ -51,15 +52,17 @@ def _run_in_processes(tasks: Sequence[Task], n_workers: int, bar: Progress, labe
     progress = context.Value("q", 0)
     pool = ProcessPoolExecutor(n_workers, mp_context=context, initializer=_start, initargs=(progress, os.getpid()))
     try:
-        pending = {pool.submit(_run, task) for task in tasks}
+        waiting = iter(tasks)
+        pending = {pool.submit(_run, task) for task in itertools.islice(waiting, 4 * n_workers)}
         while pending:
             done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
             bar.update(progress.value - bar.n)
             for future in done:
                 future.result()
+            pending |= {pool.submit(_run, task) for task in itertools.islice(waiting, len(done))}
     except BrokenProcessPool:
         raise DataError(
-            f"{label}: a worker process was killed, most likely for want of memory. "
+            f"{label}: a worker process was killed, probably out of memory. "
             "Start the same command again with --resume, with fewer --num-workers."
         ) from None
     finally:

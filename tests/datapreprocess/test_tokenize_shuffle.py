@@ -162,8 +162,32 @@ def test_a_task_that_always_kills_its_worker_ends_the_run(tasks, monkeypatch):
     from open_lm.preprocess import ray_workers
 
     monkeypatch.setattr(ray_workers, "_TIMES_STARTED_AGAIN", 1)
-    with pytest.raises(DataError, match=r"died 2 times .*--resume"):
+    with pytest.raises(DataError, match=r"1 of 1 tasks.*died 2 times.*--resume"):
         tasks([partial(_die)], 1, label="tokenize", total_bytes=1)
+
+
+def test_a_poisoned_task_is_set_aside_and_the_others_are_done(tasks, tmp_path, monkeypatch):
+    from open_lm.preprocess import ray_workers
+
+    monkeypatch.setattr(ray_workers, "_TIMES_STARTED_AGAIN", 0)
+    calls = [partial(_die), *(partial(_note_node, str(tmp_path), k) for k in range(4))]
+    with pytest.raises(DataError, match=r"1 of 5 tasks were set aside.*_die"):
+        tasks(calls, 2, label="tokenize", total_bytes=5)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_trouble_of_the_store_that_passes_is_tried_again(tasks, tmp_path):
+    tasks([partial(_flaky, str(tmp_path / "flag"))], 1, label="x", total_bytes=1)
+    assert (tmp_path / "flag").exists()
+
+
+def _flaky(flag):
+    from open_lm.errors import StorageError
+
+    if not os.path.exists(flag):
+        Path(flag).touch()
+        raise StorageError("cannot read s3://b/x: slow down (tried 8 times).")
+    yield 1
 
 
 def _note_node(folder, number):
@@ -243,6 +267,13 @@ def test_the_choice_of_files_depends_on_the_seed_alone():
     assert some != chosen(urls, flags_of(("subset", 50), ("subfraction", 0.2), ("seed", 1)))
     with pytest.raises(StorageError, match="--subfraction"):
         chosen(urls, flags_of(("subfraction", 0.001)))
+
+
+def test_the_flags_of_dclm_s_wrapper_are_taken():
+    """It names the yaml of sources also where nothing is sampled."""
+    flags_of(("default_dataset_yaml", "rpj_lm_data.yaml"), ("num_writers_per_node", 1), ("ray_spill_location", "/tmp"))
+    with pytest.raises(ConfigError, match="needs --default_dataset_yaml"):
+        flags_of(("do_sample", True))
 
 
 def test_old_flags_without_a_meaning_are_one_warning(script, caplog):

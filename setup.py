@@ -28,6 +28,8 @@ def named(names: list[str]) -> list[str]:
 
 EXTRAS = {extra: named(names) for extra, names in EXTRA_NAMES.items()} | {
     "ray": ["ray[default]>=2.50"],
+    "gcs": ["gcsfs>=2026.7"],
+    "azure": ["adlfs>=2026.8"],
     "parquet": ["pyarrow>=20"],  # for data sets of the Hub
     "gpu": ["xformers>=0.0.30"],
     "eval": requirements("requirements-eval.txt"),  # LLM Foundry itself comes with `make install-eval`

@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         csv = documents_csv(tokens, flags.eot_id, os.path.basename(shard.url), n_documents)
         storage.write_bytes(f"{name}.csv.gz", csv)
         storage.write_bytes(f"{name}.npy", tokens.tobytes())
-        n_tokens, n_documents = n_tokens + len(tokens), n_documents + int((tokens == flags.eot_id).sum())
+        n_tokens += len(tokens)
+        n_documents += int((tokens == flags.eot_id).sum()) + bool(tokens[-1] != flags.eot_id)
     print(
         f"{flags.output_dir}: {text.count(n_tokens)} tokens in {len(shards)} arrays of {token_dtype(flags.vocab_size)}"
     )

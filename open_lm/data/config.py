@@ -45,11 +45,11 @@ class DataConfig:
     )
     train_data_upsampling_factors: str | None = flag(
         None,
-        "One factor for each `::` part of --train-data, as `1::2::0.5`: how much oftener than by its size it is read.",
+        "One factor for each `::` part of --train-data, as `1::2::0.5`: sampling multiplier relative to its size.",
     )
     dataset_type: str = flag(
         "auto",
-        "Kind of training data; auto means webdataset. npy: flat token arrays of OLMo (--train-data *.npy). "
+        "Kind of training data; auto: webdataset, or npy where all files end in .npy. npy: flat token arrays of OLMo. "
         "synthetic: random ids, no files.",
         choices=DATASET_TYPES,
     )
@@ -66,11 +66,13 @@ class DataConfig:
         "Start another pass, newly shuffled, when all data has been used. Without it too little data is an error.",
     )
     workers: int = flag(1, "Processes that read and decode data, per rank. 0: in the training process.")
-    disable_buffer: bool = flag(False, "Do not shuffle inside shards; only shards and the places they are cut at are.")
-    shuffle_lanes: int = flag(
-        0, "Stretches of the data that are read side by side. 0: chosen from the batch and the size of the data."
+    disable_buffer: bool = flag(
+        False, "Do not shuffle inside shards; only shard order and stripe offsets are shuffled."
     )
-    shuffle_window: int = flag(0, "Sequences permuted together inside a lane. 0: chosen from the size of the data.")
+    shuffle_lanes: int = flag(
+        0, "Stripes of the data that are read side by side. 0: chosen from the batch and the size of the data."
+    )
+    shuffle_window: int = flag(0, "Sequences permuted together inside a stripe. 0: chosen from the size of the data.")
     skip_steps: tuple[str, ...] = flag(
         (), "Ranges `a-b` of batches, counted from 0, that are left out (after a loss spike); later ones move up."
     )
@@ -90,7 +92,7 @@ class DataConfig:
         "With --doc-mask: the id documents end with. None: the one the manifests name; else 0, as OpenLM's shards.",
     )
     ignore_parse_errors: bool = flag(
-        False, "Go on when a sequence cannot be read: its place is masked, said and counted. Without it, the run stops."
+        False, "Go on when a sequence cannot be read: it is masked, logged and counted. Without it, the run stops."
     )
     data_tolerate_error_p: float = flag(
         0.09, "Accepted for old scripts and ignored: no step is ever short of data here. See --ignore-parse-errors."
@@ -98,9 +100,12 @@ class DataConfig:
     data_tolerate_num_ckpts: int = flag(0, "Accepted for old scripts and ignored, as --data-tolerate-error-p.")
     data_cache: str | None = flag(
         None,
-        "Local folder where remote shards are kept whole, fetched ahead of their use. None: read in pieces, not kept.",
+        "Local folder for blocks (4 MiB) of remote shards, shared by all processes of a machine and kept for the next run. "
+        "None: a temporary folder, removed when the run ends.",
     )
-    data_cache_gb: float = flag(100.0, "Most the --data-cache holds, in GB; the longest unused shards go first.")
+    data_cache_gb: float = flag(
+        100.0, "Most the --data-cache holds, in GB; least recently used blocks are evicted first."
+    )
     tokenizer: str | None = flag(
         None,
         "Tokenizer the data were made with: hub id, folder or tokenizer.json; for --icl-tasks and bits per byte, and "

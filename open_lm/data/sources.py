@@ -144,7 +144,8 @@ def _check_size(shard: Shard, size: int) -> None:
 
 
 def _open(config: DataConfig, value: str, vocab_size: int, sample_tokens: int) -> Source:
-    if config.dataset_type != "npy":
+    is_flat = config.dataset_type == "auto" and all(part.endswith(".npy") for part in value.split("::"))
+    if config.dataset_type != "npy" and not is_flat:
         return open_source(value, config.data_key, config)
     urls = [url for part in value.split("::") for url in expand(part)]
     flat = [open_flat(url, vocab_size=vocab_size, sample_tokens=sample_tokens) for url in urls]

@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def read(url, n_steps, vocab_size=1000, batch=4, workers=0):
-    config = DataConfig(train_data=(str(url),), dataset_type="npy", workers=workers)
+    kind = "auto" if workers else "npy"  # auto knows them by their ending
+    config = DataConfig(train_data=(str(url),), dataset_type=kind, workers=workers)
     shape = {"vocab_size": vocab_size, "seq_len": 4, "global_batch": batch}
     return list(build_loader(config, **shape, rank=0, world_size=1, seed=0, n_steps=n_steps).batches(0, n_steps))
 

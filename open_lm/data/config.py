@@ -100,7 +100,7 @@ class DataConfig:
     data_tolerate_num_ckpts: int = flag(0, "Accepted for old scripts and ignored, as --data-tolerate-error-p.")
     data_cache: str | None = flag(
         None,
-        "Local folder for blocks (4 MiB) of remote shards, shared by all processes of a machine, kept for the next run. "
+        "Local folder for blocks (4 MiB) of remote shards, shared by all processes of a machine and kept. "
         "None: a temporary folder, removed when the run ends.",
     )
     data_cache_gb: float = flag(

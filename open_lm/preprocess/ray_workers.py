@@ -42,7 +42,7 @@ def connect(
     address = address or os.environ.get("RAY_ADDRESS")
     here: dict[str, Any] = {"num_cpus": n_cores, "dashboard_host": dashboard_host, "object_store_memory": 100 << 20}
     try:
-        common = {"log_to_driver": False, "logging_level": logging.WARNING, "runtime_env": runtime_env}
+        common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING, "runtime_env": runtime_env}
         ray.init(address=address, **common, **({} if address else here))
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]

@@ -40,13 +40,14 @@ def test_all_ranks_that_end_well_give_0():
 
 
 def test_the_code_is_that_of_the_first_rank_that_failed():
-    assert ranks(by_rank("time.sleep(0.5); sys.exit(71)", "sys.exit(77)")).wait() == 77
+    later = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(71)); time.sleep(60)"
+    assert ranks(by_rank(later, "sys.exit(77)"), grace=0.3).wait() == 77
 
 
 def test_a_rank_that_waits_for_a_failed_one_is_ended():
     began = time.monotonic()
     assert ranks(by_rank("time.sleep(60)", "sys.exit(66)"), grace=0.3).wait() == 66
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 55
 
 
 def test_a_rank_that_does_not_listen_is_killed():
@@ -74,7 +75,7 @@ def test_a_signal_reaches_every_rank_once(number, tmp_path):
     while not all((tmp_path / f"ready{k}").exists() for k in (0, 1)):
         time.sleep(0.05)
     os.killpg(launcher.pid, number)  # as a terminal does with Ctrl-C
-    assert launcher.wait(30) == 85
+    assert launcher.wait(90) == 85
     assert [(tmp_path / str(k)).read_text() for k in (0, 1)] == [f"{number.name} "] * 2
 
 

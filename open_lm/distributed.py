@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -20,6 +20,10 @@ from open_lm.mesh import AXES, MeshShape
 from open_lm.registry import late_names
 
 T = TypeVar("T")
+
+PATIENCE = datetime.timedelta(days=1)
+"""How long ranks wait for one that reads or writes files: the slowest disk decides, the watchdog sees what hangs. A
+rank that ended is noticed at once all the same."""
 
 _LEFT: list[Any] = []
 """The process groups that were left, kept until the process ends. Gloo's destructor holds Python's lock while it waits
@@ -36,6 +40,8 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     mesh: MeshShape | None = None
     """How the ranks share out data and model; None: each has other data and the whole model."""
+    patient: dist.ProcessGroup | None = field(default=None, compare=False)
+    """The ranks once more, over gloo with PATIENCE: for what waits on files. None: the default group."""
 
     @property
     def shape(self) -> MeshShape:
@@ -81,15 +87,19 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"), group=self.patient)
         return box[0]
+
+    def wait_for_all(self) -> None:
+        """Return when every rank has called this, however long that takes."""
+        self.gather(None)
 
     def gather(self, value: Any) -> list[Any]:
         """The `value` of every rank, in rank order, on every rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.patient)
         return values
 
     def gather_shares(self, value: Any) -> list[Any]:
@@ -97,7 +107,7 @@ class World:
         return self.gather(value)[:: self.shape.tp]
 
     def on_rank0(self, work: Callable[[], T]) -> T:
-        """What `work` gives on rank 0, on every rank; an OpenLMError of its is raised on every rank."""
+        """What `work` gives on rank 0, on every rank; an OpenLMError it raises is raised on every rank."""
         if self.size == 1:
             return work()
         outcome: Any = None
@@ -250,7 +260,7 @@ def start_world(
         device_id=world.device if world.device.type == "cuda" else None,
     )
     try:
-        yield world
+        yield replace(world, patient=dist.new_group(backend="gloo", timeout=PATIENCE))
     finally:
         _LEFT.extend(dist.distributed_c10d._world.pg_map)
         dist.destroy_process_group()

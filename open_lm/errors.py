@@ -35,6 +35,12 @@ class StorageError(OpenLMError):
     exit_code = 74
 
 
+class FolderLocked(OpenLMError):
+    """Another run works in this run's folder."""
+
+    exit_code = 73
+
+
 class DeviceError(OpenLMError):
     """This rank has no device to compute on, or has lost the other ranks."""
 

@@ -1,4 +1,4 @@
-"""In which number formats a step computes: autocast, the type of the weights, and loss scaling behind one interface."""
+"""Number formats of a step: autocast, the type of the weights, and loss scaling behind one interface."""
 
 from __future__ import annotations
 
@@ -59,12 +59,11 @@ class Precision:
             for optimizer in optimizers:
                 self.scaler.unscale_(optimizer)
         norm = clip(model)
+        overflowed = None if self.scaler is None else (~norm.isfinite()).float()
         taken = accept(norm)
+        if taken:
+            _step_all(optimizers, overflowed)
         for optimizer in optimizers:
-            if taken and self.scaler is not None:
-                self.scaler.step(optimizer)
-            elif taken:
-                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if self.scaler is not None:
             self.scaler.update()
@@ -84,3 +83,19 @@ class Precision:
         """Restore `state_dict`; the empty one of a run without loss scaling is fine."""
         if self.scaler and state:
             self.scaler.load_state_dict(state)
+
+
+def _step_all(optimizers: Sequence[Optimizer], overflowed: Tensor | None) -> None:
+    """Take the steps of all optimizers, or of none where `overflowed` is 1: the norm is that of all gradients on all
+    ranks. Fused optimizers look at it on the device; others make the host wait for it."""
+    fused = [getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in optimizers]
+    if overflowed is None or not all(fused):
+        if overflowed is None or not overflowed.item():
+            for optimizer in optimizers:
+                optimizer.step()
+        return
+    for optimizer in optimizers:
+        told: Any = optimizer
+        told.grad_scale, told.found_inf = None, overflowed
+        optimizer.step()
+        del told.grad_scale, told.found_inf

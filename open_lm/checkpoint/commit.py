@@ -8,10 +8,11 @@ at any moment leaves the previous one or the new one, never a mix.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -19,18 +20,17 @@ from typing import IO, Any, cast
 import torch
 
 from open_lm import storage
-from open_lm.errors import StorageError
+from open_lm.checkpoint.checksum import BLOCK_BYTES, ChecksummingFile, FileRecord, checksum_of, matches
+from open_lm.errors import CheckpointError
 
-BLOCK_BYTES = 8 << 20
+VERSION = 2
 COMMIT_PATTERN = "epoch_*.commit.json"
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """What a committed file must look like."""
-
-    size_bytes: int
-    sha256: str
+FIRST_KEYS = {"label", "step", "files", "facts"}
+"""All that commit files of the first version hold; later ones also hold their version and their own checksum."""
+RECORD_KEYS = {"size_bytes", "checksum", "sha256"}
+OWN_CHECKSUM = ',\n "checksum": "'
+N_THREADS = 4
+"""Files that are written, or whose checksums are computed, at the same time."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,30 @@ class Commit:
     step: int
     files: dict[str, FileRecord]
     facts: dict[str, Any]
+    is_newer: bool = False
+    """Whether a newer program wrote it, with keys that mean nothing here: it is read, and never deleted."""
 
     @property
     def weights_name(self) -> str:
         """What to name to load it: its file of weights, or its folder of shards where it has no such file."""
         whole = f"epoch_{self.label}.pt"
         return self.facts["shards"] if whole not in self.files and "shards" in self.facts else whole
+
+    @property
+    def epoch(self) -> int:
+        """The K of the label: 3, or 3 of `3-step120` for a checkpoint inside the fourth interval."""
+        return int(self.label.partition("-")[0])
+
+    @property
+    def branch(self) -> int:
+        """How often the run had gone back to an earlier checkpoint, and left later ones behind, when it wrote this."""
+        return int(self.facts.get("branch", 0))
+
+    @property
+    def identity(self) -> str:
+        """A text that differs for checkpoints whose files do."""
+        content = json.dumps({name: record.checksum for name, record in self.files.items()}, sort_keys=True)
+        return checksum_of(content.encode())
 
     @property
     def size_bytes(self) -> int:
@@ -57,26 +75,6 @@ class Commit:
         return f"epoch_{self.label}.commit.json"
 
 
-class HashingFile:
-    """Passes writes on to a file and hashes them on the way."""
-
-    def __init__(self, file: IO[bytes]):
-        self._file = file
-        self._hash = hashlib.sha256()
-        self._size = 0
-
-    def write(self, block: bytes) -> int:
-        self._hash.update(block)
-        self._size += len(block)
-        return self._file.write(block)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def record(self) -> FileRecord:
-        return FileRecord(self._size, self._hash.hexdigest())
-
-
 def save_file(folder: str, name: str, payload: Any) -> FileRecord:
     """Write `payload` with torch.save to `folder/name`, whole or not at all.
 
@@ -84,31 +82,56 @@ def save_file(folder: str, name: str, payload: Any) -> FileRecord:
         StorageError: no space is left or the folder cannot be written.
     """
     with storage.open_atomic(storage.join(folder, name)) as file:
-        hashing = HashingFile(file)
-        torch.save(payload, cast("IO[bytes]", hashing))
-        return hashing.record()
+        summing = ChecksummingFile(file)
+        torch.save(payload, cast("IO[bytes]", summing))
+        return summing.record()
 
 
 def publish(folder: str, commit: Commit) -> None:
     """Write the commit file: from here on the checkpoint exists."""
-    storage.write_text(storage.join(folder, commit.commit_name), json.dumps(asdict(commit), indent=1))
+    storage.write_text(storage.join(folder, commit.commit_name), to_text(commit))
+
+
+def to_text(commit: Commit) -> str:
+    """The content of a commit file: JSON whose last key is the checksum of all text before it."""
+    fields = {name: value for name, value in asdict(commit).items() if name != "is_newer"}
+    head = json.dumps({"version": VERSION, **fields}, indent=1).removesuffix("\n}")
+    return f'{head}{OWN_CHECKSUM}{checksum_of(head.encode())}"\n}}'
+
+
+def from_text(content: str) -> Commit:
+    """The commit that `to_text` wrote, or a program before or after this one.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is damaged.
+    """
+    loaded = json.loads(content)
+    head, _, tail = content.rpartition(OWN_CHECKSUM)
+    if set(loaded) != FIRST_KEYS and tail.rstrip() != f'{checksum_of(head.encode())}"\n}}':
+        raise ValueError("its own checksum does not match")
+    keys = set(loaded) | {key for record in loaded["files"].values() for key in record}
+    is_newer = int(loaded.get("version", 1)) > VERSION or bool(
+        keys - FIRST_KEYS - RECORD_KEYS - {"version", "checksum"}
+    )
+    files = {name: FileRecord.parse(record) for name, record in loaded["files"].items()}
+    return Commit(loaded["label"], loaded["step"], files, loaded["facts"], is_newer)
 
 
 def read_commit(path: str) -> Commit | None:
-    """The commit file at `path`; None when it does not parse (a warning names it)."""
+    """The commit file at `path`; None when it is damaged (a warning names it)."""
     try:
-        loaded = json.loads(storage.read_text(path))
-        files = {name: FileRecord(**record) for name, record in loaded["files"].items()}
-        return Commit(loaded["label"], loaded["step"], files, loaded["facts"])
-    except (ValueError, KeyError, TypeError) as error:
-        logging.warning("%s is damaged (%s): the checkpoint is passed over.", path, error)
+        return from_text(storage.read_bytes(path).decode())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        logging.warning("%s is damaged (%s): the checkpoint is skipped.", path, error)
         return None
 
 
 def committed(folder: str) -> list[Commit]:
-    """The checkpoints of `folder` whose files all have the right size, newest step first."""
+    """The checkpoints of `folder` whose files all have the right size, the one to continue from first: those of the
+    latest branch, by step."""
     commits = [read_commit(path) for path in storage.glob(storage.join(folder, COMMIT_PATTERN))]
-    return sorted((c for c in commits if c and _has_sizes(folder, c)), key=lambda commit: -commit.step)
+    complete = [commit for commit in commits if commit and _has_sizes(folder, commit)]
+    return sorted(complete, key=lambda commit: (-commit.branch, -commit.step))
 
 
 def _has_sizes(folder: str, commit: Commit) -> bool:
@@ -117,63 +140,55 @@ def _has_sizes(folder: str, commit: Commit) -> bool:
         found = storage.size_bytes(path) if storage.exists(path) else None
         if found != record.size_bytes:
             what = "is missing" if found is None else f"has {found} bytes instead of {record.size_bytes}"
-            logging.warning("%s %s: checkpoint %s is passed over.", path, what, commit.commit_name)
+            logging.warning("%s %s: checkpoint %s is skipped.", path, what, commit.commit_name)
             return False
     return True
 
 
-def hashed(path: str) -> FileRecord:
-    """Size and hash of the file at `path` as it is."""
-    digest, size = hashlib.sha256(), 0
-    with storage.open_read(path) as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-            size += len(block)
-    return FileRecord(size, digest.hexdigest())
-
-
-def hashes_match(folder: str, commit: Commit) -> bool:
-    """Whether every file of the checkpoint still has the hash it was written with; a warning names one that has not."""
-    for name, record in commit.files.items():
-        path = storage.join(folder, name)
-        if not storage.exists(path) or hashed(path) != record:
-            logging.warning("%s does not have the hash it was written with: its checkpoint is passed over.", path)
-            return False
-    return True
-
-
-def rename(folder: str, name: str, new_name: str) -> None:
-    """Give a commit file another name, so that it counts no longer (or again)."""
-    content = storage.read_text(storage.join(folder, name))
-    storage.write_text(storage.join(folder, new_name), content)
-    storage.remove(storage.join(folder, name))
-
-
-def discard(folder: str, commit: Commit) -> None:
-    """Delete a checkpoint, the commit file first, so that a half-deleted one does not count."""
-    storage.remove(storage.join(folder, commit.commit_name))
-    for name in commit.files:
-        storage.remove(storage.join(folder, name))
-    if "shards" in commit.facts and not storage.is_remote(folder):
-        shutil.rmtree(storage.local_path(storage.join(folder, commit.facts["shards"])), ignore_errors=True)
+def damaged_file(folder: str, commit: Commit, only: Collection[str] | None = None) -> str | None:
+    """What is wrong with the first file of the checkpoint (of those in `only`) that is not as it was written; None
+    when all are. It is also logged."""
+    wanted = [item for item in commit.files.items() if only is None or item[0] in only]
+    with ThreadPoolExecutor(N_THREADS) as pool:
+        sound = pool.map(lambda item: matches(storage.join(folder, item[0]), item[1]), wanted)
+        for (name, _), is_sound in zip(wanted, sound, strict=True):
+            if not is_sound:
+                problem = f"{storage.join(folder, name)} does not have the hash it was written with."
+                logging.warning("%s Its checkpoint is skipped.", problem)
+                return problem
+    return None
 
 
 def commit_beside(weights_path: str) -> Commit | None:
-    """The commit file that belongs to `.../epoch_K.pt` or to a folder of shards, if there is one."""
+    """The commit file of `.../epoch_K.pt`, of another of its files, or of a folder of shards, if there is one."""
     name = weights_path.rstrip("/").rpartition("/")[2]
     stem = name.partition(".sharded-")[0] if ".sharded-" in name else Path(name).stem
-    path = storage.join(storage.parent(weights_path), f"{stem}.commit.json")
-    return read_commit(path) if storage.exists(path) else None
+    label = stem.rpartition("_")[2]  # of epoch_3, or of an average: ema_0.999_1_3
+    path = storage.join(storage.parent(weights_path), f"epoch_{label}.commit.json")
+    commit = read_commit(path) if storage.exists(path) else None
+    is_part = commit is not None and any(file == name or file.startswith(f"{name}/") for file in commit.files)
+    return commit if is_part or stem.startswith("epoch_") else None
 
 
 def copy(source: str, target: str, expected: FileRecord | None = None) -> None:
-    """Copy the file at `source` to `target`, each local or remote; with `expected` the copy is read back and compared.
+    """Copy the file at `source` to `target`, each local or remote; with `expected` what is copied is compared with it.
 
     Raises:
-        StorageError: it could not be copied, or is not what was expected.
+        StorageError: it could not be copied.
+        CheckpointError: it is not what was expected; nothing is left at `target`.
     """
     with storage.open_read(source) as reader, storage.open_atomic(target) as writer:
-        shutil.copyfileobj(reader, writer, BLOCK_BYTES)
-    if expected is not None and hashed(target) != expected:
-        storage.remove(target)
-        raise StorageError(f"{storage.shown(target)}: what arrived is not what was sent. It is tried again later.")
+        summing = ChecksummingFile(writer, expected.algorithm if expected else "xxh3-128")
+        shutil.copyfileobj(reader, cast("IO[bytes]", summing), BLOCK_BYTES)
+        if expected is not None and summing.record() != expected:
+            raise CheckpointError(
+                f"{storage.shown(source)} does not have the hash in its commit file: it is damaged. "
+                "Use another checkpoint."
+            )
+
+
+def in_parallel(work: Iterable[Any]) -> list[Any]:
+    """The results of calling each of `work`, several at a time; the first error is raised once all have ended."""
+    with ThreadPoolExecutor(N_THREADS) as pool:
+        futures = [pool.submit(task) for task in work]
+    return [future.result() for future in futures]

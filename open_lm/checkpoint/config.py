@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from open_lm.errors import ConfigError
@@ -74,6 +75,9 @@ class CheckpointConfig:
         metavar="URL",
     )
     remote_sync_frequency: float = flag(300.0, "Seconds between two passes of --remote-sync.", above=0)
+    remote_sync_grace: float = flag(
+        1800.0, "Seconds that all ranks wait at the end of a run for the last copies of --remote-sync.", least=0
+    )
     remote_sync_protocol: str = flag(
         "fsspec", "Accepted for old scripts: both go through fsspec.", choices=("s3", "fsspec")
     )
@@ -81,12 +85,14 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.remote_sync and self.remote_sync_protocol == "s3" and "://" not in self.remote_sync:
             raise ConfigError(f"--remote-sync-protocol s3 with --remote-sync {self.remote_sync}: give an s3:// url.")
+        if self.remote_sync_protocol != "fsspec":
+            logging.warning("--remote-sync-protocol is ignored: --remote-sync goes through fsspec whatever it says.")
         if self.pretrained and self.average:
-            raise ConfigError("--pretrained and --average exclude each other: both say where the weights start.")
+            raise ConfigError("--pretrained and --average are mutually exclusive: both say where the weights start.")
         if self.start and self.resume not in (None, "latest"):
             raise ConfigError(
-                "--resume and --pretrained (or --average) exclude each other, but for --resume latest: continue a run, "
-                "or start one from weights."
+                "--resume and --pretrained (or --average) are mutually exclusive, except --resume latest: continue a "
+                "run, or start one from weights."
             )
         if self.load_pretrained_state and not self.pretrained:
             raise ConfigError("--load-pretrained-state takes optimizer and step of --pretrained: name that too.")

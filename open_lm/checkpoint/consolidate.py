@@ -9,15 +9,15 @@ from typing import Any
 
 from open_lm import storage
 from open_lm.checkpoint import commit as commits
-from open_lm.checkpoint.commit import Commit, commit_beside
+from open_lm.checkpoint.commit import Commit
 from open_lm.checkpoint.read import local_shards, read_sharded
-from open_lm.checkpoint.resolve import weights_file
+from open_lm.checkpoint.resolve import Found, Name, resolve
 from open_lm.checkpoint.save_policy import Kind
-from open_lm.checkpoint.sharded import STATS, is_sharded, read_tensors
+from open_lm.checkpoint.sharded import STATS, read_tensors
 from open_lm.checkpoint.snapshot import Snapshot
 from open_lm.checkpoint.tree import nested
 from open_lm.errors import CheckpointError, ConfigError
-from open_lm.weights.file import load_file
+from open_lm.weights.file import clean_state_dict, load_file
 
 HEAD = ("epoch", "name", "step", "tokens")
 EXTRA = (*HEAD, "config", "values", "scaler")
@@ -35,38 +35,50 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", help="Write the weights alone to this file. Without: all files, beside the shards.")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    path = weights_file(arguments.path)
-    if not is_sharded(path):
-        raise ConfigError(f"{arguments.path}: {path} is consolidated already.")
+    found = resolve(arguments.path, "all")
+    if found.kind != "shards":
+        raise ConfigError(f"{arguments.path}: {found.path} is consolidated already.")
     if arguments.out:
-        commits.save_file(storage.parent(arguments.out), arguments.out.rpartition("/")[2], read_sharded(path))
+        write_weights(arguments.out, read_sharded(found))
         logging.info("wrote %s", arguments.out)
         return
-    commit = consolidate(path)
+    commit = consolidate(found)
     logging.info("wrote %s", ", ".join(name for name in commit.files if "/" not in name))
 
 
-def consolidate(path: str) -> Commit:
-    """Write the consolidated files beside the folder of shards at `path`; both then belong to the checkpoint.
+def write_weights(out: str, content: dict[str, Any]) -> None:
+    """Write the weights, in the format that the name `out` ends in: safetensors, or as torch.save does."""
+    if not out.endswith(".safetensors"):
+        commits.save_file(storage.parent(out), out.rpartition("/")[2], content)
+        return
+    from safetensors.torch import save
+
+    named = {name: tensor.contiguous() for name, tensor in clean_state_dict(content).items()}
+    storage.write_bytes(out, save(named, metadata={"format": "pt"}))
+
+
+def consolidate(name: Name) -> Commit:
+    """Write the consolidated files beside a folder of shards; both then belong to the checkpoint.
 
     Raises:
         CheckpointError: the folder is damaged or has no commit file.
         StorageError: there is no space for the files.
     """
-    folder, before = storage.parent(path), commit_beside(path)
-    if before is None or not commits.hashes_match(folder, before):
-        raise CheckpointError(f"{path}: its files are not those that were written. Use another checkpoint.")
-    snapshot, name, config = snapshot_of(path, before)
-    payloads = snapshot.payloads(name, {"config": config})
-    files = {name: commits.save_file(folder, name, payload) for name, payload in payloads.items()}
+    found = resolve(name, "all")
+    before = found.commit
+    if before is None:
+        raise CheckpointError(f"{found.name}: it has no commit file. Use another checkpoint.")
+    snapshot, run_name, config = snapshot_of(found, before)
+    payloads = snapshot.payloads(run_name, {"config": config})
+    files = {file: commits.save_file(found.folder, file, payload) for file, payload in payloads.items()}
     after = Commit(before.label, before.step, before.files | files, before.facts)
-    commits.publish(folder, after)
+    commits.publish(found.folder, after)
     return after
 
 
-def snapshot_of(path: str, commit: Commit) -> tuple[Snapshot, str, dict[str, Any]]:
-    """The whole state in the folder of shards at `path`, the run's name and its config."""
-    with local_shards(path) as folder:
+def snapshot_of(found: Found, commit: Commit) -> tuple[Snapshot, str, dict[str, Any]]:
+    """The whole state in a folder of shards, the run's name and its config."""
+    with local_shards(found) as folder:
         stats, tensors = load_file(str(folder / STATS)), read_tensors(folder)
     tree = {"weights": {}, "companions": {}, **nested(tensors | stats["values"])}
     kind: Kind = commit.facts.get("kind", "interval")

@@ -1,4 +1,4 @@
-"""`python -m open_lm.checkpoint.describe PATH`: what a checkpoint says of itself."""
+"""`python -m open_lm.checkpoint.describe PATH`: the facts that a checkpoint states of itself."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from open_lm import storage, text
-from open_lm.checkpoint.commit import commit_beside
 from open_lm.checkpoint.read import read_checkpoint
-from open_lm.checkpoint.resolve import weights_file
+from open_lm.checkpoint.resolve import resolve
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the facts of a checkpoint as JSON."""
     parser = argparse.ArgumentParser(prog="open_lm.checkpoint.describe", description="What a checkpoint says of itself")
-    parser.add_argument("path", help="An epoch_K.pt, or the folder of a run (its newest complete checkpoint).")
+    parser.add_argument("path", help="Anything that open_lm.load_model takes.")
     print(json.dumps(describe(parser.parse_args(argv).path), indent=1, default=str))
 
 
@@ -26,12 +25,12 @@ def describe(path: str) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    found = weights_file(path)
+    found = resolve(path)
     content = read_checkpoint(found)
-    commit = None if storage.is_remote(found) else commit_beside(found)
+    commit = found.commit
     weights = content.get("state_dict", content)
     return {
-        "path": storage.shown(found),
+        "path": storage.shown(found.path),
         **{name: value for name, value in content.items() if name != "state_dict" and not hasattr(value, "shape")},
         "files": {name: text.size(record.size_bytes) for name, record in commit.files.items()} if commit else None,
         "parameters": sum(tensor.numel() for tensor in weights.values() if hasattr(tensor, "numel")),

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from dataclasses import replace
-from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from open_lm.checkpoint.read import architecture_named, read_checkpoint
-from open_lm.checkpoint.resolve import is_transformers_folder, local_source, weights_file
+from open_lm.checkpoint.read import architecture_named, read_checkpoint, read_facts
+from open_lm.checkpoint.resolve import Name, resolve
 from open_lm.data.tokenizer import tokenizer_near
 from open_lm.errors import CheckpointError, ConfigError
 from open_lm.model import create_model
@@ -21,11 +21,11 @@ from open_lm.model.transformer import Transformer
 from open_lm.weights.file import clean_state_dict, named_weights
 from open_lm.weights.openlm_names import has_megablocks
 
-__all__ = ["build", "load_model", "stored_facts", "stored_tokenizer", "weights_file"]
+EMBEDDING = "positional_embedding_type"
 
 
 def load_model(
-    path: str | PathLike[str], *, model: str | None = None, device: str = "cpu", dtype: Any = None, **architecture: Any
+    path: Name, *, model: str | None = None, device: str = "cpu", dtype: Any = None, **architecture: Any
 ) -> Transformer:
     """The model stored at `path`, in eval mode: a Transformer, or a Mamba, which is called alike.
 
@@ -39,31 +39,26 @@ def load_model(
         ConfigError: no such `model`.
         StorageError: it cannot be downloaded.
     """
-    path, dtype = fspath(path), torch_dtype(dtype)
-    content = read_checkpoint(path)
-    config = checked(stored_config(content, path), path, model, architecture)
-    return build(with_experts_of(config, content), clean_state_dict(content), path, device, dtype).eval()
+    dtype = torch_dtype(dtype)
+    found = resolve(path, "weights")
+    content = read_checkpoint(found)
+    config = checked(stored_config(content, found.name), found.name, model, architecture)
+    return build(with_experts_of(config, content), clean_state_dict(content), found.name, device, dtype).eval()
 
 
-def stored_facts(path: str | PathLike[str]) -> dict[str, Any]:
-    """All that the checkpoint at `path` says beside its weights: step, tokens, config, metrics; {} if nothing."""
-    content = read_checkpoint(fspath(path))
-    return {name: value for name, value in content.items() if name != "state_dict"} if "state_dict" in content else {}
-
-
-def stored_tokenizer(path: str) -> str:
-    """The tokenizer that the checkpoint at `path` says it was trained with, or lies beside.
+def stored_tokenizer(name: Name) -> str:
+    """The tokenizer that a checkpoint says it was trained with, or lies beside.
 
     Raises:
         CheckpointError: it does not say.
     """
-    source = local_source(path)
-    if is_transformers_folder(source) and (Path(source) / "tokenizer.json").exists():
-        return source
-    named = (stored_facts(source).get("config") or {}).get("tokenizer")
+    found = resolve(name)
+    if found.kind == "folder" and (Path(found.path) / "tokenizer.json").exists():
+        return found.path
+    named = (read_facts(found).get("config") or {}).get("tokenizer")
     if not named:
-        raise CheckpointError(f"{path} does not name its tokenizer: give --tokenizer.")
-    return tokenizer_near(named, source)
+        raise CheckpointError(f"{found.name} does not name its tokenizer: give --tokenizer.")
+    return tokenizer_near(named, found.path)
 
 
 def stored_config(content: dict[str, Any], path: str) -> ModelConfig | None:
@@ -91,6 +86,11 @@ def checked(stored: ModelConfig | None, path: str, model: str | None, architectu
         raise CheckpointError(f"{path} does not say which model it is of: give --model and its flags.")
     if stored is None:
         assert asked is not None
+        if asked.to_dict().get(EMBEDDING) == "rotary" and EMBEDDING not in architecture:
+            logging.warning(
+                "%s does not state its positional embedding, and its weights look the same for all of them: rotary is "
+                "assumed. Give --positional-embedding-type where it is head_rotary or llama_rotary.", path,
+            )  # fmt: skip
         return asked
     require_same(stored, asked.to_dict() if asked else architecture, path)
     return stored

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 
 from open_lm import storage, text
@@ -16,17 +16,17 @@ from open_lm.checkpoint import commit as commits
 from open_lm.checkpoint import sharded
 from open_lm.checkpoint.background import Background
 from open_lm.checkpoint.config import CONSOLIDATED_UP_TO, CheckpointConfig
-from open_lm.checkpoint.save_policy import Kind, to_delete
+from open_lm.checkpoint.retention import Retention, free_label
+from open_lm.checkpoint.save_policy import Kind, kind_of
 from open_lm.checkpoint.snapshot import Saved, Snapshot, in_file_order, live, n_bytes, take
 from open_lm.checkpoint.tree import Staging
-from open_lm.checkpoint.writing import WRITE_ERRORS, Target, remove_unfinished, write_consolidated, write_sharded
-from open_lm.distributed import World
+from open_lm.checkpoint.writing import WRITE_ERRORS, Target, write_consolidated, write_sharded
+from open_lm.distributed import PATIENCE, World
 from open_lm.errors import StorageError
+from open_lm.train.random_state import random_state
 
 MAX_FAILED_SAVES = 3
 """Saves in a row that may fail (a full disk, say) before the run ends; training goes on meanwhile."""
-GROUP_TIMEOUT = datetime.timedelta(hours=1)
-"""What ranks wait for each other while shards are written; the slowest disk decides."""
 
 
 class DataOrder(Protocol):
@@ -48,6 +48,15 @@ class Checkpoints:
         """Why the last save did not succeed, once that is known."""
         self.seconds = 0.0
         """How long the longest save has taken from its begin to its commit."""
+        self.retention = Retention(folder, flags.n_kept)
+        self.branch = 0
+        """Raised when the run goes back to an earlier checkpoint and leaves later ones behind."""
+        self.copy: str | None = None
+        """The remote folder that they are copied to."""
+        self.taken_labels: frozenset[str] = frozenset()
+        """Labels of remote copies, which are not written over either."""
+        self.require_owner: Callable[[], None] = lambda: None
+        """Raises where another run has taken over the folder."""
         self._name = name
         self._label = ""
         self._failed_saves = 0
@@ -77,15 +86,16 @@ class Checkpoints:
         self.wait()
         self._world = state.world
         began = time.monotonic()
-        label = state.world.on_rank0(lambda: self._free_label(label, state.step))
+        label = state.world.on_rank0(lambda: self._free_label(label, state.step, kind))
         if not label:  # it is there already
             return True
         self._label = label
         tree = in_file_order(live(state), state.model)
         in_shards = self._in_shards(tree)
         if in_shards and self._group is None and state.world.size > 1:
-            self._group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         shards = state.world.on_rank0(lambda: f"epoch_{label}{sharded.MARK}{secrets.token_hex(4)}")
+        random = state.world.gather(random_state(state.world.device))
         full = self._problem_with_space(n_bytes(tree))
         snapshot = None if full else Snapshot(
             label=label,
@@ -94,12 +104,14 @@ class Checkpoints:
             tokens=state.tokens,
             tree=take(tree, sharded=in_shards, is_master=state.world.is_master, staging=self._staging),
             scaler=state.precision.state_dict(),
-            stats={**stats, "data_state": loader.state(state.step)},
+            stats={**stats, "data_state": loader.state(state.step), "random": random},
         )  # fmt: skip
 
         def work() -> None:
             if full or snapshot is None:
                 raise StorageError(full)
+            if self._world.device.type == "cuda":  # a new thread starts on GPU 0, whichever is this rank's
+                torch.cuda.set_device(self._world.device)
             if in_shards:
                 written = write_sharded(self._target, snapshot, shards, self._world, self._group)
             else:
@@ -148,20 +160,21 @@ class Checkpoints:
 
     @property
     def _target(self) -> Target:
-        return Target(self.folder, self._name, self.config)
+        return Target(self.folder, self._name, self.config, self.retention, self.branch, self.require_owner)
 
     def _in_shards(self, tree: Mapping[str, Any]) -> bool:
         if self.flags.checkpoint_format != "auto":
             return self.flags.checkpoint_format == "sharded"
         return sum(tensor.numel() for tensor in tree["weights"].values()) > CONSOLIDATED_UP_TO
 
-    def _free_label(self, label: str, step: int) -> str:
-        """`label`, or another if a checkpoint of another step has it: none is ever written over. "": it is there."""
-        remove_unfinished(self.folder)
-        present = {commit.label: commit for commit in commits.committed(self.folder)}
-        if label not in present:
-            return label
-        return "" if present[label].step == step else f"{label.partition('-')[0]}-step{step}"
+    def _free_label(self, label: str, step: int, kind: Kind) -> str:
+        """`label`, or another if files of that label are here: none is ever written over. "": it is there already."""
+        self.require_owner()
+        self.retention.sweep()
+        for here in commits.committed(self.folder):
+            if (here.step, here.branch) == (step, self.branch) and (here.label == label or kind_of(here) == kind):
+                return ""
+        return free_label(self.folder, label, step, self.taken_labels)
 
     def _problem_with_space(self, needed: int) -> str:
         """What is said when there is not enough space on rank 0; the same on every rank."""
@@ -172,5 +185,4 @@ class Checkpoints:
 
     def _thin_out(self, written: commits.Commit) -> None:
         logging.info("saved checkpoint %s at step %d (%s)", written.label, written.step, text.size(written.size_bytes))
-        for commit in to_delete(commits.committed(self.folder), written, self.flags.n_kept):
-            commits.discard(self.folder, commit)
+        self.retention.thin_out()

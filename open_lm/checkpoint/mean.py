@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from open_lm.checkpoint.read import read_checkpoint
+from open_lm.checkpoint.resolve import Found, Name
 from open_lm.checkpoint.state_dicts import CONSTANTS, require_same_architecture
 from open_lm.errors import CheckpointError
 from open_lm.weights.file import clean_state_dict
 
 
-def read_mean(paths: Sequence[str], coefficients: Sequence[float]) -> dict[str, Any]:
-    """The sum of `coefficients` times the weights at `paths`, added in fp64, under `state_dict` and with their config.
+def read_mean(names: Sequence[Name], coefficients: Sequence[float]) -> dict[str, Any]:
+    """The sum of `coefficients` times the weights of `names`, added in fp64, under `state_dict` and with their config.
 
-    A path is whatever `read_checkpoint` takes. One checkpoint is held at a time, beside the sum.
+    One checkpoint is held at a time, beside the sum.
 
     Raises:
         CheckpointError: one is missing or damaged, or is not of the same model as the first.
@@ -25,9 +26,10 @@ def read_mean(paths: Sequence[str], coefficients: Sequence[float]) -> dict[str, 
     total: dict[str, Tensor] = {}
     first: dict[str, Any] = {}
     kinds: dict[str, torch.dtype] = {}
-    for path, coefficient in zip(paths, coefficients, strict=True):
-        content = read_checkpoint(path)
-        weights = {name: t for name, t in clean_state_dict(content).items() if not name.endswith(CONSTANTS)}
+    paths = [name.name if isinstance(name, Found) else str(name) for name in names]
+    for name, path, coefficient in zip(names, paths, coefficients, strict=True):
+        content = read_checkpoint(name)
+        weights = {key: t for key, t in clean_state_dict(content).items() if not key.endswith(CONSTANTS)}
         if not total:
             first = content.get("config") or {}
             kinds = {name: tensor.dtype for name, tensor in weights.items()}

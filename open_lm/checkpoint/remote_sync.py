@@ -5,37 +5,48 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import threading
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import IO, cast
 
 from open_lm import storage, text
 from open_lm.checkpoint import commit as commits
-from open_lm.checkpoint.commit import Commit, HashingFile
-from open_lm.errors import StorageError
+from open_lm.checkpoint.checksum import FileRecord
+from open_lm.checkpoint.commit import Commit
+from open_lm.checkpoint.retention import Retention, discard
+from open_lm.checkpoint.save_policy import to_delete
+from open_lm.checkpoint.upload import upload
+from open_lm.errors import CheckpointError, OpenLMError, StorageError
 
 CHECKPOINTS = "checkpoints"
 LISTING = "mirror.json"
 """The file that names what lies beside the checkpoints in a remote folder, so that it can be brought back."""
-LAST_PASS_SECONDS = 1800.0
+NOT_COPIED = ("run.lock",)
+GRACE_SECONDS = 1800.0
 """How long the end of a run waits for the last copies."""
 
 
 @dataclass
 class RemoteSync:
-    """A thread that keeps `url` as `folder` is: complete checkpoints and logs, every `every_seconds` and at the end.
+    """A thread that copies complete checkpoints and logs to `url`, every `every_seconds` and at the end.
 
-    The commit file of a checkpoint goes last, so that one that is cut off does not exist there either. What it has seen
-    and is then deleted here, is deleted there. Training waits for nothing: a pass that fails is said, and tried again.
+    The commit file of a checkpoint goes last, so that one that is cut off does not exist there either. While one is
+    copied `retention` keeps it here. There, older ones go by the same policy once a newer one is complete; nothing that
+    happens to the local files deletes anything there. Training waits for nothing: a pass that fails is logged and
+    repeated.
     """
 
     folder: str
     url: str
     every_seconds: float
+    retention: Retention | None = None
+    n_kept: int | None = None
+    grace_seconds: float = GRACE_SECONDS
     _copied: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Size and time of change of each file, as it was when it was copied last."""
+    """Size and time of change of each loose file, as it was when it was copied last."""
+    _there: set[str] = field(default_factory=set)
+    """The commit files that are known to be there."""
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> RemoteSync:
@@ -46,9 +57,9 @@ class RemoteSync:
     def __exit__(self, *_: object) -> None:
         logging.info("copying what is left to %s", storage.shown(self.url))
         self._stop.set()
-        self._thread.join(LAST_PASS_SECONDS)
+        self._thread.join(self.grace_seconds)
         if self._thread.is_alive():
-            waited = text.duration(LAST_PASS_SECONDS)
+            waited = text.duration(self.grace_seconds)
             logging.error("%s is not complete after %s: left as it is.", storage.shown(self.url), waited)
 
     def _run(self) -> None:
@@ -60,27 +71,37 @@ class RemoteSync:
     def _try(self) -> None:
         try:
             self.sync()
-        except (StorageError, OSError) as error:
+        except (OpenLMError, OSError) as error:
             logging.warning("--remote-sync: %s It is tried again.", error)
 
     def sync(self) -> None:
-        """One pass: copy what is new, the newest checkpoint first, then delete what is gone.
+        """One pass: copy the newest checkpoint, then the others, then the logs; then delete there what the policy lets
+        go of.
 
         Raises:
-            StorageError, OSError: something could not be copied, or arrived otherwise than it was sent.
+            StorageError, OSError: something could not be copied.
+            CheckpointError: something here is damaged, which is not copied.
         """
-        complete = commits.committed(os.path.join(self.folder, CHECKPOINTS))
+        problems: list[Exception] = []
+        tried: set[str] = set()
+        while commit := self._next_to_copy(tried):
+            tried.add(commit.commit_name)
+            try:
+                self._copy_checkpoint(commit)
+            except (CheckpointError, FileNotFoundError) as error:  # damaged, or deleted before it was pinned
+                problems.append(error)
         loose = self._loose_files()
-        for commit in complete:
-            self._copy_checkpoint(commit)
         for name in loose:
-            self._copy(name)
+            self._copy_loose(name)
         storage.write_text(storage.join(self.url, LISTING), json.dumps(loose))
-        present = {name for commit in complete for name in _files_of(commit)} | set(loose)
-        gone = sorted(set(self._copied) - present, key=lambda name: not name.endswith(".commit.json"))
-        for name in gone:
-            storage.remove(storage.join(self.url, name))
-            del self._copied[name]
+        self._thin_out()
+        if problems:
+            raise problems[0]
+
+    def _next_to_copy(self, tried: set[str]) -> Commit | None:
+        """The newest checkpoint here that is not there; asked anew each time, for a newer one may have been saved."""
+        here = commits.committed(os.path.join(self.folder, CHECKPOINTS))
+        return next((c for c in here if c.commit_name not in tried | self._there), None)
 
     def _loose_files(self) -> list[str]:
         """The files that belong to no checkpoint: logs, metrics, traces."""
@@ -89,46 +110,47 @@ class RemoteSync:
         return [
             str(name)
             for name in names
-            if not name.name.startswith(".") and (name.parts[0] != CHECKPOINTS or name.name == "results.jsonl")
+            if not name.name.startswith(".")
+            and name.name not in NOT_COPIED
+            and (name.parts[0] != CHECKPOINTS or name.name == "results.jsonl")
         ]
 
     def _copy_checkpoint(self, commit: Commit) -> None:
-        *files, commit_file = _files_of(commit)
-        if commit_file in self._copied:
+        remote = storage.join(self.url, CHECKPOINTS)
+        target = storage.join(remote, commit.commit_name)
+        if storage.exists(target) and commits.read_commit(target) == commit:  # an earlier start has copied it
+            self._there.add(commit.commit_name)
             return
-        remote = storage.join(self.url, commit_file)
-        if storage.exists(remote) and commits.read_commit(remote) == commit:  # an earlier start has copied it
-            self._copied |= dict.fromkeys((*files, commit_file), (0, 0))
-            return
-        for name, record in zip(files, commit.files.values(), strict=True):
-            self._copy(name, record.sha256)
-        self._copy(commit_file)
-        logging.info("copied checkpoint %s to %s", commit.label, storage.shown(self.url))
+        retention = self.retention or Retention(os.path.join(self.folder, CHECKPOINTS), None)
+        with retention.pinned(commit):
+            here = Path(self.folder, CHECKPOINTS)
+            commits.in_parallel(
+                partial(upload, here / name, storage.join(remote, name), record)
+                for name, record in commit.files.items()
+            )
+            upload(here / commit.commit_name, target)
+            self._there.add(commit.commit_name)
+            logging.info("copied checkpoint %s to %s", commit.label, storage.shown(self.url))
+            self._thin_out()
 
-    def _copy(self, name: str, sha256: str | None = None) -> None:
-        """Copy one file and read it back: it has arrived when its hash is that of what was sent."""
-        path = os.path.join(self.folder, name)
-        state = os.stat(path)
-        if self._copied.get(name) == (state.st_size, state.st_mtime_ns):
-            return
-        remote = storage.join(self.url, name)
-        with open(path, "rb") as file, storage.open_atomic(remote) as out:
-            sent = hashing_copy(file, out)
-        if commits.hashed(remote).sha256 != sent or (sha256 is not None and sent != sha256):
-            storage.remove(remote)
-            raise StorageError(f"{storage.shown(remote)}: arrived with another hash than {path} has.")
-        self._copied[name] = (state.st_size, state.st_mtime_ns)
+    def _copy_loose(self, name: str) -> None:
+        path = Path(self.folder, name)
+        state = path.stat()
+        if self._copied.get(name) != (state.st_size, state.st_mtime_ns):
+            upload(path, storage.join(self.url, name))
+            self._copied[name] = (state.st_size, state.st_mtime_ns)
 
-
-def hashing_copy(source: IO[bytes], target: IO[bytes]) -> str:
-    """Copy all of `source`; the sha256 of what was copied."""
-    hashing = HashingFile(target)
-    shutil.copyfileobj(source, cast("IO[bytes]", hashing), 8 << 20)
-    return hashing.record().sha256
+    def _thin_out(self) -> None:
+        """Delete what the policy lets go of among the checkpoints that are complete there."""
+        folder = storage.join(self.url, CHECKPOINTS)
+        complete = commits.committed(folder)
+        for commit in to_delete(complete, complete[0], self.n_kept) if complete else ():
+            discard(folder, commit)
 
 
 def bring_back(url: str, folder: str) -> None:
-    """Make `folder` what was copied to `url`, where that holds a newer complete checkpoint: its files, and the logs.
+    """Make `folder` what was copied to `url`, where that holds a checkpoint to be continued before those here: its
+    files, and the logs.
 
     Raises:
         StorageError: something cannot be read.
@@ -136,23 +158,20 @@ def bring_back(url: str, folder: str) -> None:
     """
     theirs = commits.committed(storage.join(url, CHECKPOINTS))
     ours = commits.committed(os.path.join(folder, CHECKPOINTS))
-    if not theirs or (ours and ours[0].step >= theirs[0].step):
+    if not theirs or (ours and (ours[0].branch, ours[0].step) >= (theirs[0].branch, theirs[0].step)):
         return
     newest = theirs[0]
     logging.info("fetching checkpoint %s (%s) from %s", newest.label, text.size(newest.size_bytes), storage.shown(url))
     listing = storage.join(url, LISTING)
     loose = json.loads(storage.read_text(listing)) if storage.exists(listing) else []
-    hashes = [record.sha256 for record in newest.files.values()]
-    *files, commit_file = _files_of(newest)
-    for name, sha256 in [*((name, None) for name in loose), *zip(files, hashes, strict=True), (commit_file, None)]:
-        _fetch(storage.join(url, name), os.path.join(folder, safe(name)), sha256)
+    fetch = partial(_fetch, url, folder)
+    commits.in_parallel([partial(fetch, name) for name in loose])
+    commits.in_parallel([partial(fetch, f"{CHECKPOINTS}/{name}", record) for name, record in newest.files.items()])
+    fetch(f"{CHECKPOINTS}/{newest.commit_name}")
 
 
-def _fetch(remote: str, path: str, sha256: str | None) -> None:
-    with storage.open_read(remote) as source, storage.open_atomic(path) as target:
-        found = hashing_copy(source, target)
-        if sha256 is not None and found != sha256:
-            raise StorageError(f"{storage.shown(remote)} does not have the hash in its commit file: it is damaged.")
+def _fetch(url: str, folder: str, name: str, record: FileRecord | None = None) -> None:
+    commits.copy(storage.join(url, name), os.path.join(folder, safe(name)), record)
 
 
 def safe(name: str) -> str:
@@ -164,8 +183,3 @@ def safe(name: str) -> str:
     if os.path.isabs(name) or ".." in Path(name).parts:
         raise StorageError(f"{name!r} leads out of the run folder: the remote copy is not one of ours.")
     return name
-
-
-def _files_of(commit: Commit) -> list[str]:
-    """The files of a checkpoint inside a run folder, the commit file last."""
-    return [f"{CHECKPOINTS}/{name}" for name in (*commit.files, commit.commit_name)]

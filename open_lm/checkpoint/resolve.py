@@ -1,13 +1,20 @@
-"""Names of checkpoints resolved: a file, a run folder, a folder of transformers, hf://…, globs, `latest`."""
+"""Names of checkpoints resolved, once: `resolve(name)` says where a checkpoint is and of which kind.
+
+A name is a file of weights, an epoch_K.commit.json, a folder of shards, a run folder (its newest checkpoint), a folder
+of transformers, or hf://owner/name[@revision]; local or remote.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from os import PathLike, fspath
 from pathlib import Path
+from typing import Literal
 
 from open_lm import storage
-from open_lm.checkpoint.commit import Commit, commit_beside, committed, hashes_match
+from open_lm.checkpoint.commit import Commit, commit_beside, committed, damaged_file
 from open_lm.checkpoint.sharded import is_sharded
 from open_lm.errors import CheckpointError
 from open_lm.weights.hub import download, is_hub
@@ -15,42 +22,97 @@ from open_lm.weights.hub import download, is_hub
 SUFFIXES = (".pt", ".safetensors", ".bin")
 WILD = re.compile(r"[*?\[]")
 
+Kind = Literal["file", "shards", "folder"]
+"""A file of weights; a folder that every rank wrote its shards to; a folder of transformers, with a config.json."""
+Checked = Literal["nothing", "weights", "all"]
+"""Files whose checksums are compared with the commit file: none, those that weights are in, or the optimizer's too."""
 
-def local_source(path: str) -> str:
-    """`path` itself, or the folder that a model on the Hub has been downloaded to."""
-    return str(download(path)) if is_hub(path) else path
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint: the name it was asked for by, where it is, its commit file if it has one, and what was checked."""
+
+    name: str
+    path: str
+    kind: Kind
+    commit: Commit | None = None
+    checked: Checked = "nothing"
+
+    @property
+    def folder(self) -> str:
+        """The folder that holds it; a folder of transformers is that itself."""
+        return self.path if self.kind == "folder" else storage.parent(self.path)
+
+    def checked_for(self, part: Checked) -> Found:
+        """The same once `part` of its files have the checksums they were written with; none is read twice.
+
+        Raises:
+            CheckpointError: one has not.
+        """
+        if self.commit is None or part == "nothing" or self.checked in (part, "all"):
+            return self
+        problem = damaged_file(self.folder, self.commit, only=self._files_of(part))
+        if problem:
+            raise CheckpointError(f"{problem} Use --resume latest, or another checkpoint.")
+        return replace(self, checked=part)
+
+    def _files_of(self, part: Checked) -> frozenset[str]:
+        assert self.commit is not None
+        own = Path(self.path.rstrip("/")).name
+        names = frozenset(name for name in self.commit.files if name == own or name.startswith(f"{own}/"))
+        return names if part == "weights" and names else frozenset(self.commit.files)
+
+
+Name = str | PathLike[str] | Found
+"""What a checkpoint may be given as: its name, or what that was resolved to before."""
+
+
+def resolve(name: Name, check: Checked = "nothing") -> Found:
+    """The checkpoint that `name` means; of a run folder the newest complete one that passes `check`.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        StorageError: it cannot be downloaded.
+    """
+    if isinstance(name, Found):
+        return name.checked_for(check)
+    asked = fspath(name)
+    path = str(download(asked)) if is_hub(asked) else asked
+    if is_transformers_folder(path):
+        return Found(asked, path, "folder")
+    found = _file_or_shards(asked, path)
+    if found is not None:
+        return found.checked_for(check)
+    if not storage.exists(path):
+        raise CheckpointError(f"{asked}: no such checkpoint. Give an epoch_K.pt or the folder of a run.")
+    found = newest_in(path, check)
+    if found is not None:
+        return replace(found, name=asked)
+    if len(only := _weights_right_in(path)) == 1:
+        return Found(asked, only[0], "file")
+    raise CheckpointError(f"{asked}: no complete checkpoint in this folder. Give an epoch_K.pt or a run's folder.")
+
+
+def _file_or_shards(name: str, path: str) -> Found | None:
+    """The checkpoint that `path` names as a file, a commit file or a folder of shards; None where it is a folder."""
+    if is_sharded(path):
+        return Found(name, path, "shards", commit_beside(path))
+    if path.endswith(".commit.json") or (path.endswith(".pt") and not storage.exists(path)):
+        commit = commit_beside(path.replace(".commit.json", ".pt"))
+        return _committed(name, storage.parent(path), commit) if commit else None
+    if (storage.is_remote(path) and path.endswith(SUFFIXES)) or storage.local_path(path).is_file():
+        return Found(name, path, "file", commit_beside(path)) if storage.exists(path) else None
+    return None
+
+
+def _committed(name: str, folder: str, commit: Commit, checked: Checked = "nothing") -> Found:
+    path = storage.join(folder, commit.weights_name)
+    return Found(name, path, "shards" if is_sharded(path) else "file", commit, checked)
 
 
 def is_transformers_folder(path: str) -> bool:
     """Whether `path` is a local folder with a config.json."""
     return not storage.is_remote(path) and (storage.local_path(path) / "config.json").is_file()
-
-
-def weights_file(path: str) -> str:
-    """The file of weights that `path` means; of a run folder the newest complete checkpoint.
-
-    Raises:
-        CheckpointError: there is none.
-        StorageError: it cannot be downloaded.
-    """
-    path = local_source(path)
-    if is_sharded(path):
-        return path
-    if path.endswith(".commit.json") or (path.endswith(".pt") and not storage.exists(path)):
-        commit = commit_beside(path.replace(".commit.json", ".pt"))
-        path = storage.join(storage.parent(path), commit.weights_name) if commit else path
-        if is_sharded(path):
-            return path
-    if not storage.exists(path):
-        raise CheckpointError(f"{path}: no such checkpoint. Give an epoch_K.pt or the folder of a run.")
-    if (storage.is_remote(path) and path.endswith(SUFFIXES)) or storage.local_path(path).is_file():
-        return path
-    found = latest(path)
-    if found is None and len(only := _weights_right_in(path)) == 1:
-        return only[0]
-    if found is None:
-        raise CheckpointError(f"{path}: no complete checkpoint in this folder. Give an epoch_K.pt or a run's folder.")
-    return found
 
 
 def _weights_right_in(folder: str) -> list[str]:
@@ -66,29 +128,26 @@ def checkpoint_folder(folder: str) -> str:
     return inside if storage.exists(inside) else folder
 
 
-def newest(folder: str) -> Commit | None:
-    """The newest checkpoint in `folder` that is complete and undamaged; damaged ones are skipped with a warning.
+def newest_in(folder: str, check: Checked = "nothing") -> Found | None:
+    """The newest complete checkpoint of a run (or checkpoint) folder that passes `check`; damaged ones are skipped
+    with a warning. None when there is none.
 
     Raises:
         CheckpointError: there are checkpoints, and every one is damaged.
     """
-    commits = committed(folder)
+    inside = checkpoint_folder(folder)
+    commits = committed(inside)
     for commit in commits:
-        if hashes_match(folder, commit):
-            return commit
+        try:
+            return _committed(folder, inside, commit).checked_for(check)
+        except CheckpointError:
+            continue  # the warning names the file
     if commits:
         raise CheckpointError(
-            f"{folder}: all {len(commits)} checkpoints are damaged (see the warnings above). "
+            f"{inside}: all {len(commits)} checkpoints are damaged (see the warnings above). "
             "Restore one of them from a copy, or start anew under another --name."
         )
     return None
-
-
-def latest(folder: str) -> str | None:
-    """The epoch_K.pt of the newest complete checkpoint of a run (or checkpoint) folder; None when there is none."""
-    inside = checkpoint_folder(folder)
-    commit = newest(inside)
-    return storage.join(inside, commit.weights_name) if commit else None
 
 
 def all_checkpoints(names: Iterable[str], flag: str) -> list[str]:
@@ -106,7 +165,7 @@ def _meant(name: str, flag: str) -> list[str]:
     if WILD.search(name):
         matches = [match for match in sorted(storage.glob(name), key=_natural) if not match.endswith(".json")]
         return _found([path for match in matches for path in _meant(match, flag)], name, flag)
-    if is_hub(name) or is_transformers_folder(name) or name.endswith(SUFFIXES):
+    if is_hub(name) or is_transformers_folder(name) or name.endswith(SUFFIXES) or is_sharded(name):
         return [name]
     folder = checkpoint_folder(name)
     commits = sorted(committed(folder), key=lambda commit: commit.step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,12 +12,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
 from open_lm import storage
-from open_lm.checkpoint import commit as commits
 from open_lm.checkpoint.manager import Checkpoints, DataOrder
 from open_lm.checkpoint.mean import read_mean
 from open_lm.checkpoint.read import local_shards, read_checkpoint
-from open_lm.checkpoint.resolve import latest, weights_file
-from open_lm.checkpoint.sharded import STATS, is_sharded, load_into, read_index
+from open_lm.checkpoint.resolve import Found, newest_in, resolve
+from open_lm.checkpoint.retention import labels_in, leave_behind
+from open_lm.checkpoint.sharded import STATS, load_into, read_index
 from open_lm.checkpoint.snapshot import Saved, in_file_order, live
 from open_lm.checkpoint.state_dicts import (
     by_name,
@@ -29,9 +30,9 @@ from open_lm.checkpoint.state_dicts import (
 from open_lm.checkpoint.tree import SEPARATOR, flat, nested
 from open_lm.errors import CheckpointError
 from open_lm.model.lora import is_addition
+from open_lm.train.random_state import restore_random_state
 from open_lm.train.row_order import RowOrder, copy_from_file_order, order_of, row_orders
 from open_lm.weights.file import clean_state_dict, load_file, named_weights, plain_name
-from open_lm.weights.hub import is_hub
 
 Use = Literal["evaluate", "weights", "state", "resume"]
 """What is taken of a checkpoint: the weights to evaluate them; the weights to start from; optimizer, step and the rest
@@ -80,8 +81,9 @@ def restore(checkpoints: Checkpoints, state: Saved, loader: DataOrder | None) ->
         state.precision.load_state_dict(facts["scaler"])
     if use == "resume" and loader is not None:
         if facts["data_state"] is not None:
-            loader.check_state(facts["data_state"])
-        state.world.on_rank0(lambda: _set_aside_later(checkpoints.folder, state.step))
+            loader.check_state(facts["data_state"] | {"steps": state.step})
+        state.world.on_rank0(lambda: _continue_here(checkpoints, facts))
+        _restore_random(facts, checkpoints, state)
     logging.info("resumed from %s at step %d", facts["path"], state.step)
 
 
@@ -106,7 +108,7 @@ def _load_sharded(facts: Mapping[str, Any], state: Saved, *, whole_state: bool) 
         for name, _ in _saved_companions(state, facts):
             parts["companions"][name] = tree["companions"][name]
     tensors, _ = flat(parts)
-    with local_shards(facts["path"]) as folder:
+    with local_shards(facts["found"]) as folder:
         held = {name for name in read_index(folder).state_dict_metadata if name.startswith(f"weights{SEPARATOR}")}
         if not whole_state:  # a base model has no adapters; they stay as they are here
             tensors = {name: t for name, t in tensors.items() if name in held or not is_addition(_bare(name))}
@@ -158,26 +160,25 @@ def _saved_companions(state: Saved, facts: Mapping[str, Any]) -> list[tuple[str,
     return [(name, part) for name, part in state.companions.items() if name in facts["companions"]]
 
 
-def _choose(checkpoints: Checkpoints, *, trains: bool) -> tuple[Use, tuple[str, ...]] | None:
-    """What to take from which checkpoints; None when --resume latest finds none."""
+def _choose(checkpoints: Checkpoints, *, trains: bool) -> tuple[Use, tuple[Found, ...]] | None:
+    """What to take from which checkpoints, whose files are as they were written; None when --resume latest finds none.
+
+    Raises:
+        CheckpointError: one is missing or damaged.
+    """
     flags = checkpoints.flags
     resumed: Use = "resume" if trains else "evaluate"
     if flags.resume == "latest":
-        found = latest(checkpoints.folder)
+        found = newest_in(checkpoints.folder, "all")
         if found is not None:
             return resumed, (found,)
         if not flags.start:
             return None
     elif flags.resume:
-        path = weights_file(flags.resume)
-        _require_undamaged(path)
-        return resumed, (path,)
+        return resumed, (resolve(flags.resume, "all"),)
     started: Use = "state" if flags.load_pretrained_state else "weights"
-    for path in flags.start:
-        _require_undamaged(path)
-    if flags.load_pretrained_state:
-        return (started if trains else "evaluate"), (weights_file(flags.start[0]),)
-    return started if trains else "evaluate", flags.start
+    files = tuple(resolve(name, "all" if started == "state" else "weights") for name in flags.start)
+    return started if trains else "evaluate", files
 
 
 def _read(stored: Stored, checkpoints: Checkpoints, state: Saved, *, trains: bool) -> dict[str, Any] | None:
@@ -185,14 +186,14 @@ def _read(stored: Stored, checkpoints: Checkpoints, state: Saved, *, trains: boo
     choice = _choose(checkpoints, trains=trains)
     if choice is None:
         return None
-    use, paths = choice
-    path = paths[0] if len(paths) == 1 else f"the mean of {', '.join(paths)}"
-    in_shards = len(paths) == 1 and is_sharded(weights_file_or(paths[0]))
+    use, files = choice
+    found = files[0]
+    path = found.path if len(files) == 1 else f"the mean of {', '.join(file.path for file in files)}"
+    in_shards = len(files) == 1 and found.kind == "shards"
     if in_shards:
-        path = weights_file_or(paths[0])
-        file = _stats_of_shards(path)
+        file = _stats_of_shards(found)
     else:
-        file = read_checkpoint(path) if len(paths) == 1 else read_mean(paths, checkpoints.flags.shares)
+        file = read_checkpoint(found) if len(files) == 1 else read_mean(files, checkpoints.flags.shares)
         stored.names = named_weights(file)
         stored.weights = clean_state_dict(file, merge=use == "weights" or not _has_additions(state))
         require_same_experts(stored.names, checkpoints.config["model"], path)
@@ -201,6 +202,7 @@ def _read(stored: Stored, checkpoints: Checkpoints, state: Saved, *, trains: boo
     facts = {
         "use": use,
         "path": path,
+        "found": found,
         "sharded": in_shards,
         "step": int(file.get("step", 0)),
         "tokens": int(file.get("tokens", 0)),
@@ -209,24 +211,16 @@ def _read(stored: Stored, checkpoints: Checkpoints, state: Saved, *, trains: boo
         return facts
     for name in ("optimizer", "lora_rank", "dora", "task"):
         _require_same(name, stored_config.get("flags", {}), checkpoints.config["flags"], path)
-    _require_same_batch(facts, state.tokens_per_step)
-    return facts | (_state_of_shards(file) if in_shards else _state_of_files(stored, path, state))
+    facts |= _state_of_shards(file) if in_shards else _state_of_files(stored, path, state)
+    return _count_in_steps_of(state.tokens_per_step, facts)
 
 
 def _has_additions(state: Saved) -> bool:
     return any(is_addition(plain_name(name)) for name, _ in state.model.named_parameters())
 
 
-def weights_file_or(path: str) -> str:
-    """The file or folder of weights that `path` means; `path` itself where it means something else."""
-    try:
-        return weights_file(path)
-    except CheckpointError:
-        return path
-
-
-def _stats_of_shards(path: str) -> dict[str, Any]:
-    with local_shards(path) as folder:
+def _stats_of_shards(found: Found) -> dict[str, Any]:
+    with local_shards(found, only_facts=True) as folder:
         return load_file(str(folder / STATS))
 
 
@@ -234,7 +228,7 @@ def _state_of_shards(stats: Mapping[str, Any]) -> dict[str, Any]:
     values = stats["values"]
     companions = {path.split(SEPARATOR)[1] for path in values if path.startswith(f"companions{SEPARATOR}")}
     kept = {name: stats[name] for name in ("scaler", "data_state", "values")}
-    return kept | {"companions": sorted(companions)}
+    return kept | {"companions": sorted(companions), "random": stats.get("random")}
 
 
 def _state_of_files(stored: Stored, path: str, state: Saved) -> dict[str, Any]:
@@ -246,16 +240,9 @@ def _state_of_files(stored: Stored, path: str, state: Saved) -> dict[str, Any]:
         "step": int(stats["step"]),
         "scaler": optimizer.get("scaler", {}),
         "data_state": stats.get("data_state"),
+        "random": stats.get("random"),
         "companions": present,
     }
-
-
-def _require_undamaged(path: str) -> None:
-    commit = None if is_hub(path) else commits.commit_beside(path)
-    if commit and not commits.hashes_match(storage.parent(path), commit):
-        raise CheckpointError(
-            f"{path}: its files are not those that were written. Use --resume latest, or another one."
-        )
 
 
 def _require_same(name: str, stored: dict[str, Any], here: dict[str, Any], path: str) -> None:
@@ -268,15 +255,27 @@ def _require_same(name: str, stored: dict[str, Any], here: dict[str, Any], path:
         )
 
 
-def _require_same_batch(facts: dict[str, Any], tokens_per_step: int) -> None:
-    """Refuse to continue with batches of another size: steps, tokens and learning rates would not add up."""
-    if not facts["tokens"]:  # a file of OpenLM does not say
-        facts["tokens"] = facts["step"] * tokens_per_step
-    if facts["tokens"] != facts["step"] * tokens_per_step:
+def _count_in_steps_of(tokens_per_step: int, facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts with steps of this run's batch. Schedule, data and intervals follow from the tokens, so that another
+    batch goes on where they make whole steps.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    before, tokens = facts["step"], facts["tokens"] or facts["step"] * tokens_per_step  # a file of OpenLM does not say
+    step, rest = divmod(tokens, tokens_per_step)
+    if rest:
         raise CheckpointError(
-            f"--resume {facts['path']}: a step had {facts['tokens'] // facts['step']} tokens, now {tokens_per_step}. "
-            "Give the --global-batch-size and model the run began with, or start a new run with --pretrained."
+            f"--resume {facts['path']}: it was trained on {tokens} tokens, {tokens // before} a step, which are no "
+            f"whole number of steps of the {tokens_per_step} tokens of --global-batch-size now. Give the batch it "
+            "began with or one that divides, or start a new run with --pretrained."
         )
+    if step != before:
+        logging.warning(
+            "a step had %d tokens and now has %d: step %d is counted as step %d, and lengths given in steps, such as "
+            "--warmup, mean other numbers of tokens.", tokens // before, tokens_per_step, before, step,
+        )  # fmt: skip
+    return facts | {"tokens": tokens, "step": step, "stored_step": before}
 
 
 def _companion(path: str, kind: str) -> dict[str, Any]:
@@ -294,16 +293,26 @@ def _companion_path(path: str, kind: str) -> str:
     return storage.join(folder, name.replace("epoch_", f"{kind}_", 1))
 
 
-def _set_aside_later(folder: str, step: int) -> None:
-    """Let checkpoints of later steps, which this run leaves behind, no longer count; their files stay."""
-    for commit in commits.committed(folder):
-        if commit.step > step:
-            name = commit.commit_name.replace(".commit.json", ".left-behind.json")
-            logging.warning(
-                "going back to step %d: checkpoint %s of step %d no longer counts (%s).",
-                step,
-                commit.label,
-                commit.step,
-                name,
-            )
-            commits.rename(folder, commit.commit_name, name)
+def _restore_random(facts: Mapping[str, Any], checkpoints: Checkpoints, state: Saved) -> None:
+    world = state.world
+    restore_random_state(
+        facts["random"],
+        device=world.device,
+        rank=world.rank,
+        size=world.size,
+        seed=int(checkpoints.config["flags"].get("seed", 0)),
+        step=state.step,
+    )
+
+
+def _continue_here(checkpoints: Checkpoints, facts: Mapping[str, Any]) -> None:
+    """Let checkpoints after the one that is continued no longer count, here and in the remote copy. A run that leaves
+    some behind begins a new branch, and so does one that counts in other steps. On rank 0."""
+    found: Found = facts["found"]
+    folders = [checkpoints.folder, *([checkpoints.copy] if checkpoints.copy else [])]
+    is_own = os.path.abspath(found.folder) == os.path.abspath(checkpoints.folder) or found.folder == checkpoints.copy
+    branch = found.commit.branch if found.commit and is_own else 0
+    checkpoints.branch = leave_behind(folders, branch, facts["stored_step"])
+    if checkpoints.branch == branch and facts["step"] != facts["stored_step"]:
+        checkpoints.branch += 1
+    checkpoints.taken_labels = labels_in(checkpoints.copy) if checkpoints.copy else frozenset()

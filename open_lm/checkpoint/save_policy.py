@@ -95,17 +95,17 @@ def kind_of(commit: Commit) -> Kind:
 
 
 def to_delete(complete: Sequence[Commit], newest: Commit, n_kept: int | None) -> list[Commit]:
-    """Those of the `complete` checkpoints that retention lets go of now that `newest`, one of them, is there.
+    """The `complete` checkpoints that retention lets go of now that `newest`, one of them, exists.
 
     `n_kept` None keeps all but ephemeral ones. Ephemeral ones never count as one of those that are kept, fixed ones
-    neither count nor go, and `newest` stays whatever it is. Without `newest` among the complete nothing goes.
+    neither count nor go, and `newest` stays whatever it is, as does what a newer program wrote. Without `newest` among
+    the complete nothing goes.
     """
     others = [commit for commit in complete if commit.label != newest.label]
     if len(others) == len(complete):
         return []
     going = [commit for commit in others if kind_of(commit) == "ephemeral"]
     for kind in ("interval", "step") if n_kept is not None else ():
-        assert n_kept is not None
-        alike = sorted((c for c in complete if kind_of(c) == kind), key=lambda commit: -commit.step)
+        alike = sorted((c for c in complete if kind_of(c) == kind), key=lambda c: (-c.branch, -c.step))
         going += [commit for commit in alike[n_kept:] if commit.label != newest.label]
-    return going
+    return [commit for commit in going if not commit.is_newer]

@@ -6,10 +6,12 @@ is in `stats.pt` beside them; so nothing has to be unpickled but torch's index, 
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from open_lm.checkpoint.checksum import ChecksummingFile, FileRecord
 from open_lm.errors import CheckpointError, StorageError
 
 INDEX, STATS = ".metadata", "stats.pt"
@@ -87,15 +91,52 @@ def read_index(folder: Path) -> Metadata:
     return index
 
 
-def write(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
-    """Write this rank's part of `tensors` into `folder`; every rank of `group` (None: there is one rank) must call it.
+class _SummingFiles(FileSystem):
+    """torch's files, whose checksums are taken while they are written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._open: dict[str, _SummingStream] = {}
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+        with super().create_stream(path, mode) as stream:
+            if mode == "wb":
+                stream = self._open[Path(path).name] = _SummingStream(stream)  # type: ignore[assignment]
+            yield stream
+
+    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+        super().rename(path, new_path)
+        self._open[Path(new_path).name] = self._open.pop(Path(path).name)
+
+    def records(self) -> dict[str, FileRecord]:
+        """Of every file that was written."""
+        return {name: stream.record() for name, stream in self._open.items()}
+
+
+class _SummingStream(ChecksummingFile):
+    """What torch's writer asks of a file, with a checksum."""
+
+    def __init__(self, stream: Any):
+        super().__init__(stream)
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def write(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> dict[str, FileRecord]:
+    """Write this rank's part of `tensors` into `folder`; the records of its files. Every rank of `group` (None: there
+    is one rank) must call it.
 
     Raises:
         StorageError: any rank could not write; all ranks raise.
     """
     try:  # one writer thread: with several, torch loses the errors of all but one
         writer = dcp.FileSystemWriter(folder, thread_count=1, sync_files=True)
+        writer.fs = files = _SummingFiles()
         dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
+        return files.records()
     except (CheckpointException, OSError, RuntimeError) as error:
         raise StorageError(f"{folder}: {_reason(error)}") from error
 
@@ -107,12 +148,12 @@ def require_complete(folder: Path) -> None:
         StorageError: one does not.
     """
     index = read_index(folder)
+    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
     for name, kind in index.state_dict_metadata.items():
         assert isinstance(kind, TensorStorageMetadata)
         for chunk in kind.chunks:
             info = index.storage_data.get(MetadataIndex(name, chunk.offsets))
-            path = folder / info.relative_path if info else None
-            if info is None or path is None or not path.is_file() or path.stat().st_size < info.offset + info.length:
+            if info is None or sizes.get(info.relative_path, -1) < info.offset + info.length:
                 raise StorageError(f"{folder}: a part of {name} was not written.")
 
 

@@ -136,16 +136,16 @@ def take(tree: dict[str, Any], *, sharded: bool, is_master: bool, staging: Stagi
     With `staging` nothing in it changes when training goes on; without, it holds the live tensors where those are on
     the host already.
     """
-    if not sharded:
-        tree = map_tensors(tree, lambda name, tensor: _whole(tensor, is_master))
+    if sharded:
+        return tree if staging is None else staging.copied(tree)
+
+    def kept(name: str, tensor: Tensor) -> Tensor | None:
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # one by one, each freed at once
         if not is_master:
-            return {}
+            return None
+        return staging.copy(name, whole) if staging is not None else whole.detach().cpu()
+
+    tree = map_tensors(tree, kept)
     if staging is not None:
-        return staging.copied(tree)
-    return tree if sharded else map_tensors(tree, lambda name, tensor: tensor.detach().cpu())
-
-
-def _whole(tensor: Tensor, is_master: bool) -> Tensor | None:
-    """The whole of a tensor, gathered from all ranks if it is sharded; None where it is not needed."""
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.cpu() if is_master else None
+        staging.finish()
+    return tree if is_master else {}

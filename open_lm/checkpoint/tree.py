@@ -70,13 +70,18 @@ class Staging:
 
     def copied(self, tree: Any) -> Any:
         """`tree` with all tensors, or this rank's shards of them, copied to the host; returns when they are there."""
-        copies = map_tensors(tree, self._copy)
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.synchronize()
+        copies = map_tensors(tree, self.copy)
+        self.finish()
         return copies
 
+    def finish(self) -> None:
+        """Return when all copies are there."""
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+
     @torch.no_grad()
-    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+    def copy(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor, or this rank's shard of it, on the host; complete after `finish`."""
         tensor = tensor.detach()
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         memory = self._memory.get(name)

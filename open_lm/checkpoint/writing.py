@@ -2,40 +2,69 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from open_lm import storage
 from open_lm.checkpoint import commit as commits
 from open_lm.checkpoint import sharded
-from open_lm.checkpoint.commit import Commit, FileRecord
+from open_lm.checkpoint.checksum import FileRecord
+from open_lm.checkpoint.commit import Commit
+from open_lm.checkpoint.retention import Retention
 from open_lm.checkpoint.snapshot import Snapshot
 from open_lm.checkpoint.tree import flat
 from open_lm.distributed import World
-from open_lm.errors import StorageError
+from open_lm.errors import OpenLMError, StorageError
 
-WRITE_ERRORS = (StorageError, OSError, RuntimeError)
+WRITE_ERRORS = (OpenLMError, OSError, RuntimeError)
 """How a disk that is full or broken is reported: torch.save raises a RuntimeError."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where and with which words a checkpoint is written."""
+    """Destination and metadata of a checkpoint."""
 
     folder: str
     name: str
     config: dict[str, Any]
+    retention: Retention
+    branch: int = 0
+    require_owner: Callable[[], None] = lambda: None
+    """Raises where this run no longer owns its folder; asked before each commit."""
 
     def commit(self, snapshot: Snapshot, files: dict[str, FileRecord], **facts: Any) -> Commit:
         """Publish the checkpoint that `files` make."""
-        commit = Commit(snapshot.label, snapshot.step, files, {"kind": snapshot.kind, "config": self.config, **facts})
+        stated = {
+            "kind": snapshot.kind,
+            "branch": self.branch,
+            "name": self.name,
+            "tokens": snapshot.tokens,
+            "evaluation_metrics": snapshot.stats["evaluation_metrics"],
+            "config": self.config,
+        }
+        commit = Commit(snapshot.label, snapshot.step, files, {**stated, **facts})
+        self.require_owner()
         commits.publish(self.folder, commit)
         return commit
+
+
+@contextlib.contextmanager
+def without_zip_checksums() -> Iterator[None]:
+    """torch.save computes no CRC of its own: ours covers the whole file."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def write_consolidated(target: Target, snapshot: Snapshot) -> Commit:
@@ -45,13 +74,16 @@ def write_consolidated(target: Target, snapshot: Snapshot) -> Commit:
         StorageError, OSError, RuntimeError: something could not be written; nothing stays behind.
     """
     payloads = snapshot.payloads(target.name, {"config": target.config})
-    try:
-        files = {name: commits.save_file(target.folder, name, payload) for name, payload in payloads.items()}
-    except BaseException:
-        for name in payloads:
-            storage.remove(storage.join(target.folder, name))
-        raise
-    return target.commit(snapshot, files)
+    with target.retention.unfinished(snapshot.label, list(payloads)), without_zip_checksums():
+        try:
+            records = commits.in_parallel(
+                partial(commits.save_file, target.folder, name, payload) for name, payload in payloads.items()
+            )
+            return target.commit(snapshot, dict(zip(payloads, records, strict=True)))
+        except BaseException:
+            for name in payloads:
+                storage.remove(storage.join(target.folder, name))
+            raise
 
 
 def write_sharded(
@@ -65,38 +97,52 @@ def write_sharded(
         StorageError: a rank could not write, or rank 0 does not see all files; nothing stays behind there.
     """
     folder = storage.local_path(storage.join(target.folder, shards))
+    marker = target.retention.unfinished(snapshot.label, [shards])
+    with contextlib.ExitStack() as stack:
+        problem = _problem_of(lambda: stack.enter_context(marker)) if world.is_master else None
+        problem = problem or _problem_of(lambda: folder.mkdir(parents=True, exist_ok=True))
+        require_none(problem, group)
+        return _write_shards(target, snapshot, folder, world, group)
+
+
+def _write_shards(
+    target: Target,
+    snapshot: Snapshot,
+    folder: Path,
+    world: World,
+    group: dist.ProcessGroup | None,
+) -> Commit | None:
+    """Write into `folder`, which exists, and commit on rank 0; the folder goes where that fails."""
     tensors, values = flat(snapshot.tree)
     try:
-        problem = _problem_of(lambda: folder.mkdir(parents=True, exist_ok=True))
-        require_none(problem, group)
-        sharded.write(folder, tensors, group)
-        mine = list(folder.glob(f"__{world.rank}_*"))
-        records: dict[str, FileRecord] = {}
-        problem = _problem_of(lambda: records.update({p.name: commits.hashed(str(p)) for p in mine}))
-        everyone = gathered((problem, records), group)
-        require_none(next((why for why, _ in everyone if why), None), group)
-        commit = None
+        with without_zip_checksums():
+            everyone = gathered(sharded.write(folder, tensors, group), group)
+        commits_made: list[Commit] = []
         if world.is_master:
-
-            def publish() -> None:
-                nonlocal commit
-                sharded.require_complete(folder)
-                head = {**snapshot.head(target.name), **snapshot.stats, "config": target.config}
-                payload = {**head, "values": values, "scaler": snapshot.scaler}
-                files = {sharded.STATS: commits.save_file(str(folder), sharded.STATS, payload)}
-                files |= {name: record for _, named in everyone for name, record in named.items()}
-                files[sharded.INDEX] = commits.hashed(str(folder / sharded.INDEX))
-                named = {f"{shards}/{name}": record for name, record in files.items()}
-                require_sizes(target.folder, named)
-                commit = target.commit(snapshot, named, shards=shards)
-
-            problem = _problem_of(publish)
+            records = {name: record for named in everyone for name, record in named.items()}
+            problem = _problem_of(
+                lambda: commits_made.append(_commit_shards(target, snapshot, folder, values, records))
+            )
+        else:
+            problem = None
         require_none(problem, group)
-        return commit
+        return commits_made[0] if commits_made else None
     except BaseException:
         if world.is_master:
             shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _commit_shards(
+    target: Target, snapshot: Snapshot, folder: Path, values: dict[str, Any], records: dict[str, FileRecord]
+) -> Commit:
+    sharded.require_complete(folder)
+    head = {**snapshot.head(target.name), **snapshot.stats, "config": target.config}
+    payload = {**head, "values": values, "scaler": snapshot.scaler}
+    files = {sharded.STATS: commits.save_file(str(folder), sharded.STATS, payload), **records}
+    named = {f"{folder.name}/{name}": record for name, record in files.items()}
+    require_sizes(target.folder, named)
+    return target.commit(snapshot, named, shards=folder.name)
 
 
 def require_sizes(folder: str, files: dict[str, FileRecord]) -> None:
@@ -111,14 +157,6 @@ def require_sizes(folder: str, files: dict[str, FileRecord]) -> None:
             raise StorageError(
                 f"{path}: is not there on rank 0. Sharded checkpoints need a --logs that all nodes share."
             )
-
-
-def remove_unfinished(folder: str) -> None:
-    """Remove folders of shards that no commit file names: those of saves that were killed."""
-    for path in storage.local_path(folder).glob(f"*{sharded.MARK}*"):
-        commit = commits.commit_beside(str(path))
-        if path.is_dir() and (commit is None or not any(name.startswith(path.name + "/") for name in commit.files)):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _problem_of(work: Callable[[], Any]) -> str | None:

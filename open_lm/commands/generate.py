@@ -82,11 +82,14 @@ class Writer:
         import torch
 
         from open_lm.checkpoint.load_model import load_model, stored_tokenizer
+        from open_lm.checkpoint.resolve import resolve
         from open_lm.data.tokenizer import load_tokenizer
 
-        self.tokenizer = load_tokenizer(asked.tokenizer or stored_tokenizer(asked.checkpoint))
+        given_tokenizer = load_tokenizer(asked.tokenizer) if asked.tokenizer else None
+        found = resolve(asked.checkpoint)
+        self.tokenizer = given_tokenizer or load_tokenizer(stored_tokenizer(found))
         device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = load_model(asked.checkpoint, device=device, dtype=asked.dtype, **given(flags))
+        self.model = load_model(found, device=device, dtype=asked.dtype, **given(flags))
         self.config, self.stops = config, asked.stop
 
     def together(self, prompts: Sequence[str]) -> list[str]:

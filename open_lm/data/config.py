@@ -78,10 +78,12 @@ class DataConfig:
     )
     target_mask_left: int | None = flag(
         None,
-        "Do not train on targets up to and including the first token with this id; sequences without it are whole.",
+        "Do not train on targets up to and including the last token with this id; sequences without it are whole.",
     )
     squash_mask_left: bool = flag(
-        False, "Take the --target-mask-left token out of the sequence; samples must then be one token longer."
+        False,
+        "Take the --target-mask-left tokens out of the sequence, and fill it up on the right with "
+        "--target-mask-individual.",
     )
     target_mask_individual: int | None = flag(None, "Do not train on targets with this id, for example padding.")
     doc_mask: bool = flag(

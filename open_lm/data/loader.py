@@ -290,7 +290,7 @@ def build_loader(
 
 def tokens_of_sample(config: DataConfig, seq_len: int, rows: int = 1) -> int:
     """The ids that a sample must hold."""
-    return rows * (seq_len + 1 + config.squash_mask_left)
+    return rows * (seq_len + 1)
 
 
 def require_form(sources: list[Source], form: str) -> None:

@@ -56,38 +56,30 @@ def with_marks(batch: Batch, samples_BS: Tensor) -> Batch:
 
 
 def masked_batch(samples_BS: Tensor, *, left_of: int | None, individual: int | None, squash: bool) -> Batch:
-    """Inputs and targets of samples, some targets IGNORED.
+    """Inputs and targets of samples, some targets IGNORED, as OpenLM masks them.
 
-    `left_of`: targets up to and including the first such token of a sample; a sample without it is trained on whole.
-    `individual`: every target that is this token. `squash`: the `left_of` token is taken out of the sample, which is
-    read one token longer for it; the mask then ends where it stood.
+    `left_of`: targets up to and including the last such token among them; where there is none all are trained on.
+    `individual`: every target that is this token. `squash`: the `left_of` tokens are then taken out of inputs and
+    targets, each filled up on the right: inputs with `individual` (None: 0), targets with IGNORED.
     """
+    inputs_BT, targets_BT = samples_BS[:, :-1], samples_BS[:, 1:]
     if left_of is None:
-        batch = Batch.from_samples(samples_BS)
-        return batch if individual is None else _without(batch, batch.targets_BT == individual)
-    marker_B = _first(samples_BS, left_of)
-    if squash:
-        samples_BS = _taken_out(samples_BS, marker_B)
-        marker_B = marker_B - 1
-    batch = Batch.from_samples(samples_BS)
-    places_T = torch.arange(1, samples_BS.shape[1])  # where in the sample each target stands
-    masked_BT = (places_T <= marker_B[:, None]) & (marker_B < samples_BS.shape[1])[:, None]
+        masked_BT = torch.zeros_like(targets_BT, dtype=torch.bool)
+    else:
+        is_marker_BT = targets_BT == left_of
+        masked_BT = is_marker_BT.flip(1).cumsum(1).flip(1) > 0  # a marker stands here or further right
     if individual is not None:
-        masked_BT |= batch.targets_BT == individual
-    return _without(batch, masked_BT)
+        masked_BT = masked_BT | (targets_BT == individual)
+    ignored_BT = targets_BT.masked_fill(masked_BT, IGNORED)
+    if squash and left_of is not None:
+        ignored_BT = _squashed(ignored_BT, targets_BT == left_of, IGNORED)
+        inputs_BT = _squashed(inputs_BT, inputs_BT == left_of, 0 if individual is None else individual)
+    return Batch(inputs_BT, ignored_BT)
 
 
-def _without(batch: Batch, masked_BT: Tensor) -> Batch:
-    return Batch(batch.inputs_BT, batch.targets_BT.masked_fill(masked_BT, IGNORED))
-
-
-def _first(samples_BS: Tensor, token: int) -> Tensor:
-    """Place of the first `token` in each sample; far beyond its end where there is none."""
-    is_token_BS = samples_BS == token
-    return torch.where(is_token_BS.any(dim=1), is_token_BS.int().argmax(dim=1), 2 * samples_BS.shape[1])
-
-
-def _taken_out(samples_BS: Tensor, place_B: Tensor) -> Tensor:
-    """Samples one token shorter: without the one at `place_B`, or without their last."""
-    kept_S = torch.arange(samples_BS.shape[1] - 1)
-    return samples_BS.gather(1, kept_S + (kept_S >= place_B[:, None]).long())
+def _squashed(rows_BT: Tensor, out_BT: Tensor, filling: int) -> Tensor:
+    """Rows without what `out_BT` marks, filled up on the right."""
+    order_BT = out_BT.int().argsort(dim=1, stable=True)
+    n_kept_B = (~out_BT).sum(1, keepdim=True)
+    places_T = torch.arange(rows_BT.shape[1], device=rows_BT.device)
+    return rows_BT.gather(1, order_BT).masked_fill(places_T >= n_kept_B, filling)

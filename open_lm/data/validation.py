@@ -45,7 +45,7 @@ def validation_batches(
         raise DataError(f"--val-data {source.name}: no sequences to score. Check the path and --val-num-samples.")
     config = config or DataConfig()
     end_of_text = document_end(config, [source])
-    n_tokens = seq_len + 1 + config.squash_mask_left
+    n_tokens = seq_len + 1
     reader = SampleReader(
         [source.shards],
         data_key=key,

@@ -10,13 +10,15 @@ import torch
 from torch import nn
 
 from open_lm import storage
-from open_lm.checkpoint.load_model import load_model, weights_file
+from open_lm.checkpoint.load_model import load_model
+from open_lm.checkpoint.read import read_facts
+from open_lm.checkpoint.resolve import Found, resolve
 from open_lm.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_near
 from open_lm.errors import CheckpointError, ConfigError
 from open_lm.evaluate.records import CheckpointRecords
 from open_lm.model import create_model
-from open_lm.model.config import ModelFlags, resolve
-from open_lm.weights.file import load_file
+from open_lm.model.config import ModelFlags
+from open_lm.model.config import resolve as resolve_architecture
 
 
 @dataclass(frozen=True)
@@ -39,23 +41,22 @@ def load_eval_model(
         CheckpointError: there is none, it is of another architecture, or it names no tokenizer and none is given.
         ConfigError: the tokenizer has more tokens than the model has embeddings.
     """
-    file = weights_file(path)
-    content = load_file(file)
-    stored = (content.get("config") or {}).get("tokenizer")
+    found = resolve(path)
+    facts = read_facts(found)
+    stored = (facts.get("config") or {}).get("tokenizer")
     if not (tokenizer or stored):
         raise CheckpointError(f"{path} does not name its tokenizer: give --tokenizer.")
-    loaded = load_tokenizer(tokenizer or tokenizer_near(str(stored), file))
+    loaded = load_tokenizer(tokenizer or tokenizer_near(str(stored), found.path))
     about = CheckpointRecords(
-        name=name_of(path, file),
-        checkpoint=file,
+        name=name_of(found),
+        checkpoint=found.path,
         model=architecture.get("model") or "",
         tokenizer=loaded.name,
-        step=_count(content.get("step")),
-        tokens=_count(content.get("tokens")),
-        weights=weights_identity(file),
+        step=_count(facts.get("step")),
+        tokens=_count(facts.get("tokens")),
+        weights=weights_identity(found),
     )
-    del content
-    model = load_model(path, device=str(device), dtype=dtype, **architecture)
+    model = load_model(found, device=str(device), dtype=dtype, **architecture)
     about.model = about.model or f"{model.config.n_layers} layers, {model.config.hidden_dim} wide"
     require_same_vocabulary(loaded, model.config.vocab_size)
     return EvalModel(model, loaded, model.config.seq_len, model.config.vocab_size, about)
@@ -69,7 +70,7 @@ def load_hf_eval_model(
     Raises:
         ConfigError: it cannot be read, or its tokenizer has more tokens than it has embeddings.
     """
-    config = resolve(flags)
+    config = resolve_architecture(flags)
     name = str(flags.hf_model)
     loaded = load_tokenizer(tokenizer or name)
     require_same_vocabulary(loaded, config.vocab_size)
@@ -94,21 +95,26 @@ def require_same_vocabulary(tokenizer: Tokenizer, n_embeddings: int) -> None:
         )
 
 
-def name_of(path: str, file: str) -> str:
+def name_of(found: Found) -> str:
     """What tables call a checkpoint: its run and epoch."""
-    epoch = os.path.basename(file).removesuffix(".pt")
-    folder = storage.parent(file)
+    path = found.path.rstrip("/")
+    epoch = os.path.basename(path).removesuffix(".pt").partition(".sharded-")[0]
+    folder = storage.parent(path)
     if os.path.basename(folder.rstrip("/")) == "checkpoints":
         return f"{os.path.basename(storage.parent(folder).rstrip('/'))}/{epoch}"
     return epoch
 
 
-def weights_identity(file: str) -> str:
-    """A text that changes when the file does."""
-    if storage.is_remote(file):
-        return f"{file} {storage.size_bytes(file)}"
-    stats = storage.local_path(file).stat()
-    return f"{storage.local_path(file).resolve()} {stats.st_size} {stats.st_mtime_ns}"
+def weights_identity(found: Found) -> str:
+    """A text that changes when the weights do."""
+    path = found.path
+    if found.commit is not None:
+        return f"{path} {found.commit.identity}"
+    if storage.is_remote(path):
+        return f"{path} {storage.size_bytes(path)}"
+    local = storage.local_path(path).resolve()
+    files = sorted(local.iterdir()) if local.is_dir() else [local]
+    return " ".join([str(local), *(f"{f.stat().st_size} {f.stat().st_mtime_ns}" for f in files if f.is_file())])
 
 
 def _count(value: Any) -> int | None:

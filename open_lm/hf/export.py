@@ -77,16 +77,19 @@ def export(config: ExportConfig, **architecture: Any) -> float | None:
         ConfigError: `out` exists, the model cannot be exported, or its tokenizer is not found.
         CheckpointError: the reloaded model differs; nothing is then left behind.
     """
-    from open_lm.checkpoint.load_model import load_model, stored_facts
+    from open_lm.checkpoint.load_model import load_model
+    from open_lm.checkpoint.read import read_facts
+    from open_lm.checkpoint.resolve import resolve
     from open_lm.hf.tokenizer_files import tokenizer_of
 
     out = Path(config.out).expanduser()
     if out.exists():
         raise ConfigError(f"--out {config.out} exists: choose another one, or remove it.")
-    facts = stored_facts(config.checkpoint)
+    found = resolve(config.checkpoint, "weights")
+    facts = read_facts(found)
     tokenizer = tokenizer_of(config.tokenizer, facts, config.checkpoint)
     dtype = None if config.dtype == "q8_0" else config.dtype
-    model = load_model(config.checkpoint, dtype=dtype, **architecture)
+    model = load_model(found, dtype=dtype, **architecture)
     if tokenizer and tokenizer.vocab_size > model.config.vocab_size:
         raise ConfigError(
             f"--tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}: "

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from open_lm.kernels import native
-from open_lm.kernels.loss_chunks import Chunk, Computed, LossSums, rows_per_chunk, sums_in_chunks
+from open_lm.kernels.loss_chunks import Chunk, Computed, LossSums, rows_per_chunk, scale_of, sums_in_chunks
 from open_lm.kernels.vocabulary_parallel import vocabulary_parallel_loss
 
 
@@ -59,13 +59,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         sums, gradients = compute(hidden, weight, targets_N, z_loss, any(ctx.needs_input_grad[:2]))
         if gradients is not None:
             ctx.save_for_backward(gradients[0].to(hidden_ND.dtype), gradients[1].to(weight_VD.dtype))
+            ctx.scale = scale_of(dtype)
         cross_entropy, squared_log_z = sums
         return cross_entropy + z_loss * squared_log_z, cross_entropy.clone(), squared_log_z.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_total, grad_weight * grad_total, None, None, None
+        return grad_hidden * (grad_total / ctx.scale), grad_weight * grad_total, None, None, None
 
 
 def runs_for(hidden_ND: Tensor, weight_VD: Tensor) -> bool:

@@ -25,7 +25,14 @@ class LossSums(NamedTuple):
 
 
 Computed = tuple[Tensor, tuple[Tensor, Tensor] | None]
-"""The sums of the cross-entropy and of squared log Z; the gradients of hidden and of weight, the latter in fp32."""
+"""The sums of the cross-entropy and of squared log Z; the gradients of hidden (times `scale_of` its type) and of
+weight, the latter in fp32."""
+
+
+def scale_of(dtype: torch.dtype) -> float:
+    """What the gradients of logits are multiplied by while they are in `dtype`: they are formed before the loss is
+    scaled, and below 6e-8 fp16 has only 0. They never exceed 1 by much, so there is room above."""
+    return 1024.0 if dtype == torch.float16 else 1.0
 
 
 def sums_in_chunks(chunk: Chunk, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, needs_grad: bool) -> Computed:
@@ -38,6 +45,8 @@ def sums_in_chunks(chunk: Chunk, hidden_ND: Tensor, weight_VD: Tensor, targets_N
         if grad_hidden is not None and grad_weight is not None and grad_CV is not None:
             torch.mm(grad_CV, weight_VD, out=grad_hidden[rows])
             _accumulate(grad_weight, grad_CV, hidden_ND[rows])
+    if grad_weight is not None:
+        grad_weight /= scale_of(weight_VD.dtype)
     return chunk.sums, (grad_hidden, grad_weight) if grad_hidden is not None and grad_weight is not None else None
 
 
@@ -72,8 +81,9 @@ class Chunk:
         self.sums[1] += (log_z_C.square() * counted_C).sum()
         if not needs_grad:
             return None
-        exp_CV.mul_((counted_C * (1 + 2 * self._z_loss * log_z_C) / sum_C)[:, None])
-        exp_CV.scatter_add_(1, index_C1, -(counted_C if is_here_C is None else counted_C * is_here_C)[:, None])
+        scaled_C = counted_C * scale_of(logits_CV.dtype)
+        exp_CV.mul_((scaled_C * (1 + 2 * self._z_loss * log_z_C) / sum_C)[:, None])
+        exp_CV.scatter_add_(1, index_C1, -(scaled_C if is_here_C is None else scaled_C * is_here_C)[:, None])
         return logits_CV.copy_(exp_CV)
 
     def _statistics(self, logits_CV: Tensor, exp_CV: Tensor, targets_C: Tensor) -> tuple[Any, ...]:
@@ -89,5 +99,10 @@ def _accumulate(grad_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
     """Add `grad_CV.T @ hidden_CD` to `grad_VD`, which is fp32 whatever the products are in."""
     if grad_CV.dtype == grad_VD.dtype:
         grad_VD.addmm_(grad_CV.t(), hidden_CD)
+    elif grad_CV.dtype == torch.float16:  # sums of scaled gradients over positions leave its range
+        if grad_CV.is_cuda:
+            grad_VD += torch.mm(grad_CV.t(), hidden_CD, out_dtype=torch.float32)
+        else:
+            grad_VD.addmm_(grad_CV.t().float(), hidden_CD.float())
     else:
         grad_VD += grad_CV.t() @ hidden_CD

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from open_lm.kernels.loss_chunks import Chunk, LossSums, rows_per_chunk, sums_in_chunks
+from open_lm.kernels.loss_chunks import Chunk, LossSums, rows_per_chunk, scale_of, sums_in_chunks
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,14 @@ class _Loss(torch.autograd.Function):
         sums, gradients = sums_in_chunks(chunk, hidden, weight, targets_N, any(ctx.needs_input_grad[:2]))
         if gradients is not None:
             ctx.save_for_backward(gradients[0].to(hidden_ND.dtype), gradients[1].to(weight_VD.dtype))
+            ctx.scale = scale_of(dtype)
         cross_entropy, squared_log_z = sums
         return cross_entropy + z_loss * squared_log_z, cross_entropy.clone(), squared_log_z.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Any, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_total, grad_weight * grad_total, None, None, None, None
+        return grad_hidden * (grad_total / ctx.scale), grad_weight * grad_total, None, None, None, None
 
 
 class _PartChunk(Chunk):

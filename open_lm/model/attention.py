@@ -62,6 +62,10 @@ class Attention(nn.Module):
         self.widths = [width // n_parts for width in self.widths]
         self.pos_embed.part = part
 
+    def fused_rows(self) -> dict[str, tuple[int, ...]]:
+        """The rows of each matrix that a parameter packs, for optimizers that work on matrices."""
+        return {"in_proj.weight": tuple(self.widths)}
+
     def reset_parameters(self) -> None:
         """in_proj: 1/sqrt(D); out_proj: 1/sqrt(D) / sqrt(2 (layer + 1)), so that the sum over layers stays small."""
         scaled_normal_(self.in_proj.weight, self.dim**-0.5)

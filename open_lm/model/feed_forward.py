@@ -35,6 +35,10 @@ class SwiGLU(nn.Module):
         """A part of the hidden width for each rank: the same of gate and of value."""
         return {"w12": Rows((self.width, self.width)), "w3": Columns()}
 
+    def fused_rows(self) -> dict[str, tuple[int, ...]]:
+        """The rows of each matrix that a parameter packs, for optimizers that work on matrices."""
+        return {"w12.weight": (self.width, self.width)}
+
     def reset_parameters(self) -> None:
         """w12: 1/sqrt(D); w3: 1/sqrt(F) / sqrt(2 (layer + 1))."""
         scaled_normal_(self.w12.weight, self.dim**-0.5)

@@ -63,6 +63,14 @@ class Mixer(nn.Module):
         self.D = nn.Parameter(torch.empty(inner))
         self.out_proj = nn.Linear(inner, config.d_model, bias=False)
 
+    def fused_rows(self) -> dict[str, tuple[int, ...]]:
+        """The rows of each matrix that a parameter packs, for optimizers that work on matrices."""
+        config = self.config
+        return {
+            "in_proj.weight": (config.inner_dim, config.inner_dim),
+            "x_proj.weight": (config.step_rank, config.d_state, config.d_state),
+        }
+
     def reset_parameters(self) -> None:
         """Projections, convolution: as torch does, out_proj over sqrt(blocks); a -1 to -N; log-uniform steps."""
         for part in (self.in_proj, self.conv1d, self.x_proj, self.out_proj):

@@ -66,6 +66,10 @@ class Experts(nn.Module):
         self.w12 = nn.Parameter(torch.empty(self.n_experts, self.width * (2 if self.gated else 1), self.dim))
         self.w3 = nn.Parameter(torch.empty(self.n_experts, self.dim, self.width))
 
+    def fused_rows(self) -> dict[str, tuple[int, ...]]:
+        """The rows of each matrix of an expert that a parameter packs, for optimizers that work on matrices."""
+        return {"w12": (self.width,) * (2 if self.gated else 1), "w3": (self.dim,)}
+
     def reset_parameters(self) -> None:
         """As in the feed-forward layers: w12 1/sqrt(D); w3 1/sqrt(F) / sqrt(2 (layer + 1))."""
         scaled_normal_(self.w12, self.dim**-0.5)

@@ -37,6 +37,7 @@ from open_lm.train.backends import prepare_backends
 from open_lm.train.context_parallel import sequence_part
 from open_lm.train.init_model import build_wrapped
 from open_lm.train.optim import build_optimizers
+from open_lm.train.random_state import seed_rank
 from open_lm.train.run_length import RunLength
 from open_lm.train.spike_guard import SpikeGuard
 from open_lm.train.state import TrainState
@@ -208,6 +209,7 @@ def build_state(config: RunConfig, architecture: ModelConfig, world: World, step
     wrapped = build_wrapped(
         architecture, world, parallel, config.train.seed, precision.weight_dtype, additions(config, architecture)
     )
+    seed_rank(config.train.seed, world.share_rank)
     averages = [WeightAverage(spec, wrapped) for spec in parse_averagers(config.optimizer.averagers)]
     sigma = config.optimizer.skip_step_sigma
     return TrainState(

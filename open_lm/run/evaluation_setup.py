@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from open_lm.checkpoint.read import read_checkpoint
+from open_lm.checkpoint.read import read_facts
 from open_lm.data.loader import Loader, validation_batches
 from open_lm.data.sources import named_tokenizer, open_source
 from open_lm.data.token_bytes import token_bytes
@@ -107,7 +107,7 @@ def run_tokenizer(config: RunConfig, loader: Loader | None) -> str | None:
     path = flags.start[0] if flags.start else flags.resume
     if named or loader is not None or path in (None, "latest"):
         return named
-    stored = (read_checkpoint(str(path)).get("config") or {}).get("tokenizer")
+    stored = (read_facts(str(path)).get("config") or {}).get("tokenizer")
     return tokenizer_near(stored, str(path)) if stored else None
 
 

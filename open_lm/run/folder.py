@@ -18,16 +18,19 @@ from open_lm.distributed import World
 from open_lm.errors import ConfigError
 from open_lm.model.config import ModelConfig
 from open_lm.params import RunConfig
+from open_lm.run.lock import FolderLock
 
 
-def open_folder(config: RunConfig, world: World, architecture: ModelConfig) -> str:
-    """Make the run's folder on rank 0 and write params.txt into it; every rank gets its path, or the same error.
+def open_folder(config: RunConfig, world: World, architecture: ModelConfig, lock: FolderLock) -> str:
+    """Make the run's folder on rank 0, take its `lock` if the run trains, and write params.txt into it; every rank gets
+    its path, or the same error.
 
     Raises:
-        ConfigError: the folder holds a run and --resume is not given.
+        ConfigError: the folder, or its remote copy, holds a run and --resume is not given.
+        FolderLocked: another run works in it.
         StorageError: the folder cannot be written.
     """
-    return world.on_rank0(lambda: _open(config, openlm_facts(config, world, architecture)))
+    return world.on_rank0(lambda: _open(config, openlm_facts(config, world, architecture), lock))
 
 
 def openlm_facts(config: RunConfig, world: World, architecture: ModelConfig) -> dict[str, Any]:
@@ -48,12 +51,20 @@ def openlm_facts(config: RunConfig, world: World, architecture: ModelConfig) -> 
     }
 
 
-def _open(config: RunConfig, facts: dict[str, Any]) -> str:
+def _open(config: RunConfig, facts: dict[str, Any], lock: FolderLock) -> str:
     if storage.is_remote(config.tracking.logs):
         raise ConfigError(f"--logs {config.tracking.logs}: a run's folder is local. Give a local folder.")
-    folder, resume = run_folder(config), config.checkpoint.resume
-    if resume == "latest" and (copy := remote_folder(config)):
+    folder, resume, copy = run_folder(config), config.checkpoint.resume, remote_folder(config)
+    if config.trains:
+        storage.require_writable(folder, "--logs")
+        lock.acquire()
+    if resume == "latest" and copy:
         bring_back(copy, folder)
+    if resume is None and config.trains and copy and committed(storage.join(copy, "checkpoints")):
+        raise ConfigError(
+            f"--remote-sync: {storage.shown(copy)} already holds a run. Continue it with --resume latest, or choose "
+            "another --name."
+        )
     continues = resume == "latest" or (resume and os.path.abspath(resume).startswith(os.path.abspath(folder) + os.sep))
     if holds_a_run(folder) and config.trains and not continues:
         raise ConfigError(

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
+from open_lm import storage
 from open_lm.checkpoint.manager import Checkpoints, DataOrder
 from open_lm.checkpoint.remote_sync import RemoteSync
 from open_lm.checkpoint.save_policy import Kind, SaveClock, SaveSteps
 from open_lm.data.batch import Batch
 from open_lm.distributed import World, start_world
-from open_lm.errors import DeviceError, Preempted, StorageError
+from open_lm.errors import DeviceError, Preempted, StorageError, TrainingDiverged
 from open_lm.evaluate.in_loop import InLoopEvaluator
 from open_lm.evaluate.validation import HeldOut, ValidationSet
 from open_lm.flags import parse_steps
@@ -22,7 +23,8 @@ from open_lm.model.config import ModelConfig
 from open_lm.model.describe import model_size
 from open_lm.params import RunConfig
 from open_lm.run.evaluations import Evaluations
-from open_lm.run.folder import open_folder, remote_folder
+from open_lm.run.folder import open_folder, remote_folder, run_folder
+from open_lm.run.lock import FolderLock
 from open_lm.run.profiling import Observer
 from open_lm.run.recorder import Recorder, append_json_line, close_quietly
 from open_lm.run.signals import StopRequests, end_with_launcher
@@ -131,6 +133,17 @@ class Run:
     def another(self, config: RunConfig, architecture: ModelConfig) -> Run:
         """A run of `config` that writes where this one does, while this one is open."""
         return Run(config, architecture, self.world, self.folder, self._sinks, self._watchdog)
+
+    def copy_to(self, url: str | None, stack: contextlib.ExitStack) -> None:
+        """Until `stack` is closed: keep a copy of the run at `url`, if there is one."""
+        if url is None:
+            return
+        flags, checkpoints = self.config.checkpoint, self.checkpoints
+        checkpoints.copy = storage.join(url, "checkpoints")
+        if self.world.is_master:
+            every, grace = flags.remote_sync_frequency, flags.remote_sync_grace
+            sync = RemoteSync(self.folder, url, every, checkpoints.retention, flags.n_kept, grace)
+            stack.enter_context(sync)
 
     def observe(self, state: TrainState) -> contextlib.AbstractContextManager[None]:
         """Around the step that comes next: the profile and the traces that were asked for."""
@@ -270,16 +283,20 @@ def start_run(config: RunConfig, architecture: ModelConfig, command: str) -> Ite
                 mesh=partial(mesh_shape, flags),
             )
         )
-        folder = open_folder(config, world, architecture)
+        lock = FolderLock(run_folder(config))
+        stack.callback(lock.release)
+        folder = open_folder(config, world, architecture, lock)
         stack.enter_context(text_log(folder, world.rank, every_rank=tracking.log_local, debug=tracking.debug))
         logging.info("%s", command)
-        copy = remote_folder(config) if config.trains and world.is_master else None
-        if copy is not None:
-            stack.enter_context(RemoteSync(folder, copy, config.checkpoint.remote_sync_frequency))
         facts = RunFacts(os.path.basename(folder), folder, config.as_flags(), tracking)
         sinks = open_sinks(facts) if world.is_master else []
-        watchdog = stack.enter_context(Watchdog(folder, world.rank, flags.hang_timeout or 0.8 * flags.dist_timeout))
+        watchdog = Watchdog(folder, world.rank, flags.hang_timeout or 0.8 * flags.dist_timeout)
         run = Run(config, architecture, world, folder, sinks, watchdog)
+        if config.trains:
+            stack.enter_context(leaving_together(world))
+            run.checkpoints.require_owner = lock.require if world.is_master else run.checkpoints.require_owner
+            run.copy_to(remote_folder(config), stack)
+        stack.enter_context(watchdog)
         stack.callback(run.close)
         try:
             yield run
@@ -291,6 +308,25 @@ def start_run(config: RunConfig, architecture: ModelConfig, command: str) -> Ite
                     f"lost contact with the other ranks ({error}); see which of them failed first."
                 ) from None
             raise
+
+
+@contextlib.contextmanager
+def leaving_together(world: World) -> Iterator[None]:
+    """At a regular end no rank leaves before all can: torchrun ends the others when the first is gone, and rank 0 may
+    still copy checkpoints."""
+    try:
+        yield
+    except (Preempted, TrainingDiverged):
+        _wait_for_all(world)
+        raise
+    _wait_for_all(world)
+
+
+def _wait_for_all(world: World) -> None:
+    try:
+        world.wait_for_all()
+    except RuntimeError as error:
+        logging.warning("another rank left early: %s", error)
 
 
 def lost_contact(error: BaseException) -> bool:

@@ -98,16 +98,18 @@ def _served(
     import torch
 
     from open_lm.checkpoint.load_model import load_model, stored_tokenizer
+    from open_lm.checkpoint.resolve import resolve
     from open_lm.data.tokenizer import load_tokenizer
     from open_lm.post_training.chat.template import load_template
     from open_lm.serve.served import Served
     from open_lm.serve.service import Service, slots_that_fit
 
-    tokenizer = load_tokenizer(config.tokenizer or stored_tokenizer(path))
+    found = resolve(path)
+    tokenizer = load_tokenizer(config.tokenizer or stored_tokenizer(found))
     template = load_template(config.chat_template, tokenizer)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     given = {key: value for key, value in vars(flags).items() if value != getattr(ModelFlags(), key)}
-    model = load_model(path, device=device, dtype=config.dtype, **given)
+    model = load_model(found, device=device, dtype=config.dtype, **given)
     if adapter is not None:
         model = _adapted(model, adapter, device)
     n_slots = slots_that_fit(model, config.slots)

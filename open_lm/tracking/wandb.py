@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from open_lm.errors import ConfigError
 from open_lm.tracking.sink import RunFacts
@@ -21,6 +22,11 @@ class WandbSink:
             import wandb
         except ImportError as error:
             raise ConfigError("--report-to wandb: the package is missing. pip install wandb") from error
+        if not _is_logged_in(wandb):
+            raise ConfigError(
+                "--report-to wandb: not logged in. Run `wandb login`, set WANDB_API_KEY, or keep the run here "
+                "with WANDB_MODE=offline."
+            )
         id_file = Path(run.folder, "wandb_id.txt")
         self._run = wandb.init(
             project=run.tracking.wandb_project_name,
@@ -35,7 +41,7 @@ class WandbSink:
         self._step, self._pending = 0, dict[str, float]()
 
     def rewind(self, step: int) -> None:
-        """Nothing to do: Weights & Biases passes over steps that it has already."""
+        """Nothing to do: Weights & Biases skips steps that it has already."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         if step != self._step:
@@ -51,3 +57,10 @@ class WandbSink:
     def close(self) -> None:
         self._send()
         self._run.finish()
+
+
+def _is_logged_in(wandb: Any) -> bool:
+    """Whether a key is known, or none is needed."""
+    if os.environ.get("WANDB_MODE", "online") != "online":
+        return True
+    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -40,12 +41,20 @@ class WeightAverage:
     @torch.no_grad()
     def in_place(self) -> Iterator[None]:
         """Within the block the model computes with the average."""
+        self._reshard()
         kept = [_local(p).clone() for p in self._model.parameters()]
         self._write(self._averages)
         try:
             yield
         finally:
+            self._reshard()
             self._write(kept)
+
+    def _reshard(self) -> None:
+        """Let go of parameters that FSDP keeps whole after a forward pass without a backward one."""
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _write(self, tensors: list[Tensor]) -> None:
         with torch.no_grad():
@@ -64,8 +73,9 @@ class WeightAverage:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
-        self._n = state["n"]
+        """Continue from what `state_dict` gave; a file of OpenLM does not say how many weights it has averaged, only at
+        which step."""
+        self._n = state["n"] if "n" in state else int(state.get("step", 0)) // self.spec.every_n_steps
         for (name, _), average in zip(self._model.named_parameters(), self._averages, strict=True):
             average.copy_(_local(state["state_dict"][name]))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from open_lm.errors import ConfigError
 from open_lm.flags import flag
@@ -23,6 +23,14 @@ OPTIMIZERS = Registry(
         "adafactor": "open_lm.train.optim:build_adafactor",
     },
 )
+USED_BY = {
+    "adamw": {"beta1", "beta2", "eps"},
+    "muon": {"beta1", "beta2", "eps", "muon_momentum", "muon_ns_steps", "muon_ns_precision"},
+    "lion": {"beta1", "beta2"},
+    "adafactor": set(),
+}
+"""The options of each optimizer; those of the others it ignores, with a warning."""
+OPTIONS = set().union(*USED_BY.values())
 IGNORED = (
     "fsdp_backward_prefetch",
     "fsdp_limit_all_gathers",
@@ -46,6 +54,9 @@ class OptimizerConfig:
     beta1: float = flag(0.9, "Decay of the running mean of the gradients.")
     beta2: float = flag(0.95, "Decay of the running mean of the squared gradients.")
     eps: float = flag(1.0e-8, "Added to the root of the squared-gradient mean.", above=0)
+    muon_momentum: float = flag(0.95, "Decay of Muon's running mean of the gradients.")
+    muon_ns_steps: int = flag(5, "Newton-Schulz iterations with which Muon orthogonalises a matrix.", least=1)
+    muon_ns_precision: str = flag("bf16", "Number format of these iterations.", choices=("bf16", "fp32"))
     wd: float = flag(0.2, "Weight decay (decoupled, times the learning rate) of what --wd-rule says.", least=0)
     wd_rule: str = flag(
         "matrices",
@@ -78,9 +89,18 @@ class OptimizerConfig:
             raise ConfigError("--log-avg-model-training-loss measures averages of the weights: name some, --averagers.")
         if self.wd_all and self.wd_rule == "all-but-embedding":
             raise ConfigError("--wd-all and --wd-rule all-but-embedding contradict each other: leave one out.")
-        for name in ("beta1", "beta2"):
+        self._warn_of_ignored()
+        for name in ("beta1", "beta2", "muon_momentum"):
             if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"--{name} {getattr(self, name)} is not in [0, 1).")
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)} is not in [0, 1).")
+
+    def _warn_of_ignored(self) -> None:
+        default = {f.name: f.default for f in fields(self)}
+        for name in OPTIONS - USED_BY[self.optimizer]:
+            if getattr(self, name) != default[name]:
+                logging.warning(
+                    "--%s is ignored: --optimizer %s has no such option.", name.replace("_", "-"), self.optimizer
+                )
 
 
 @dataclass(frozen=True)
@@ -247,6 +267,11 @@ class ParallelConfig:
         "With --fsdp: blocks gathered ahead of the one that computes; 0 leaves it to FSDP2, which gathers one.",
         least=0,
     )
+    fsdp_whole_gradients: bool = flag(
+        False,
+        "With --fsdp and --accum-freq above 1: keep whole gradients on every rank and reduce them once a step, instead "
+        "of after each micro-batch: less communication for the memory of all gradients in fp32.",
+    )
     experimental_meta_device: bool = flag(
         False,
         "With --fsdp: build the model without memory and fill it part by part, each rank keeping its share only; the "
@@ -294,7 +319,7 @@ class ParallelConfig:
                 f"--mesh {self.mesh} says what --fsdp-hybrid and --fsdp-group-size say: give dp=…,fsdp=…."
             )
         needing = ["fsdp_amp", "fsdp_pure_bf16", "fsdp_cpu_offload", "fsdp_hybrid", "fsdp_hybrid_o2"]
-        needing += ["fsdp_forward_prefetch", "experimental_meta_device"]
+        needing += ["fsdp_forward_prefetch", "fsdp_whole_gradients", "experimental_meta_device"]
         for name in needing:
             if getattr(self, name) and not (self.fsdp or set(sizes) - {"dp"}):
                 raise ConfigError(f"--{name.replace('_', '-')} says how --fsdp works: give that too.")

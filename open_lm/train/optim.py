@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adafactor, AdamW, Muon, Optimizer
+from torch.distributed.tensor import DTensor
+from torch.optim import Adafactor, AdamW, Optimizer
 
+from open_lm.errors import ConfigError
 from open_lm.train.config import OPTIMIZERS, OptimizerConfig
+from open_lm.train.muon import Muon, Packing, Packings, local
+from open_lm.train.row_order import row_orders
 
 Named = list[tuple[str, nn.Parameter]]
 
@@ -16,7 +21,20 @@ Named = list[tuple[str, nn.Parameter]]
 def build_optimizers(model: nn.Module, config: OptimizerConfig, lr: float) -> list[Optimizer]:
     """The optimizers that `config` names, each over its share of the trainable parameters of `model`."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return OPTIMIZERS.load(config.optimizer)(named, config, lr)
+    return OPTIMIZERS.load(config.optimizer)(named, config, lr, packings(model))
+
+
+def packings(model: nn.Module) -> Packings:
+    """By id of a parameter the matrices that it packs, as the modules that own them say, and how ranks order them."""
+    orders = {id(model.get_parameter(name)): order for name, order in row_orders(model).items()}
+    rows = {
+        id(module.get_parameter(name)): rows
+        for module in model.modules()
+        if hasattr(module, "fused_rows")
+        for name, rows in cast("Any", module).fused_rows().items()
+    }
+    whole = {key: order.blocks for key, order in orders.items()}  # a module under --mesh tp knows its part only
+    return {key: Packing(found, orders.get(key)) for key, found in (rows | whole).items()}
 
 
 def decays(name: str, parameter: nn.Parameter, rule: str = "matrices") -> bool:
@@ -30,7 +48,7 @@ def decays(name: str, parameter: nn.Parameter, rule: str = "matrices") -> bool:
 
 
 def decay_groups(named: Named, config: OptimizerConfig) -> list[dict]:
-    """Parameter groups with and without weight decay, neither of them empty."""
+    """Parameter groups with and without weight decay, empty groups dropped."""
     rule = "all" if config.wd_all else config.wd_rule
     decayed = [p for name, p in named if decays(name, p, rule)]
     kept = [p for name, p in named if not decays(name, p, rule)]
@@ -38,30 +56,53 @@ def decay_groups(named: Named, config: OptimizerConfig) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def build_adamw(named: Named, config: OptimizerConfig, lr: float) -> list[Optimizer]:
+def build_adamw(named: Named, config: OptimizerConfig, lr: float, packings: Packings | None = None) -> list[Optimizer]:
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101), updating all parameters in one fused pass."""
     groups = decay_groups(named, config)
     return [AdamW(groups, lr=lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)]
 
 
-def build_muon(named: Named, config: OptimizerConfig, lr: float) -> list[Optimizer]:
-    """Muon (torch's own) for the matrices of the blocks, AdamW for embeddings, output, norms and biases.
+def build_muon(named: Named, config: OptimizerConfig, lr: float, packings: Packings) -> list[Optimizer]:
+    """Muon for the matrices of the blocks, those of experts included; AdamW for embeddings, output, norms and biases.
 
-    Muon's updates are scaled to the size of AdamW's (arXiv:2502.16982), so one learning rate and decay serve both.
+    Muon's updates are scaled to the size of AdamW's, so one learning rate and decay serve both.
     """
-    inner = {name for name, p in named if p.ndim == 2 and ".layers." in f".{name}"}
+    inner = {name for name, p in named if ".layers." in f".{name}" and is_matrix(name, p, packings)}
     matrices = [p for name, p in named if name in inner]
     rest = [(name, p) for name, p in named if name not in inner]
-    muon = Muon(matrices, lr=lr, weight_decay=config.wd, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-    return [muon, *build_adamw(rest, config, lr)]
+    muon = Muon(
+        matrices,
+        lr=lr,
+        weight_decay=config.wd,
+        momentum=config.muon_momentum,
+        ns_steps=config.muon_ns_steps,
+        ns_dtype=torch.float32 if config.muon_ns_precision == "fp32" else torch.bfloat16,
+        packings=packings,
+    )
+    return [muon, *(build_adamw(rest, config, lr) if rest else [])]
 
 
-def build_adafactor(named: Named, config: OptimizerConfig, lr: float) -> list[Optimizer]:
-    """Adafactor (arXiv:1804.04235): squared gradients kept as means of rows and columns only."""
+def is_matrix(name: str, parameter: nn.Parameter, packings: Packings) -> bool:
+    """Whether a parameter is a matrix, or a stack of them whose module says so."""
+    if parameter.ndim > 2:
+        return id(parameter) in packings
+    return parameter.ndim == 2 and decays(name, parameter)
+
+
+def build_adafactor(named: Named, config: OptimizerConfig, lr: float, packings: Packings) -> list[Optimizer]:
+    """Adafactor (arXiv:1804.04235): squared gradients kept as means of rows and columns only.
+
+    Raises:
+        ConfigError: with --fsdp, which torch's Adafactor does not know.
+    """
+    if any(isinstance(p, DTensor) for _, p in named):
+        raise ConfigError(
+            "--optimizer adafactor: torch's does not work with --fsdp. Leave --fsdp out, or take another."
+        )
     return [Adafactor(decay_groups(named, config), lr=lr)]
 
 
-def build_lion(named: Named, config: OptimizerConfig, lr: float) -> list[Optimizer]:
+def build_lion(named: Named, config: OptimizerConfig, lr: float, packings: Packings) -> list[Optimizer]:
     """Lion; use a learning rate 3 to 10 times below AdamW's and a weight decay as much above."""
     return [Lion(decay_groups(named, config), lr=lr, betas=(config.beta1, config.beta2))]
 
@@ -80,13 +121,19 @@ class Lion(Optimizer):
         assert closure is None
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                momentum = self.state[parameter].setdefault("exp_avg", torch.zeros_like(parameter))
-                update = torch.lerp(parameter.grad, momentum, beta1).sign_()
-                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
-                momentum.lerp_(parameter.grad, 1 - beta2)
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            for p in parameters:
+                if "exp_avg" not in self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+            weights, gradients = [local(p) for p in parameters], [local(p.grad) for p in parameters]
+            momenta = [local(self.state[p]["exp_avg"]) for p in parameters]
+            updates = torch._foreach_lerp(gradients, momenta, beta1)
+            torch._foreach_sign_(updates)
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(weights, updates, alpha=-group["lr"])
+            torch._foreach_lerp_(momenta, gradients, 1 - beta2)
         return None
 
 

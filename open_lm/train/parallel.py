@@ -76,7 +76,9 @@ def shard(model: nn.Module, world: World, config: ParallelConfig) -> nn.Module:
     if config.fsdp_forward_prefetch:
         for number, block in enumerate(sharded, 1):
             block.set_modules_to_forward_prefetch(sharded[number : number + config.fsdp_forward_prefetch])
-    return cast("nn.Module", fully_shard(model, **settings))
+    whole: Any = fully_shard(model, **settings)
+    whole.keeps_whole_gradients = config.fsdp_whole_gradients
+    return cast("nn.Module", whole)
 
 
 def shard_experts(model: nn.Module, world: World, settings: Mapping[str, Any]) -> None:
@@ -117,9 +119,15 @@ def blocks(model: nn.Module) -> Iterable[nn.Module]:
 
 @contextlib.contextmanager
 def grad_sync(model: nn.Module, *, enabled: bool) -> Any:
-    """The context of one micro-batch; gradients are averaged over ranks only where `enabled`."""
-    if isinstance(model, FSDPModule):
+    """The context of one micro-batch; gradients are averaged over ranks only where `enabled`.
+
+    FSDP reduces and shards them after every micro-batch all the same, unless --fsdp-whole-gradients: no rank ever holds
+    them whole. Copies of a shard (--fsdp-hybrid) are averaged only where `enabled`.
+    """
+    if isinstance(model, FSDPModule) and getattr(model, "keeps_whole_gradients", False):
         model.set_requires_gradient_sync(enabled)
+    elif isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(enabled)
     if isinstance(model, DistributedDataParallel) and not enabled:
         with model.no_sync():
             yield

@@ -78,18 +78,24 @@ class NextToken(Task):
 
         return model(batch.inputs_BT, **batch.model_inputs, head=head)
 
-    def _losses(self, batch: Batch, hidden_ND: Tensor, weight_VD: Tensor, routing: Any = None) -> Losses:
+    def _losses(
+        self, batch: Batch, hidden_ND: Tensor, weight_VD: Tensor, routing: Any = None, share: float = 1.0
+    ) -> Losses:
+        """`share` weighs the cross-entropy in the total; z-loss and balance loss keep their own weights."""
         targets_N = batch.targets_BT.flatten()
-        sums = linear_cross_entropy(hidden_ND, weight_VD, targets_N, self.z_loss)
+        sums = linear_cross_entropy(hidden_ND, weight_VD, targets_N, self.z_loss / share if share else 0.0)
+        total = sums.total * share
+        if not share and self.z_loss:
+            total = linear_cross_entropy(hidden_ND, weight_VD, targets_N, self.z_loss).total - sums.total
         parts = [sums.cross_entropy, sums.squared_log_z]
         if self.logit_mean:
             parts.append(sum_of_mean_logits(hidden_ND, weight_VD, targets_N >= 0))
         if routing is None:
-            return Losses(sums.total, torch.stack(parts).detach())
+            return Losses(total, torch.stack(parts).detach())
         n_targets = batch.n_targets
         parts += [routing.balance_loss * n_targets, routing.n_dropped.float(), routing.load.max() * n_targets]
         parts += (routing.load.mean(0) * n_targets).unbind()
-        total = sums.total + (self.balance_loss or 0.0) * n_targets * routing.balance_loss
+        total = total + (self.balance_loss or 0.0) * n_targets * routing.balance_loss
         return Losses(total, torch.stack(parts).detach())
 
 
@@ -104,7 +110,7 @@ def sum_of_mean_logits(hidden_ND: Tensor, weight_VD: Tensor, counted_N: Tensor) 
 @dataclass(frozen=True)
 class Distillation(Task):
     """Predict the next token and what a teacher thinks of it: `(1 - weight) * cross-entropy + weight * divergence`
-    (Hinton et al., arXiv:1503.02531)."""
+    (Hinton et al., arXiv:1503.02531), beside z-loss and balance loss at their own weights."""
 
     teacher: nn.Module
     """In eval mode, without gradients, of the same vocabulary; not saved with the run."""
@@ -124,12 +130,11 @@ class Distillation(Task):
 
         def head(hidden_BTD: Tensor, weight_VD: Tensor, routing: Any = None) -> Losses:
             hidden_ND, counted_N = hidden_BTD.flatten(0, 1), batch.targets_BT.flatten() >= 0
-            plain = self.next_token._losses(batch, hidden_ND, weight_VD, routing)
+            plain = self.next_token._losses(batch, hidden_ND, weight_VD, routing, share=1 - self.weight)
             teacher_ND = teacher_hidden_BTE.flatten(0, 1)
             divergence = linear_divergence(
                 hidden_ND, weight_VD, teacher_ND, teacher_weight_VE, counted_N, self.temperature
             )
-            total = (1 - self.weight) * plain.total + self.weight * divergence
-            return Losses(total, torch.cat((plain.parts, divergence.detach()[None])))
+            return Losses(plain.total + self.weight * divergence, torch.cat((plain.parts, divergence.detach()[None])))
 
         return model(batch.inputs_BT, **batch.model_inputs, head=head)

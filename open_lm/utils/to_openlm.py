@@ -44,14 +44,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import torch
 
-    from open_lm.checkpoint.load_model import load_model, stored_facts
+    from open_lm.checkpoint.load_model import load_model
+    from open_lm.checkpoint.read import read_facts
+    from open_lm.checkpoint.resolve import resolve
     from open_lm.weights.openlm_names import to_openlm
 
     if storage.exists(asked.out):
         raise ConfigError(f"--out {asked.out} exists: choose another file, or remove it.")
-    model: Any = load_model(asked.checkpoint)
+    found = resolve(asked.checkpoint, "weights")
+    model: Any = load_model(found)
     require_known_there(model.config, asked.checkpoint)
-    facts = stored_facts(asked.checkpoint)
+    facts = read_facts(found)
     about = {name: facts.get(name, default) for name, default in (("epoch", 0), ("name", "open_lm"), ("step", 0))}
     with storage.open_atomic(asked.out) as file:
         torch.save({**about, "evaluation_metrics": [], "state_dict": to_openlm(model.state_dict())}, file)

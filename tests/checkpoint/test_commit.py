@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from open_lm.checkpoint import commit as commits
 from open_lm.checkpoint.commit import Commit
-from open_lm.checkpoint.resolve import latest, newest
+from open_lm.checkpoint.resolve import newest_in
+from open_lm.checkpoint.retention import discard
 from open_lm.errors import CheckpointError, StorageError
 
 
@@ -30,21 +31,21 @@ def test_files_hold_what_was_saved_and_the_commit_their_size_and_hash(tmp_path):
     assert (found.label, found.step) == ("1", 10)
     assert torch.load(tmp_path / "epoch_1.pt")["state_dict"]["w"][0] == 10
     assert found.files["epoch_1.pt"].size_bytes == (tmp_path / "epoch_1.pt").stat().st_size
-    assert commits.hashes_match(str(tmp_path), found)
+    assert commits.damaged_file(str(tmp_path), found) is None
 
 
 def test_latest_is_the_newest_step_whatever_the_labels_or_times(tmp_path):
     for label, step in (("2", 20), ("10", 100), ("9", 90), ("9-step95", 95)):
         write(tmp_path, label, step)
     os.utime(tmp_path / "epoch_2.commit.json", (2**31, 2**31))
-    assert latest(str(tmp_path)) == str(tmp_path / "epoch_10.pt")
+    assert newest_in(str(tmp_path)).path == str(tmp_path / "epoch_10.pt")
 
 
 def test_latest_looks_into_the_checkpoints_of_a_run_folder(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    assert latest(str(tmp_path)) is None
+    assert newest_in(str(tmp_path)) is None
     write(tmp_path / "checkpoints", "1", 5)
-    assert latest(str(tmp_path)) == str(tmp_path / "checkpoints" / "epoch_1.pt")
+    assert newest_in(str(tmp_path)).path == str(tmp_path / "checkpoints" / "epoch_1.pt")
 
 
 @pytest.mark.parametrize("name", ["epoch_2.pt", "stats_2.pt"])
@@ -59,7 +60,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, caplog, name, dam
     else:
         content[len(content) // 2] ^= 0x10
         file.write_bytes(content[:-1] if damage == "truncate" else content)
-    assert newest(str(tmp_path)).label == "1"
+    assert newest_in(str(tmp_path), "all").commit.label == "1"
     assert name in caplog.text
 
 
@@ -72,7 +73,7 @@ def test_every_flipped_bit_is_found(tmp_path, position, bit):
     content[int(position * len(content))] ^= 1 << bit
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match="all 1 checkpoints are damaged"):
-        newest(str(tmp_path))
+        newest_in(str(tmp_path), "all")
 
 
 def test_a_cut_commit_file_does_not_count(tmp_path, caplog):
@@ -80,18 +81,18 @@ def test_a_cut_commit_file_does_not_count(tmp_path, caplog):
     write(tmp_path, "2", 20)
     commit = tmp_path / "epoch_2.commit.json"
     commit.write_text(commit.read_text()[:40])
-    assert newest(str(tmp_path)).label == "1"
+    assert newest_in(str(tmp_path), "all").commit.label == "1"
     assert "epoch_2.commit.json is damaged" in caplog.text
 
 
 def test_files_without_a_commit_do_not_count(tmp_path):
     torch.save({}, tmp_path / "epoch_7.pt")
-    assert latest(str(tmp_path)) is None
+    assert newest_in(str(tmp_path)) is None
 
 
 def test_discarding_removes_all_files(tmp_path):
     write(tmp_path, "1", 10)
-    commits.discard(str(tmp_path), commits.committed(str(tmp_path))[0])
+    discard(str(tmp_path), commits.committed(str(tmp_path))[0])
     assert not list(tmp_path.iterdir())
 
 

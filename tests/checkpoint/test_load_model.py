@@ -243,3 +243,14 @@ def test_a_dict_without_weights_is_refused(tmp_path):
     torch.save({"epoch": 1, "optimizer": {"state": {}}}, tmp_path / "optimizer_1.pt")
     with pytest.raises(CheckpointError, match="no weights"):
         clean_state_dict(load_file(str(tmp_path / "optimizer_1.pt")))
+
+
+def test_a_file_that_states_no_positional_embedding_says_which_is_assumed(model, tmp_path, caplog):
+    path = save(tmp_path / "epoch_1.pt", model, config=None)
+    architecture = tmp_path / "arch.json"
+    sizes = {"hidden_dim": 16, "n_layers": 2, "n_heads": 2, "seq_len": 12, "vocab_size": 19}
+    architecture.write_text(json.dumps(sizes))
+    open_lm.load_model(path, model=str(architecture), positional_embedding_type="head_rotary")
+    assert not caplog.text
+    open_lm.load_model(path, model=str(architecture))
+    assert "rotary is assumed" in caplog.text and "head_rotary" in caplog.text

@@ -15,7 +15,7 @@ from storage.test_s3 import bucket, s3_server  # noqa: F401  (fixtures)
 from open_lm import storage
 from open_lm.checkpoint.commit import committed
 from open_lm.checkpoint.remote_sync import RemoteSync, bring_back
-from open_lm.errors import StorageError
+from open_lm.errors import CheckpointError, StorageError
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_a_copy_that_was_tampered_with_is_not_taken(tmp_path, manifest, remote):
     content = bytearray(storage.read_bytes(path))
     content[len(content) // 2] ^= 1
     storage.write_bytes(path, bytes(content))
-    with pytest.raises(StorageError, match=r"optimizer_3.pt does not have the hash"):
+    with pytest.raises(CheckpointError, match=r"optimizer_3.pt does not have the hash"):
         bring_back(f"{remote}/run", str(tmp_path / "second"))
     assert not committed(str(tmp_path / "second" / "checkpoints"))
     storage.write_text(f"{remote}/run/mirror.json", json.dumps(["../outside"]))

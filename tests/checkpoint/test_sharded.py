@@ -1,6 +1,5 @@
 """Sharded checkpoints: the same bits on any ranks and in any parallel mode, damage found, nothing run when read."""
 
-import json
 import os
 import pickle
 
@@ -11,9 +10,11 @@ from gloo import run_ranks
 
 import open_lm
 from open_lm.checkpoint import commit as commits
+from open_lm.checkpoint.checksum import record_of
 from open_lm.checkpoint.consolidate import main as consolidate
-from open_lm.checkpoint.resolve import latest
+from open_lm.checkpoint.resolve import newest_in
 from open_lm.checkpoint.restore import restore
+from open_lm.checkpoint.retention import discard
 from open_lm.checkpoint.sharded import read_index
 from open_lm.errors import CheckpointError, StorageError
 
@@ -90,11 +91,11 @@ def test_consolidated_in_place_both_stay_and_the_run_goes_on(tmp_path):
         left, right = (torch.load(p, weights_only=True) for p in (path, tmp_path / "shards" / path.name))
         assert_same(left, right)
     (commit,) = commits.committed(str(tmp_path / "shards"))
-    assert latest(str(tmp_path / "shards")).endswith("epoch_1.pt")
+    assert newest_in(str(tmp_path / "shards")).path.endswith("epoch_1.pt")
     again = make_state(seed=1, companions=True)
     restore(make_checkpoints(tmp_path / "shards", resume="latest"), again, NoData())
     assert_same(content(again), content(state))
-    commits.discard(str(tmp_path / "shards"), commit)
+    discard(str(tmp_path / "shards"), commit)
     assert not list((tmp_path / "shards").iterdir())
 
 
@@ -126,11 +127,9 @@ def test_an_index_that_would_run_code_is_not_run_even_if_its_hash_fits(tmp_path)
     save(tmp_path, make_state())
     (index,) = tmp_path.glob("*/.metadata")
     index.write_bytes(pickle.dumps({"state_dict_metadata": Evil()}))
-    commit_file = tmp_path / "epoch_1.commit.json"
-    content = json.loads(commit_file.read_text())
-    record = commits.hashed(str(index))
-    content["files"][f"{index.parent.name}/.metadata"] = {"size_bytes": record.size_bytes, "sha256": record.sha256}
-    commit_file.write_text(json.dumps(content))
+    commit = commits.read_commit(str(tmp_path / "epoch_1.commit.json"))
+    commit.files[f"{index.parent.name}/.metadata"] = record_of(str(index))
+    commits.publish(str(tmp_path), commit)
     for use in (lambda: open_lm.load_model(tmp_path), lambda: read_index(index.parent)):
         with pytest.raises(CheckpointError, match="mkdir"):
             use()

@@ -11,7 +11,7 @@ import torch
 from runs import ROOT, SEQ_LEN, flags, folder_of, metrics, run, run_command, weights, write_data
 
 from open_lm.checkpoint import commit as commits
-from open_lm.checkpoint.resolve import latest
+from open_lm.checkpoint.resolve import newest_in
 from open_lm.errors import CheckpointError, ConfigError, StorageError, TrainingDiverged
 from open_lm.main import main
 
@@ -44,9 +44,7 @@ def test_a_full_disk_while_extending_leaves_the_old_checkpoint(tmp_path, manifes
     with pytest.raises(StorageError, match="no space left"):
         run(tmp_path, manifest, "--resume", "latest", steps=12)
     assert checkpoints_of(tmp_path) == {"1": 6}
-    assert commits.hashes_match(
-        str(folder_of(tmp_path) / "checkpoints"), commits.committed(str(folder_of(tmp_path) / "checkpoints"))[0]
-    )
+    assert newest_in(str(folder_of(tmp_path)), "all")
 
 
 @pytest.mark.parametrize("point", ["save_file 1", "save_file 2", "save_file 3", "publish 1"])
@@ -79,8 +77,8 @@ def test_going_back_leaves_later_checkpoints_behind(tmp_path, manifest):
     run(tmp_path, manifest, "--num-checkpoints", "4")
     path = str(folder_of(tmp_path) / "checkpoints" / "epoch_2.pt")
     run(tmp_path, manifest, "--num-checkpoints", "4", "--resume", path, "--keep-last", "1", "--lr", "1e-3")
-    assert checkpoints_of(tmp_path) == {"4": 12}
-    stored = torch.load(folder_of(tmp_path) / "checkpoints" / "epoch_4.pt", weights_only=True)
+    assert checkpoints_of(tmp_path) == {"4-step12": 12}  # the files of label 4 are left behind, not written over
+    stored = torch.load(folder_of(tmp_path) / "checkpoints" / "epoch_4-step12.pt", weights_only=True)
     assert stored["config"]["flags"]["lr"] == 1e-3
     assert list(metrics(tmp_path)) == list(range(1, 13))  # steps 7 to 12 of the first try are gone
 
@@ -96,7 +94,7 @@ def test_another_runs_checkpoint_does_not_continue_in_a_folder_that_holds_a_run(
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--global-batch-size", "4"], "--global-batch-size"),
+        (["--global-batch-size", "5"], r"768 tokens, 128 a step.*80 tokens of --global-batch-size"),
         (["--optimizer", "lion"], "--optimizer was adamw, is now lion"),
     ],
 )
@@ -105,6 +103,18 @@ def test_what_would_not_add_up_is_refused(tmp_path, manifest, extra, message):
     with pytest.raises(CheckpointError, match=message):
         run(tmp_path, manifest, "--resume", "latest", *extra, steps=12)
     assert checkpoints_of(tmp_path) == {"1": 6}
+
+
+@pytest.mark.parametrize("batch", [4, 16])
+def test_another_batch_goes_on_in_tokens(tmp_path, manifest, batch):
+    run(tmp_path, manifest, "--num-checkpoints", "2", "--stop-at-step", "6")
+    length = ["--num-checkpoints", "2", "--resume", "latest"]
+    done = run(tmp_path, manifest, *length, steps=12 * 8 // batch, batch=batch)
+    assert done.step == 12 * 8 // batch
+    last = newest_in(str(folder_of(tmp_path)), "all")
+    stats = torch.load(last.path.replace("epoch_", "optimizer_").replace("optimizer_", "stats_"), weights_only=True)
+    assert last.commit.facts["tokens"] == 12 * 8 * 16 and stats["data_state"]["samples_consumed"] == 12 * 8
+    assert run(tmp_path, manifest, *length, steps=12 * 8 // batch, batch=batch).step == done.step
 
 
 def test_flags_of_the_optimizer_count_after_a_resume(tmp_path, manifest):
@@ -162,7 +172,7 @@ def test_a_diverged_run_keeps_the_checkpoint_before(tmp_path, manifest, monkeypa
     with pytest.raises(TrainingDiverged, match=r"--lr.*--resume"):
         run(tmp_path, manifest, "--num-checkpoints", "2", "--log-every-n-steps", "100")
     assert checkpoints_of(tmp_path) == {"1": 6}
-    assert latest(str(folder_of(tmp_path)))
+    assert newest_in(str(folder_of(tmp_path)), "all")
 
 
 def test_two_ranks_stop_together_on_a_loss_that_is_not_finite(tmp_path, manifest):

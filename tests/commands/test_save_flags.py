@@ -33,7 +33,8 @@ def test_a_run_continues_bit_equal_from_inside_an_interval(tmp_path, manifest):
     extra = ["--save-every-steps", "5"]
     run(tmp_path, manifest, *extra)
     for label in ("1", "0-step10"):
-        (folder_of(tmp_path) / "checkpoints" / f"epoch_{label}.commit.json").unlink()
+        for path in (folder_of(tmp_path) / "checkpoints").glob(f"*_{label}.*"):
+            path.unlink()
     run(tmp_path, manifest, *extra, "--resume", "latest")
     assert metrics(tmp_path) == metrics(tmp_path, "straight")
     assert all((weights(tmp_path)[k] == v).all() for k, v in weights(tmp_path, "straight").items())
@@ -76,7 +77,8 @@ def test_a_checkpoint_before_the_first_step_changes_nothing_and_can_be_resumed(t
     assert sorted(losses) == [0, 5, 12]
     assert losses[0] > losses[5] > losses[12]
     for label in ("1", "0-step5"):
-        (folder_of(tmp_path) / "checkpoints" / f"epoch_{label}.commit.json").unlink()
+        for path in (folder_of(tmp_path) / "checkpoints").glob(f"*_{label}.*"):
+            path.unlink()
     run(tmp_path, manifest, *fixed, "--resume", "latest")
     assert checkpoints_of(tmp_path) == {"0": 0, "0-step5": 5, "1": 12}
     assert all((weights(tmp_path)[k] == v).all() for k, v in weights(tmp_path, "straight").items())

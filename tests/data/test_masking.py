@@ -1,12 +1,14 @@
 """Masks, against tables worked by hand and a loop over single positions."""
 
 import io
+import json
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from shared import SHARED, needs_shared
 
 from open_lm.data.batch import IGNORED as X
 from open_lm.data.config import DataConfig
@@ -29,7 +31,7 @@ SAMPLES = torch.tensor([[5, 6, 9, 7, 8, 1], [5, 6, 7, 8, 1, 1], [9, 5, 9, 6, 1, 
         ({"left_of": None, "individual": None, "squash": False}, SAMPLES[:, 1:].tolist()),
         (
             {"left_of": 9, "individual": None, "squash": False},
-            [[X, X, 7, 8, 1], [6, 7, 8, 1, 1], [5, 9, 6, 1, 7], [X, X, X, X, X]],
+            [[X, X, 7, 8, 1], [6, 7, 8, 1, 1], [X, X, 6, 1, 7], [X, X, X, X, X]],
         ),
         (
             {"left_of": None, "individual": 1, "squash": False},
@@ -37,18 +39,30 @@ SAMPLES = torch.tensor([[5, 6, 9, 7, 8, 1], [5, 6, 7, 8, 1, 1], [9, 5, 9, 6, 1, 
         ),
         (
             {"left_of": 9, "individual": 1, "squash": False},
-            [[X, X, 7, 8, X], [6, 7, 8, X, X], [5, 9, 6, X, 7], [X, X, X, X, X]],
+            [[X, X, 7, 8, X], [6, 7, 8, X, X], [X, X, 6, X, 7], [X, X, X, X, X]],
         ),
-        ({"left_of": 9, "individual": None, "squash": True}, [[X, 7, 8, 1], [6, 7, 8, 1], [9, 6, 1, 7], [X, X, X, X]]),
+        (
+            {"left_of": 9, "individual": 1, "squash": True},
+            [[X, 7, 8, X, X], [6, 7, 8, X, X], [X, 6, X, 7, X], [X, X, X, X, X]],
+        ),
     ],
 )
 def test_hand_worked_targets(flags, targets):
     assert masked_batch(SAMPLES, **flags).targets_BT.tolist() == targets
 
 
-def test_squashing_takes_the_marker_out_of_the_inputs():
-    batch = masked_batch(SAMPLES, left_of=9, individual=None, squash=True)
-    assert batch.inputs_BT.tolist() == [[5, 6, 7, 8], [5, 6, 7, 8], [5, 9, 6, 1], [5, 5, 5, 5]]
+def test_squashing_takes_the_markers_out_of_the_inputs():
+    batch = masked_batch(SAMPLES, left_of=9, individual=1, squash=True)
+    assert batch.inputs_BT.tolist() == [[5, 6, 7, 8, 1], [5, 6, 7, 8, 1], [5, 6, 1, 1, 1], [5, 5, 5, 5, 5]]
+
+
+@needs_shared
+def test_every_case_of_openlms_own_function_is_met():
+    cases = json.loads((SHARED / "fixtures" / "openlm_masks" / "cases.json").read_text())
+    for case in cases:
+        flags = {"left_of": case["target_mask_left"], "individual": case["target_mask_individual"]}
+        batch = masked_batch(torch.tensor(case["samples"]), **flags, squash=case["squash_mask_left"])
+        assert batch.inputs_BT.tolist() == case["inputs"] and batch.targets_BT.tolist() == case["targets"], case
 
 
 @given(
@@ -57,13 +71,14 @@ def test_squashing_takes_the_marker_out_of_the_inputs():
 def test_masks_equal_a_loop_over_single_positions(rows, individual, squash):
     batch = masked_batch(torch.tensor(rows), left_of=2, individual=3 if individual else None, squash=squash)
     for k, row in enumerate(rows):
-        place = row.index(2) if 2 in row else -1
+        inputs, targets = row[:-1], row[1:]
+        last = max((i for i, t in enumerate(targets) if t == 2), default=-1)
+        expected = [X if i <= last or (individual and t == 3) else t for i, t in enumerate(targets)]
         if squash:
-            row = [t for i, t in enumerate(row) if i != (place if place >= 0 else 5)]
-            place -= 1
-        expected = [X if i <= place or (individual and t == 3) else t for i, t in enumerate(row)][1:]
-        assert batch.targets_BT[k].tolist() == expected
-        assert batch.inputs_BT[k].tolist() == row[:-1]
+            expected = [e for e, t in zip(expected, targets, strict=True) if t != 2]
+            inputs = [t for t in inputs if t != 2]
+        assert batch.targets_BT[k].tolist() == expected + [X] * (5 - len(expected))
+        assert batch.inputs_BT[k].tolist() == inputs + [3 if individual else 0] * (5 - len(inputs))
 
 
 def test_the_loader_masks_what_the_flags_say(data_set):
@@ -79,10 +94,10 @@ def test_the_loader_masks_what_the_flags_say(data_set):
 
     plain, left, one = batch(4), batch(4, target_mask_left=7), batch(4, target_mask_individual=7)
     assert (plain.targets_BT != X).all()
-    assert sorted((left.targets_BT == X).sum(1).tolist()) == [0] + [2] * 7  # sample 7 begins with a 7
+    assert (left.targets_BT == X).all()  # up to the last 7
     assert sorted((one.targets_BT == X).sum(1).tolist()) == [3] * 7 + [4]
-    squashed = batch(3, target_mask_left=7, squash_mask_left=True)
-    assert squashed.inputs_BT.shape == (8, 3) and (squashed.targets_BT == 7).any()
+    squashed = batch(4, target_mask_left=7, squash_mask_left=True)
+    assert squashed.inputs_BT.shape == (8, 4) and not (squashed.inputs_BT == 7).any()
 
 
 def marked(rows, marks):

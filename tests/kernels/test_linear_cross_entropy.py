@@ -76,3 +76,27 @@ def test_the_sums_are_not_rounded_to_the_type_of_the_weights():
     got = linear_cross_entropy(hidden, weight, targets)
     assert got.total.dtype == torch.float32
     assert torch.autograd.grad(got.total, weight)[0].dtype == torch.bfloat16
+
+
+def test_under_fp16_rare_ids_get_their_gradients_and_frequent_ones_do_not_overflow():
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(512, 64), torch.randn(2000, 64) * 0.25, torch.randint(0, 1000, (512,))
+    weight[1000:] *= 0.2
+    weight[1000:, 0] -= 2.0  # half of the vocabulary has probabilities of 1e-12 to 1e-8
+    hidden[:, 0] = hidden[:, 0].abs() + 4
+    targets[:400] = 3
+
+    def gradients(dtype, autocast):
+        a, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.float16, enabled=autocast):
+            total = linear_cross_entropy(a, w, targets).total
+        (total / 512 * (65536.0 if autocast else 1.0)).backward()
+        return (a.grad / 65536, w.grad / 65536) if autocast else (a.grad, w.grad)
+
+    expected, found = gradients(torch.float64, False), gradients(torch.float32, True)
+    rare, rare_found = expected[1][1000:], found[1][1000:].double()
+    assert found[1].isfinite().all() and found[0].isfinite().all()
+    assert (rare_found == 0).double().mean() < 0.1
+    assert (rare_found - rare).norm() < 0.05 * rare.norm()
+    for e, f in zip(expected, found, strict=True):
+        assert (f.double() - e).norm() < 0.01 * e.norm()

@@ -106,3 +106,13 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(tmp_path, mon
 def test_all_means_every_sink():
     assert set(TrackingConfig(report_to="all").sinks) == set(SINKS)
     assert TrackingConfig(report_to="wandb,tensorboard").sinks == ("jsonl", "csv", "wandb", "tensorboard")
+
+
+def test_wandb_without_a_login_says_what_to_do(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(ConfigError, match="wandb login"):
+        open_sinks(facts(tmp_path, "wandb"))

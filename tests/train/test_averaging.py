@@ -5,10 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from checkpoint.states import make_state as make_ranked_state
+from gloo import run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from train.conftest import CONFIG, make_batch, make_state
 
+from open_lm.data.batch import Batch
 from open_lm.errors import ConfigError
 from open_lm.model import create_model
 from open_lm.train.averagers import cosine, parse_averagers, poly
@@ -104,3 +107,26 @@ def test_a_tied_weight_is_averaged_under_both_names():
     assert stored.keys() == tied.state_dict().keys()
     torch.testing.assert_close(stored["output.weight"], tied.output.weight - 0.5)
     assert torch.equal(stored["output.weight"], stored["tok_embeddings.weight"])
+
+
+def test_an_average_of_openlm_says_only_its_step_and_goes_on():
+    model = make_state().model
+    spec = parse_averagers("poly_8_2")[0]
+    average, again = WeightAverage(spec, model), WeightAverage(spec, model)
+    weights = average.state_dict()["state_dict"]
+    again.load_state_dict({"step": 12, "av_param": 8, "state_dict": weights})
+    assert again.state_dict()["n"] == 6
+
+
+def _average_losses(world):
+    state = make_ranked_state(world, fsdp=True, companions=True)
+    generator = torch.Generator().manual_seed(world.rank)
+    batch = Batch.from_samples(torch.randint(37, (2, 13), generator=generator))
+    for _ in range(2):
+        train_step(state, batch, accum=2, clip=1.0, timing=Timing(torch.device("cpu")))
+        losses = average_losses(state, batch, accum=2)
+        assert all(0 < loss < 10 for loss in losses.values())
+
+
+def test_averages_are_measured_between_steps_under_fsdp():
+    run_ranks(_average_losses, 2)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gloo import run_ranks
 from runs import flags, folder_of, metrics, run, run_command, weights, write_data
 
 from open_lm.errors import ConfigError
@@ -63,3 +64,31 @@ def test_flags_that_shape_fsdp_need_it():
 def test_flags_without_a_meaning_are_accepted_with_one_warning(caplog):
     ParallelConfig(fsdp=True, fsdp_limit_all_gathers=True)
     assert caplog.text.count("--fsdp-limit-all-gathers has no meaning") == 1
+
+
+def _gradient_bytes(world, whole):
+    """The most bytes of gradients a rank holds between the micro-batches of a step."""
+    from open_lm.model import create_model
+    from open_lm.model.config import ModelConfig
+    from open_lm.train.parallel import grad_sync, wrap
+
+    sizes = {"hidden_dim": 16, "n_layers": 2, "n_heads": 2, "seq_len": 12, "vocab_size": 37}
+    config = ParallelConfig(device="cpu", precision="fp32", fsdp=True, fsdp_whole_gradients=whole)
+    torch.manual_seed(0)
+    model = wrap(create_model(ModelConfig(**sizes)), world, config)
+    ids = torch.randint(37, (4, 12), generator=torch.Generator().manual_seed(world.rank))
+    for is_last, rows in ((False, ids[:2]), (True, ids[2:])):
+        with grad_sync(model, enabled=is_last):
+            model(rows)[0].square().mean().backward()
+        if not is_last:
+            held = [p.grad for p in model.parameters() if p.grad is not None]
+    assert bool(held) is not whole  # sharded gradients after the first micro-batch, or none until the last
+    return torch.cat([p.grad.full_tensor().flatten() for p in model.parameters()])
+
+
+def _both_ways(world):
+    torch.testing.assert_close(_gradient_bytes(world, False), _gradient_bytes(world, True))
+
+
+def test_fsdp_shards_gradients_after_each_micro_batch_with_the_same_sum():
+    run_ranks(_both_ways, 2)

@@ -72,7 +72,7 @@ class BlockCache:
         self._fetched: set[str] = set()
         self._n_again, self._warned, self._added_bytes = 0, False, limit_share(self.limit_bytes)
         self._pool: ThreadPoolExecutor | None = None
-        self._guard = threading.Lock()
+        self._guard, self._process = threading.Lock(), os.getpid()
 
     def __getstate__(self) -> dict[str, object]:
         return {"folder": self.folder, "limit_bytes": self.limit_bytes, "session": self.session}
@@ -170,6 +170,8 @@ class BlockCache:
 
     def _begin(self, shard: RemoteShard, block: int) -> Future[None] | None:
         path = self._path(shard, block)
+        if self._process != os.getpid():
+            self._start()  # in a forked worker, where the threads of the parent do not exist
         with self._guard:
             running = self._pending.get(path)
             if running is not None and not running.done():

@@ -18,7 +18,7 @@ import torch
 import webdataset as wds
 from torch.utils.data import get_worker_info
 
-from open_lm.data.rows import PROOF_BYTES, Rows
+from open_lm.data.rows import PROOF_BYTES, SampleRows
 from open_lm.errors import DataError, OpenLMError
 
 warnings.filterwarnings("ignore", "This DataLoader will create")  # how many workers is the user's choice
@@ -38,7 +38,7 @@ class Request(NamedTuple):
     positions: np.ndarray
 
 
-Fill = Callable[[np.ndarray], Rows]
+Fill = Callable[[np.ndarray], SampleRows]
 """From positions to their samples."""
 
 
@@ -91,7 +91,7 @@ class ReadStage:
 _SIGNED = {np.dtype("<u2"): "<i2", np.dtype("<u4"): "<i4"}
 
 
-def _packed(rows: Rows) -> dict[str, Any]:
+def _packed(rows: SampleRows) -> dict[str, Any]:
     """`rows` as it travels to the main process: ids as wide as they are stored, in a tensor, so in shared memory.
 
     A worker sends a copy: its reader fills the same table again while this one is still on its way.
@@ -116,7 +116,7 @@ def _ids(part: dict[str, Any]) -> np.ndarray:
 
 
 class StepRows(NamedTuple):
-    """One rank's samples of one step: as `Rows`, its tokens int64, the rows in the order of the plan."""
+    """One rank's samples of one step: as `SampleRows`, its tokens int64, the rows in the order of the plan."""
 
     tokens: torch.Tensor
     unreadable: list[tuple[int, str]]
@@ -195,7 +195,7 @@ def _together(parts: list[dict[str, Any]], step: int, batch: int) -> StepRows:
     read_sum = 0
     for part in parts:
         slots: Any = part["slots"] if len(parts) > 1 else slice(None)
-        rows: Rows = part["rows"]
+        rows: SampleRows = part["rows"]
         tokens[slots] = _ids(part)
         if rows.stored is not None and rows.widths is not None:
             stored[slots], widths[slots] = rows.stored, rows.widths

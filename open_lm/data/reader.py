@@ -16,7 +16,7 @@ from open_lm.data.flat import FLAT_KEYS
 from open_lm.data.formats import plain_npy_header
 from open_lm.data.manifest import Shard
 from open_lm.data.plan import key, mix
-from open_lm.data.rows import PROOF_BYTES, Rows, read_checksum, shard_ids
+from open_lm.data.rows import PROOF_BYTES, SampleRows, read_checksum, shard_ids
 from open_lm.data.sample_check import checked_sample, header_place
 from open_lm.data.shards import NPY_HEADER_BYTES, ShardIndex, index_file
 from open_lm.data.tar import BLOCK, CHECKSUM_PLACE
@@ -62,7 +62,7 @@ class SampleReader:
     def _ids(self, numbers: list[int]) -> np.ndarray:
         return shard_ids([self.shards[number].url for number in numbers])
 
-    def read(self, source: np.ndarray, shard: np.ndarray, place: np.ndarray, position: np.ndarray) -> Rows:
+    def read(self, source: np.ndarray, shard: np.ndarray, place: np.ndarray, position: np.ndarray) -> SampleRows:
         """The samples (n, seq_len + 1), and (row, reason) of those that cannot be read: their rows are -1."""
         numbers, n = self.numbers(source, shard).tolist(), len(place)
         indexes: list[ShardIndex | str] = [self._index_or_reason(number) for number in numbers]
@@ -82,9 +82,11 @@ class SampleReader:
             except (ValueError, OSError, StorageError, DataError) as error:
                 reason = str(error).removesuffix(".")
                 unreadable.append((row, f"shard {storage.shown(self.shards[number].url)}, sample {at}: {reason}."))
-        return Rows(tokens, unreadable, read_checksum(self._ids(numbers), place))
+        return SampleRows(tokens, unreadable, read_checksum(self._ids(numbers), place))
 
-    def _read_alike(self, numbers: list[int], place: np.ndarray, key: str, layout: tuple[int, int, int]) -> Rows | None:
+    def _read_alike(
+        self, numbers: list[int], place: np.ndarray, key: str, layout: tuple[int, int, int]
+    ) -> SampleRows | None:
         """As `read`, where all samples are alike: one table of bytes, checked as a whole. None when something is not
         as it should be: then each sample is looked at alone."""
         first, step, size = layout
@@ -101,9 +103,9 @@ class SampleReader:
             return self._npy_rows(raw, numbers, place, size) if key == "npy" else None
         ids = raw.view(FLAT_KEYS[key])
         fits = ids.shape[1] == self.sample_tokens and int(ids.max()) < self.vocab_size
-        return Rows(ids, [], read_checksum(self._ids(numbers), place)) if fits else None
+        return SampleRows(ids, [], read_checksum(self._ids(numbers), place)) if fits else None
 
-    def _npy_rows(self, raw: np.ndarray, numbers: list[int], place: np.ndarray, size: int) -> Rows | None:
+    def _npy_rows(self, raw: np.ndarray, numbers: list[int], place: np.ndarray, size: int) -> SampleRows | None:
         plain = plain_npy_header(raw[0, BLOCK : BLOCK + NPY_HEADER_BYTES].tobytes(), size)
         if plain is None or plain.length != self.sample_tokens:
             return None
@@ -117,7 +119,7 @@ class SampleReader:
             return None
         stored = raw[:, CHECKSUM_PLACE : CHECKSUM_PLACE + PROOF_BYTES].copy()
         widths = np.full(len(ids), plain.dtype.itemsize, np.uint8)
-        return Rows(ids, [], read_checksum(self._ids(numbers), found), stored, widths)
+        return SampleRows(ids, [], read_checksum(self._ids(numbers), found), stored, widths)
 
     def _places(self, raw: np.ndarray, numbers: list[int], place: np.ndarray) -> np.ndarray | None:
         """The places of the samples in their shards, by the numbers in their names; None when one is not as asked."""

@@ -1,4 +1,4 @@
-"""Rows: the samples read for one batch, with the proof of which they are."""
+"""SampleRows: the samples read for one batch, with the proof of which they are."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHECKED_PART = 16
 """One row in so many has its ids compared with the checksum its writer stored; each slot of a batch in turn."""
 
 
-class Rows(NamedTuple):
+class SampleRows(NamedTuple):
     """Samples (n, seq_len + 1), (row, reason) of the unreadable ones, and what was found beside those read.
 
     `read_checksum` sums hashes of shard and number of each sample, as its header names it. `stored` (n, 19) are the

@@ -10,7 +10,7 @@ from open_lm import storage
 from open_lm.data.mixture import Plan, Samples
 from open_lm.data.plan import key, mix
 from open_lm.data.reader import SampleReader
-from open_lm.data.rows import Rows, read_checksum, shard_ids
+from open_lm.data.rows import SampleRows, read_checksum, shard_ids
 
 
 class PlannedSamples:
@@ -21,7 +21,7 @@ class PlannedSamples:
         self.reads_remote = any(storage.is_remote(shard.url) for shard in reader.shards)
         self._last: tuple[np.ndarray, Samples] | None = None
 
-    def __call__(self, positions: np.ndarray) -> Rows:
+    def __call__(self, positions: np.ndarray) -> SampleRows:
         found = self._locate(positions)
         return self.reader.read(found.source, found.shard, found.place, positions)
 
@@ -59,10 +59,10 @@ class SyntheticSamples:
         """That of one shard, which nobody reads."""
         return read_checksum(shard_ids([""]), positions)
 
-    def __call__(self, positions: np.ndarray) -> Rows:
+    def __call__(self, positions: np.ndarray) -> SampleRows:
         places = positions[:, None] * (self.seq_len + 1) + np.arange(self.seq_len + 1)
         hashes = mix(places.astype(np.uint64) ^ key("synthetic", self.seed))
-        return Rows((hashes % np.uint64(self.vocab_size)).astype(np.int32), [], self.expected_checksum(positions))
+        return SampleRows((hashes % np.uint64(self.vocab_size)).astype(np.int32), [], self.expected_checksum(positions))
 
     def stripe_of(self, positions: np.ndarray) -> np.ndarray:
         return positions

@@ -11,7 +11,7 @@ from open_lm.data.config import DataConfig
 from open_lm.data.loader import build_loader
 from open_lm.data.manifest import read_manifest
 from open_lm.data.reader import _LocalFiles
-from open_lm.data.rows import Rows, changed_row, read_checksum, shard_ids
+from open_lm.data.rows import SampleRows, changed_row, read_checksum, shard_ids
 from open_lm.data.samples import PlannedSamples
 from open_lm.errors import CheckpointError, DataError
 from open_lm.utils import make_wds_manifest
@@ -117,7 +117,7 @@ def test_a_worker_that_says_nothing_is_noticed(folder, monkeypatch):
     real = module.run_pipeline
 
     def silent(source, fill, **kwargs):
-        return real(source, lambda positions: Rows(*fill(positions)[:2]), **kwargs)
+        return real(source, lambda positions: SampleRows(*fill(positions)[:2]), **kwargs)
 
     monkeypatch.setattr(module, "run_pipeline", silent)
     with pytest.raises(DataError, match="step 0"):

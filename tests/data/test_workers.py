@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from open_lm.data.pipeline import StepSource, run_pipeline
-from open_lm.data.rows import Rows
+from open_lm.data.rows import SampleRows
 from open_lm.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +35,7 @@ class Fill:
     def __call__(self, places):
         if 41 in places.tolist():
             self.then()
-        return Rows(np.zeros((len(places), 3), np.int32) + places[:, None].astype(np.int32), [])
+        return SampleRows(np.zeros((len(places), 3), np.int32) + places[:, None].astype(np.int32), [])
 
 
 def run(then, n_workers=2):

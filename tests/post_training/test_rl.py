@@ -10,6 +10,9 @@ from runs import folder_of, metrics, weights
 
 from open_lm.data.batch import IGNORED, Batch
 from open_lm.errors import ConfigError, DataError
+from open_lm.generation.config import GenerateConfig
+from open_lm.generation.decode import generate
+from open_lm.generation.text import Text
 from open_lm.main import main
 from open_lm.model import create_model
 from open_lm.model.config import ModelConfig
@@ -17,6 +20,7 @@ from open_lm.post_training import verifiers
 from open_lm.post_training.advantages import generalised, group_relative, leave_one_out
 from open_lm.post_training.config import RLConfig
 from open_lm.post_training.policy import PolicyGradient
+from open_lm.post_training.rollouts import write_together
 
 MODEL = {"hidden_dim": 16, "n_layers": 2, "n_heads": 2, "seq_len": 60, "vocab_size": 400, "model_norm": "rms_norm"}
 
@@ -120,9 +124,9 @@ def test_the_ratio_is_one_in_the_first_minibatch_and_not_in_the_second(tmp_path,
 
 
 def test_rewards_rise_and_answers_are_shown(tmp_path, learn):
-    learn("--show-rollouts-every", "2", "--lr", "1e-2", steps=40)
+    learn("--show-rollouts-every", "2", "--lr", "3e-2", steps=40)
     rewards = list(metrics(tmp_path, key="train/reward").values())
-    assert sum(rewards[-8:]) / 8 > sum(rewards[:8]) / 8 + 0.05
+    assert sum(rewards[-8:]) / 8 > sum(rewards[:8]) / 8 + 0.2
     lines = (folder_of(tmp_path) / "rollouts.jsonl").read_text().splitlines()
     assert len(lines) == 10 * 16
     assert set(json.loads(lines[0])) == {"iteration", "prompt", "answer", "reward"}
@@ -190,3 +194,17 @@ def test_verifiers():
     )
     row = {"tests": [{"contains": "a"}, {"matches": "^b"}, {"equals": "abc"}]}
     assert verifiers.tests("abc", row) == pytest.approx(2 / 3)
+
+
+def test_answers_written_together_are_those_written_alone():
+    torch.manual_seed(0)
+    model = create_model(ModelConfig(**MODEL)).eval()
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(0, 400, (n,), generator=generator).tolist() for n in (3, 9, 5, 12)]
+    for settings in ({"temperature": 0.0}, {"temperature": 1.0, "top_p": 1.0, "seed": 5}):
+        config = GenerateConfig(max_gen_len=8, **settings)
+        expected = generate(model, prompts, config, stop_ids=[7])
+        texts = [Text(prompt, config, 8, [7], copy=0) for prompt in prompts]
+        with torch.inference_mode():
+            write_together(model, texts)
+        assert [text.written() for text in texts] == expected

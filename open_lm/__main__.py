@@ -17,6 +17,10 @@ COMMANDS = {
     "Text to shards": {
         "prepare": ("open_lm.commands.prepare", "Text to shards of tokens, on this machine."),
         "prepare-chat": ("open_lm.commands.prepare_chat", "Conversations to shards for instruction tuning."),
+        "reference-log-probs": (
+            "open_lm.post_training.reference_log_probs",
+            "Log-probabilities of preference pairs under a reference.",
+        ),
         "prepare-ray": ("open_lm.commands.prepare_ray", "Text to shards on a Ray cluster."),
         "tokenizer": ("open_lm.commands.tokenizer", "Train a tokenizer."),
         "download": ("open_lm.commands.download", "Benchmark files, data sets of the Hub, Wikipedia."),
@@ -36,6 +40,7 @@ COMMANDS = {
     "Weights to scores, text and other formats": {
         "evaluate": ("open_lm.commands.evaluate", "Score checkpoints on benchmark tasks."),
         "plot-scores": ("open_lm.commands.plot_scores", "Draw scores of several checkpoints."),
+        "adapter": ("open_lm.post_training.convert_adapter", "A run's adapter to PEFT's format, or PEFT's into weights."),
         "generate": ("open_lm.commands.generate", "Continue prompts."),
         "serve": ("open_lm.serve.__main__", "Answer requests over HTTP."),
         "describe": ("open_lm.commands.describe", "What a checkpoint holds, or what an architecture costs."),

@@ -40,7 +40,10 @@ COMMANDS = {
     "Weights to scores, text and other formats": {
         "evaluate": ("open_lm.commands.evaluate", "Score checkpoints on benchmark tasks."),
         "plot-scores": ("open_lm.commands.plot_scores", "Draw scores of several checkpoints."),
-        "adapter": ("open_lm.post_training.convert_adapter", "A run's adapter to PEFT's format, or PEFT's into weights."),
+        "adapter": (
+            "open_lm.post_training.convert_adapter",
+            "A run's adapter to PEFT's format, or PEFT's into weights.",
+        ),
         "generate": ("open_lm.commands.generate", "Continue prompts."),
         "serve": ("open_lm.serve.__main__", "Answer requests over HTTP."),
         "describe": ("open_lm.commands.describe", "What a checkpoint holds, or what an architecture costs."),

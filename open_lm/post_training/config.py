@@ -142,7 +142,7 @@ class RLConfig:
 
     prompts: str | None = flag(
         None,
-        "prompts.jsonl of make_assistant_data.py --form prompts, its ledger.json beside it; for grpo, rloo and ppo.",
+        "prompts.jsonl of openlm prepare-chat --form prompts, its ledger.json beside it; for grpo, rloo and ppo.",
     )
     reward: tuple[str, ...] = flag(
         (),

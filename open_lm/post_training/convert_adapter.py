@@ -31,7 +31,7 @@ class ConvertAdapter:
 
 def main(argv: Sequence[str] | None = None) -> str:
     """Convert as the flags ask; returns what was written."""
-    parser = Parser(prog="open_lm.post_training.convert_adapter", description=__doc__)
+    parser = Parser(prog="openlm adapter", description=__doc__)
     add_group(parser, ConvertAdapter)
     flags = read_group(parser.parse_args(argv), ConvertAdapter)
     written = export(flags) if flags.adapter is None else merge(flags, flags.adapter)

@@ -49,7 +49,7 @@ class Prompts:
         if not (isinstance(row.get("prompt_ids"), list) and row["prompt_ids"]):
             raise DataError(
                 f"--prompts {storage.shown(self.url)}, line {line + 1}: has no prompt_ids. Make it with "
-                "make_assistant_data.py --form prompts."
+                "openlm prepare-chat --form prompts."
             )
         return row
 

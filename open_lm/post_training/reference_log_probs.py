@@ -16,7 +16,7 @@ class ReferenceLogProbs:
     """Reference log-probabilities"""
 
     checkpoint: str = flag("", "The reference: anything that --pretrained takes.")
-    dataset_manifest: str = flag("", "Manifest of pairs (make_assistant_data.py --form pairs).")
+    dataset_manifest: str = flag("", "Manifest of pairs (openlm prepare-chat --form pairs).")
     out: str = flag("", "File to write, .npz; it is bound to these weights and these data.")
     batch_size: int = flag(8, "Pairs computed at once.", least=1)
     device: str = flag("auto", "Where to compute; auto takes a GPU when there is one.", choices=("auto", "cpu", "cuda"))
@@ -30,7 +30,7 @@ class ReferenceLogProbs:
 
 def main(argv: Sequence[str] | None = None) -> str:
     """Compute and write the file that the flags describe; its path."""
-    parser = Parser(prog="open_lm.post_training.reference_log_probs", description=__doc__)
+    parser = Parser(prog="openlm reference-log-probs", description=__doc__)
     add_group(parser, ReferenceLogProbs)
     flags = read_group(parser.parse_args(argv), ReferenceLogProbs)
     compute(flags)

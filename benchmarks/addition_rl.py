@@ -80,7 +80,7 @@ def run(folder, seed, options):
         ["--task", options.task, "--prompts", f"{folder}/prompts/prompts.jsonl", "--pretrained", sft.folder,
          "--reward", "open_lm.post_training.verifiers:exact", "--rollout-prompts", "32", "--group-size", "16",
          "--rollout-tokens", "5", "--rl-epochs", "2", "--rl-minibatches", "2", "--train-steps",
-         str(4 * options.iterations), "--lr", "1e-3", "--lr-scheduler", "const", "--warmup", "10",
+         str(4 * options.iterations), "--lr", "2e-4", "--lr-scheduler", "const", "--warmup", "10",
          "--grad-clip-norm", "1", "--name", f"rl{seed}", *common]
     )  # fmt: skip
     clip = [json.loads(line) for line in Path(rl.folder, "metrics.jsonl").read_text().splitlines()]

@@ -25,6 +25,7 @@ from open_lm.data.manifest import Shard
 from open_lm.data.sources import Source
 from open_lm.errors import CheckpointError, ConfigError
 from open_lm.model.lora import adapters_of, adapters_off
+from open_lm.post_training.config import PreferenceConfig
 from open_lm.post_training.log_probs import token_log_probs
 from open_lm.post_training.tasks import TaskParts
 from open_lm.weights.file import clean_state_dict
@@ -43,8 +44,8 @@ def build_reference(parts: TaskParts) -> Reference:
         ConfigError: none is named.
         CheckpointError: it is missing or damaged.
     """
-    path = reference_path(parts.flags)
-    if parts.flags.preferences.reference is None and adapters_of(parts.model):
+    path, config = reference_path(parts.flags), _preferences(parts.flags)
+    if config.reference is None and adapters_of(parts.model):
         return _without_adapter
     if path is None:
         raise ConfigError(f"--task {parts.flags.task.task} needs a reference: give --reference, or start --pretrained.")
@@ -70,7 +71,11 @@ def _without_adapter(model: nn.Module, batch: Batch, temperature: float) -> Tens
 def reference_path(flags: Any) -> str | None:
     """The weights that the flags name as the reference, None for none."""
     start = flags.checkpoint.start
-    return flags.preferences.reference or (start[0] if len(start) == 1 else None)
+    return _preferences(flags).reference or (start[0] if len(start) == 1 else None)
+
+
+def _preferences(flags: Any) -> PreferenceConfig:
+    return flags.preferences
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from open_lm.data.batch import IGNORED, Batch
 from open_lm.errors import CheckpointError
 from open_lm.model.lora import VALUE_HEAD
+from open_lm.post_training.config import PreferenceConfig
 from open_lm.post_training.preferences import complete_pairs
 from open_lm.post_training.tasks import TaskKind, TaskParts
 from open_lm.train.tasks import Losses, Task
@@ -118,7 +119,8 @@ def load_reward_model(path: str, device: str, dtype: torch.dtype | None = None) 
 
 def build(parts: TaskParts) -> RewardModelling:
     """The objective of --task reward."""
-    return RewardModelling(parts.flags.preferences.reward_centring)
+    config: PreferenceConfig = parts.flags.preferences
+    return RewardModelling(config.reward_centring)
 
 
 REWARD = TaskKind(build, form="pairs", rows=2, value_head="alone")

@@ -70,6 +70,7 @@ class Forecast:
             accum=train.accum_freq,
             precision=parallel.precision,
             sharded=not self.shape.is_plain or parallel.fsdp,
+            low_gather=parallel.fsdp_amp or parallel.fsdp_pure_bf16,
             recompute=parallel.grad_checkpointing and parallel.grad_checkpointing_mode in (None, "full"),
         )
         return f"{costs}\n"

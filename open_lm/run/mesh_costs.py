@@ -53,9 +53,20 @@ class RankCosts:
 
 
 def rank_costs(
-    config: ModelConfig, shape: MeshShape, *, sequences: int, accum: int, precision: str, sharded: bool, recompute: bool
+    config: ModelConfig,
+    shape: MeshShape,
+    *,
+    sequences: int,
+    accum: int,
+    precision: str,
+    sharded: bool,
+    recompute: bool,
+    low_gather: bool = False,
 ) -> RankCosts:
-    """The costs of a rank of `shape` that computes `sequences` a step in `accum` micro-batches."""
+    """The costs of a rank of `shape` that computes `sequences` a step in `accum` micro-batches.
+
+    `low_gather`: FSDP gathers weights in bf16 (--fsdp-amp, --fsdp-pure-bf16).
+    """
     with torch.device("meta"):
         model = create_model(config)
     dense, experts = _parameters(model, config)
@@ -65,13 +76,14 @@ def rank_costs(
     tables = 2 * config.vocab_size * config.hidden_dim / shape.tp
     blocks = (local_dense + local_experts - tables) / config.n_layers
     stored = 2 if precision == "bf16" else 4
-    gathered = (tables + 2 * blocks) * stored if sharded and shape.n_shards > 1 else 0
+    whole = 2 if low_gather else stored
+    gathered = (tables + 2 * blocks) * whole if sharded and shape.n_shards > 1 else 0
     micro = max(1, sequences // accum)
     return RankCosts(
         state=round((n_dense + n_experts) * WEIGHT_AND_STATE_BYTES.get(precision, 16)),
         gathered=round(gathered),
         activations=activation_bytes(config, shape, micro, precision, recompute=recompute) + LOGIT_CHUNK_BYTES,
-        traffic=_traffic(config, shape, micro * accum, accum, value, local_dense, local_experts, stored),
+        traffic=_traffic(config, shape, micro * accum, accum, value, local_dense, local_experts, stored, whole),
     )
 
 
@@ -90,6 +102,7 @@ def _traffic(
     dense: float,
     experts: float,
     stored: int,
+    whole: int,
 ) -> dict[str, int]:
     """Bytes received from other ranks in a step."""
     tokens = sequences * config.seq_len / shape.cp
@@ -101,7 +114,9 @@ def _traffic(
     n_moe = sum(map(config.has_experts, range(config.n_layers)))
     keys = 2 * config.kv_heads * config.head_dim / shape.tp
     return {
-        "fsdp": round(3 * accum * weights * stored),  # gathered twice, gradients scattered once, for each micro-batch
+        "fsdp": round(
+            accum * weights * (2 * whole + stored)
+        ),  # gathered twice, gradients scattered once, for each micro-batch
         "dp": round(2 * (dense / shape.n_shards + experts / (shape.fsdp * shape.cp)) * stored * others(shape.dp)),
         "tp": round((8 * config.n_layers + 4) * tokens * config.hidden_dim * value * others(shape.tp)),
         "cp": round(2 * config.n_layers * tokens * (shape.cp - 1) * keys * value),

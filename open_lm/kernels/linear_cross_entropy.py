@@ -9,6 +9,7 @@ arXiv:2411.09009, and Liger Kernel, arXiv:2410.10989, without their custom kerne
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -86,4 +87,15 @@ def _by_kernel(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_loss: 
 def _in_chunks(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_loss: float, needs_grad: bool) -> Computed:
     """By torch, a chunk of positions at a time."""
     n_rows = rows_per_chunk(hidden_ND.shape[0], hidden_ND.shape[1], weight_VD.shape[0])
-    return sums_in_chunks(Chunk(n_rows, weight_VD, z_loss), hidden_ND, weight_VD, targets_N, needs_grad)
+    kind = _fused_chunk() if weight_VD.is_cuda else None
+    return sums_in_chunks((kind or Chunk)(n_rows, weight_VD, z_loss), hidden_ND, weight_VD, targets_N, needs_grad)
+
+
+@cache
+def _fused_chunk() -> type[Chunk] | None:
+    """The chunk that a Triton kernel reduces; None where Triton, which CUDA builds of torch bring, is not installed."""
+    try:
+        from open_lm.kernels.fused_rows import FusedChunk
+    except ImportError:
+        return None
+    return FusedChunk

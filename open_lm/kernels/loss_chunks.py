@@ -65,7 +65,9 @@ class Chunk:
         self.sums = torch.zeros(2, dtype=torch.float32, device=weight_VD.device)
         self._weight_VD = weight_VD
         self._z_loss = z_loss
-        shape = (n_rows, weight_VD.shape[0])
+        self._allocate((n_rows, weight_VD.shape[0]), weight_VD)
+
+    def _allocate(self, shape: tuple[int, int], weight_VD: Tensor) -> None:
         self._logits = torch.empty(shape, dtype=weight_VD.dtype, device=weight_VD.device)
         self._exp = torch.empty(shape, dtype=torch.float32, device=weight_VD.device)
 

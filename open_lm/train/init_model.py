@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from open_lm.model.hf_config import HFConfig
 from open_lm.model.init import initialises
 from open_lm.train.config import ParallelConfig
 from open_lm.train.parallel import shards, wrap
+from open_lm.train.row_order import RowOrder, row_orders
 
 
 def build_wrapped(
@@ -50,13 +51,14 @@ def _filled_in_parts(config: Any, world: World, parallel: ParallelConfig, dtype:
         plain, sharded = create_model(config), create_model(config).to(dtype)
     sharded = wrap(sharded, world, parallel)
     sharded.to_empty(device="cpu" if parallel.fsdp_cpu_offload else world.device)
+    orders = {id(sharded.get_parameter(name)): order for name, order in row_orders(sharded).items()}
     for source, target in zip(plain.modules(), sharded.modules(), strict=True):
         if initialises(source):
-            _fill(source, target)
+            _fill(source, target, orders)
     return sharded
 
 
-def _fill(source: nn.Module, target: nn.Module) -> None:
+def _fill(source: nn.Module, target: nn.Module, orders: Mapping[int, RowOrder]) -> None:
     """Give `target` this rank's share of what `source`, on the meta device, starts with; the whole exists meanwhile."""
     places = list(_own_tensors(source, target))
     wholes: dict[int, Tensor] = {}
@@ -67,7 +69,8 @@ def _fill(source: nn.Module, target: nn.Module) -> None:
     reset: Any = source.reset_parameters
     reset()
     for holder, taker, name in places:
-        _copy(getattr(holder, name).detach(), getattr(taker, name))
+        whole, share = getattr(holder, name).detach(), getattr(taker, name)
+        _copy(orders[id(share)].in_memory(whole) if id(share) in orders else whole, share)
     for whole in wholes.values():
         whole.data = torch.empty(0)
 

@@ -244,6 +244,23 @@ def test_ranks_know_which_of_them_hold_the_same_data():
     assert shape.place(13) == {"dp": 1, "fsdp": 0, "cp": 1, "ep": 0, "tp": 1}
 
 
+def _starts(world, mesh, names, folder):
+    parallel = ParallelConfig(mesh=mesh, experimental_meta_device=True)
+    world = dataclasses.replace(world, mesh=mesh_shape(parallel, world.size))
+    for name in names:
+        _, weights = trained(make_state(world, parallel, MODELS[name]), steps=0)
+        for key, expected in torch.load(f"{folder}/{name}.pt")[1].items():
+            assert torch.equal(weights[key], expected), (mesh, name, key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "ranks"), [("tp=2", 2), ("tp=2,fsdp=2", 4), ("ep=2", 2), ("ep=2,tp=2", 4)])
+def test_weights_made_part_by_part_are_those_of_one_process(tmp_path, mesh, ranks):
+    names = ["experts"] if "ep" in mesh else ["shared keys, qk norm", "tied, qk norm", "by head, biases", "experts"]
+    run_ranks(_alone, 1, str(tmp_path), names, {"steps": 0})
+    run_ranks(_starts, ranks, mesh, names, str(tmp_path))
+
+
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
 
 

@@ -1,0 +1,57 @@
+"""Hundreds of ranks, simulated by torch's fake process group: a mesh is planned, sharded and indexed within seconds."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from runs import ROOT
+
+PROGRAM = """
+import json, sys, time
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from open_lm.distributed import World
+from open_lm.model import create_model
+from open_lm.model.config import ModelConfig
+from open_lm.train.config import ParallelConfig, mesh_shape
+from open_lm.train.parallel import wrap
+
+rank, found = int(sys.argv[1]), {}
+dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=512)
+for mesh in sys.argv[2:]:
+    parallel = ParallelConfig(mesh=mesh)
+    world = World(rank, 512, 0, torch.device("cpu"), mesh_shape(parallel, 512))
+    sizes = {"hidden_dim": 1024, "n_layers": 4, "n_heads": 16, "seq_len": 2048, "vocab_size": 4096, "ffn_dim": 2048}
+    experts = {"moe_freq": 1, "moe_num_experts": 64} if "ep" in mesh else {}
+    with torch.device("meta"):
+        model = create_model(ModelConfig(**sizes, **experts))
+    whole = sum(p.numel() for p in model.parameters())
+    began = time.process_time()
+    model = wrap(model, world, parallel)
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(dict(model.state_dict()), None, False)
+    n_items = len(planner.create_local_plan().items)
+    held = sum(p.to_local().numel() for p in model.parameters())
+    found[mesh] = [time.process_time() - began, held / whole, n_items]
+print(json.dumps(found))
+"""
+MESHES = {"fsdp=64,tp=8": 512, "dp=8,fsdp=64": 64, "fsdp=16,cp=4,tp=8": 512, "fsdp=8,ep=64": 512}
+"""And over how many ranks a weight is spread."""
+
+
+@pytest.mark.parametrize("rank", [0, 437])
+def test_512_ranks_are_planned_within_seconds(rank):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(rank), *MESHES],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for mesh, (seconds, share, n_items) in json.loads(done.stdout.splitlines()[-1]).items():
+        assert seconds < 10
+        assert share == pytest.approx(1 / MESHES[mesh], rel=0.1)
+        assert n_items > 0

@@ -48,7 +48,8 @@ MESHES = {"fsdp=64,tp=8": 512, "dp=8,fsdp=64": 64, "fsdp=16,cp=4,tp=8": 512, "fs
 def test_512_ranks_are_planned_within_seconds(rank):
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(rank), *MESHES],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     for mesh, (seconds, share, n_items) in json.loads(done.stdout.splitlines()[-1]).items():

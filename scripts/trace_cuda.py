@@ -4,8 +4,8 @@
 
 It needs a CUDA build of torch (`make trace-cuda` installs one into .venv-cuda), but no device: fake tensors carry a
 device and a shape, and no memory. Kernels that launch by themselves (flex_attention, Triton) are left to tests/gpu; the
-forms that stand in for them are traced. Not traced: backward passes and fused optimizers, which need a device's context,
-and experts without limits, which loop over counts that fake tensors do not know.
+forms that stand in for them are traced. Not traced: backward passes and fused optimizers, which need a device's
+context, and experts without limits, which loop over counts that fake tensors do not know.
 """
 
 import dataclasses
@@ -127,7 +127,8 @@ def trace(name, changes, work, documents=False):
     return True
 
 
-def main():
+def main() -> int:
+    """Trace everything; the exit status."""
     torch.zeros(0)  # the CPU works
     attend_masked.MIN_FLEX_QUERIES = sys.maxsize
     loss._fused_chunk = lambda: None

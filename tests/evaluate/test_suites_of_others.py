@@ -93,3 +93,18 @@ def test_scores_of_attention_scaled_by_length_do_not_depend_on_the_batch(tmp_pat
         expected = -log_probs.gather(1, torch.tensor(choice.continuation)[:, None]).mean().item()
         assert alone.cross_entropy == pytest.approx(expected, rel=1e-5)
         assert together[number, 0].cross_entropy == pytest.approx(alone.cross_entropy, rel=1e-5)
+
+
+def test_a_published_folder_is_scored_with_the_tokenizer_that_lies_in_it(tmp_path):
+    import published_folder
+
+    from open_lm.evaluate.command import evaluate
+    from open_lm.evaluate.flags import EvalConfig
+    from open_lm.model.config import ModelFlags
+
+    folder, *_ = published_folder.make(tmp_path / "DCLM-tiny", nested=True, vocab_size=420)
+    write_rows(tmp_path / "a.jsonl", [{"query": "Machine", "choices": ["learning", "study"], "gold": 0}])
+    path = suite_of(tmp_path / "t.yaml", [{"label": "a", "dataset_uri": str(tmp_path / "a.jsonl"), **CHOICE}])
+    config = EvalConfig(eval_yaml=path, checkpoint=(str(folder),), output_dir=str(tmp_path / "out"), device="cpu")
+    (run,) = evaluate(config, ModelFlags()).runs
+    assert (run.name, run.tokenizer, len(run.records)) == ("DCLM-tiny", str(folder), 1)

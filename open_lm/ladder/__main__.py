@@ -17,13 +17,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "checkpoints": ("commands", "The checkpoints that the ladder promises, and where they are."),
     "metrics": ("commands", "A table of all checkpoints with their metrics."),
     "fit": ("commands", "Fit a scaling law, with intervals and predictions."),
+    "coordinate-check": ("transfer_command", "Sizes of activations over widths and depths, drawn."),
+    "lr-sweep": ("transfer_command", "Losses of small models over learning rates, drawn."),
     "plot": ("commands", "Draw learning rates, or losses of a sweep of learning rates over sizes."),
 }
 
 
 def usage() -> str:
     """The commands, one a line."""
-    lines = "\n".join(f"  {name:<14} {summary}" for name, (_, summary) in COMMANDS.items())
+    lines = "\n".join(f"  {name:<16} {summary}" for name, (_, summary) in COMMANDS.items())
     return f"usage: openlm ladder COMMAND [flags]\n\n{lines}\n\nCOMMAND --help lists its flags."
 
 

@@ -191,6 +191,8 @@ def ladder_table(ladder: ModelLadder, sizes: Sequence[str], all_checkpoints: boo
     frame = frame_of(ladder.metrics_rows(sizes))
     if not all_checkpoints and len(frame):
         frame = frame[frame["description"].str.endswith("post-decay")]
+    if len(frame):
+        frame = frame.set_index(frame["size"] + " " + frame["description"].str.removesuffix(" post-decay"))
     if not len(frame):
         raise ConfigError(
             "the ladder has no metrics yet: train it with `python -m open_lm.ladder run`, or give --data."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,6 +90,7 @@ def plot_fit(found: Fit, path: str, held_out: Points | None = None) -> str:
     else:
         _draw_many(figure, left, found, held_out)
     left.set(xscale="log", xlabel="training tokens D", ylabel="loss")
+    _few_ticks(left)
     values = ", ".join(f"${found.law.shown[name]}={found.parameters[name]:.4g}$" for name in found.law.shown)
     left.set_title(f"{found.law.latex}\n{values}", fontsize=9)
     _draw_errors(right, found, held_out)
@@ -144,6 +145,17 @@ def _draw_size(axes: Any, found: Fit, held_out: Points | None, n: float, color: 
         axes.plot(unseen.d, unseen.loss, "s", color=color, label=name, **HOLLOW)
 
 
+def _few_ticks(axes: Any) -> None:
+    """Labels that do not collide on a logarithmic axis of less than two decades."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    low, high = axes.get_xlim()
+    if high < 100 * low:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(lambda x, _: text.count(float(x)) if x < 1e13 else f"{x:.0e}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 def _draw_errors(axes: Any, found: Fit, held_out: Points | None) -> None:
     axes.axhline(0, color="0.5", linewidth=0.8)
     axes.plot(found.points.flops, 100 * found.relative_residuals, "o", markersize=4, color="C0", label="fitted")
@@ -151,6 +163,7 @@ def _draw_errors(axes: Any, found: Fit, held_out: Points | None) -> None:
         error = found.predict(held_out.n, held_out.d) / held_out.loss - 1
         axes.plot(held_out.flops, 100 * error, "s", color="C3", label="held out", **HOLLOW)
     axes.set(xscale="log", xlabel="training compute 6ND [FLOPs]", ylabel="predicted / measured loss - 1  [%]")
+    _few_ticks(axes)
     axes.legend(fontsize=8)
 
 
@@ -175,18 +188,62 @@ def plot_isoflop(result: Any, path: str) -> str:
     return save(figure, path)
 
 
-def plot_sweep(rows: Sequence[dict[str, float]], path: str, title: str = "") -> str:
-    """Loss over learning rate, one curve a width or size, a star at the lowest point of each."""
+def plot_sweep(rows: Sequence[Mapping[str, float]], path: str) -> str:
+    """Loss over learning rate, one curve a group (a width, or a size)."""
     figure, axes = pyplot().subplots(figsize=(5, 3.6), layout="constrained")
+    draw_sweep(axes, rows)
+    axes.legend(fontsize=8)
+    return save(figure, path)
+
+
+def draw_sweep(axes: Any, rows: Sequence[Mapping[str, float]]) -> None:
+    """A curve for each `group`, with a star at its lowest point."""
     groups = sorted({row["group"] for row in rows})
     colors = pyplot().get_cmap("viridis")(np.linspace(0.05, 0.9, len(groups)))
     for group, color in zip(groups, colors, strict=True):
-        chosen = sorted((row["lr"], row["loss"]) for row in rows if row["group"] == group)
-        x, y = np.array(chosen).T
+        x, y = np.array(sorted((row["lr"], row["loss"]) for row in rows if row["group"] == group)).T
         axes.plot(x, y, "o-", markersize=3, linewidth=1, color=color, label=text.count(group))
         if np.isfinite(y).any():
             best = int(np.nanargmin(y))
             axes.plot(x[best], y[best], "*", markersize=11, color=color)
-    axes.set(xscale="log", xlabel="peak learning rate", ylabel="loss", title=title)
-    axes.legend(fontsize=8)
+    axes.set(xscale="log", xlabel="peak learning rate", ylabel="loss")
+
+
+def plot_sweeps(sweeps: Mapping[str, Sequence[Mapping[str, float]]], path: str) -> str:
+    """A panel for each parametrization: loss over learning rate, one curve a width, a star at each lowest point."""
+    figure, panels = _panels(len(sweeps))
+    for axes, (name, rows) in zip(panels, sweeps.items(), strict=True):
+        draw_sweep(axes, [{"group": row["width"], "lr": row["lr"], "loss": row["loss"]} for row in rows])
+        axes.set_title(name)
+        axes.legend(title="width", fontsize=8, title_fontsize=8)
     return save(figure, path)
+
+
+def plot_coordinates(found: Mapping[str, Sequence[Any]], base_width: int, base_depth: int, path: str) -> str:
+    """Mean absolute outputs over widths (upper row) and depths (lower row), a column for each parametrization."""
+    figure, grid = pyplot().subplots(
+        2, len(found), figsize=(3.6 * len(found) + 1, 5.6), layout="constrained", sharey="row", squeeze=False
+    )
+    for column, (name, rows) in enumerate(found.items()):
+        over = {
+            "width": [row for row in rows if row.depth == base_depth],
+            "depth": [row for row in rows if row.width == base_width],
+        }
+        for axes, (key, chosen) in zip(grid[:, column], over.items(), strict=True):
+            for part in dict.fromkeys(row.part for row in chosen):
+                points = sorted((getattr(row, key), row.size) for row in chosen if row.part == part)
+                axes.plot(*zip(*points, strict=True), "o-", markersize=3, linewidth=1, label=part)
+            axes.set(xscale="log", yscale="log", xlabel={"width": "width", "depth": "blocks"}[key])
+            axes.set_xticks(sorted({getattr(row, key) for row in chosen}), minor=False)
+            axes.minorticks_off()
+            axes.xaxis.set_major_formatter("{x:g}")
+        grid[0, column].set_title(name)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("mean |output| after training")
+    grid[0, 0].legend(fontsize=7)
+    return save(figure, path)
+
+
+def _panels(n: int) -> tuple[Any, Any]:
+    figure, panels = pyplot().subplots(1, n, figsize=(4 * n + 1, 3.6), layout="constrained", sharey=True, squeeze=False)
+    return figure, panels[0]

@@ -91,6 +91,8 @@ class WSDSChinchillaRunConfigurator:
     chinchilla_multiple: float = 4.0
     decay_fraction: float = 0.1
     lr_multiplier: float = 1.0
+    fixed_lr: float = 0.0
+    """Above 0: the peak learning rate of every size, for a parametrization that carries it over sizes."""
     batch_multiplier: float = 1.0
     weight_decay: float = 0.1
     grad_clip_norm: float = 1.0
@@ -101,7 +103,7 @@ class WSDSChinchillaRunConfigurator:
         for name in ("chinchilla_multiple", "decay_fraction", "lr_multiplier", "batch_multiplier", "grad_clip_norm"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"run.{name} {getattr(self, name)} in the ladder file must be above 0.")
-        for name in ("weight_decay", "z_loss"):
+        for name in ("weight_decay", "z_loss", "fixed_lr"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"run.{name} {getattr(self, name)} in the ladder file must not be negative.")
         if self.decay_fraction > 1:
@@ -122,6 +124,8 @@ class WSDSChinchillaRunConfigurator:
         return round(REFERENCE_BATCH * self.batch_multiplier * (n_params / REFERENCE_PARAMS) ** (2 / 3))
 
     def peak_lr(self, n_params: int) -> float:
+        if self.fixed_lr:
+            return self.fixed_lr * self.lr_multiplier
         return REFERENCE_LR * (n_params / REFERENCE_PARAMS) ** (-1 / 3) / 2 * self.lr_multiplier
 
     def numbers(self, n_params: int, batch_tokens: int) -> RunNumbers:

@@ -52,7 +52,7 @@ MICROBATCH_SCALES = {"h100": 1, "h200": 1, "b200": 2}
 DEFAULT_MICROBATCH_TOKENS = 16_384
 """Micro-batch of a rank where neither the ladder file nor the table says one."""
 UNITS = {"K": 1e3, "M": 1e6, "B": 1e9}
-_RULE_KEYS = {"hidden_dim", "n_layers", "n_heads", "ffn_multiplier"}
+_RULE_KEYS = {"hidden_dim", "n_layers", "n_heads", "ffn_multiplier", "ffn_dim"}
 _SIZE_KEYS = {"model", "rank_microbatch_tokens", "min_devices", "min_dp", *_RULE_KEYS}
 
 
@@ -113,15 +113,17 @@ class ModelConfigurator:
         self.sequence_length, self.vocab_size, self.model = sequence_length, vocab_size, dict(model or {})
         self.device_type, self.rank_microbatch_tokens = device_type.lower(), rank_microbatch_tokens
 
-    def configure(self, hidden_dim: int, n_layers: int, n_heads: int, ffn_multiplier: float) -> ModelConfig:
-        """The architecture of one rung."""
+    def configure(
+        self, hidden_dim: int, n_layers: int, n_heads: int, ffn_multiplier: float, ffn_dim: int | None = None
+    ) -> ModelConfig:
+        """The architecture of one rung; `ffn_dim` None: `ffn_multiplier` times 8/3 of the width."""
         values = {
             "hidden_dim": hidden_dim,
             "n_layers": n_layers,
             "n_heads": n_heads,
             "seq_len": self.sequence_length,
             "vocab_size": self.vocab_size,
-            "ffn_dim": gated_ffn(hidden_dim, ffn_multiplier),
+            "ffn_dim": ffn_dim or gated_ffn(hidden_dim, ffn_multiplier),
             "model_norm": "rms_norm",
             "qk_norm": True,
         }
@@ -159,7 +161,8 @@ class ModelConfigurator:
                 raise ConfigError(f"sizes.{name} in the ladder file: give hidden_dim and n_layers, or model, not both.")
             width = values["hidden_dim"]
             heads = values.get("n_heads") or max(1, width // 64)
-            return self.configure(width, values["n_layers"], heads, values.get("ffn_multiplier", 1.5))
+            multiplier = values.get("ffn_multiplier", 1.5)
+            return self.configure(width, values["n_layers"], heads, multiplier, values.get("ffn_dim"))
         stored = resolve(ModelFlags(model=values.get("model", name))).to_dict()
         own = {"seq_len": self.sequence_length, "vocab_size": self.vocab_size, **self.model}
         return ModelConfig.from_dict({**stored, **own}, f"sizes.{name} in the ladder file")

@@ -17,6 +17,7 @@ from open_lm.model.variants import (
     FEED_FORWARDS,
     GROUPED_PRODUCTS,
     NORMS,
+    PARAMETRIZATIONS,
     POSITIONS,
     SEQ_SCALARS,
 )
@@ -73,6 +74,7 @@ class ModelConfig:
     """A complete architecture: what `create_model` builds, and what a checkpoint keeps.
 
     `n_kv_heads` None means as many as `n_heads`; `ffn_dim` None the width that OpenLM derives from `hidden_dim`;
+    `parametrization` says how weights begin and learn as width and depth leave `base_width` and `base_depth`;
     `sliding_window` None that a position sees all before it, else only so many, itself included (arXiv:2004.05150).
     """
 
@@ -103,6 +105,9 @@ class ModelConfig:
     moe_loss_weight: float = 0.1
     moe_expert_type: str = "ffn"
     moe_backend: str = "torch"
+    parametrization: str = "standard"
+    base_width: int = 256
+    base_depth: int = 4
 
     def __post_init__(self) -> None:
         for name in _SIZES:
@@ -120,6 +125,20 @@ class ModelConfig:
         self._check_heads()
         self._check_custom_attention()
         self._check_experts()
+        self._check_parametrization()
+
+    def _check_parametrization(self) -> None:
+        if self.parametrization not in PARAMETRIZATIONS:
+            choices = ", ".join(PARAMETRIZATIONS)
+            raise ConfigError(f"model key parametrization: found {self.parametrization!r}, choose one of {choices}.")
+        for name in ("base_width", "base_depth"):
+            _require_count(name, getattr(self, name))
+        if self.parametrization != "standard" and (self.weight_tying or self.moe_freq):
+            found = "weight_tying" if self.weight_tying else "experts (--moe-freq)"
+            raise ConfigError(
+                f"--parametrization {self.parametrization} does not go with {found}: the scale of a matrix follows "
+                "from its one place in the model. Leave one out."
+            )
 
     def _check_heads(self) -> None:
         if self.head_dim < 1:

@@ -5,8 +5,6 @@ Shapes: B batch, T positions, D model width, H heads, G heads of keys and values
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor, nn
 
 from open_lm.errors import ConfigError
@@ -16,6 +14,7 @@ from open_lm.model.config import ModelConfig
 from open_lm.model.init import scaled_normal_
 from open_lm.model.mask import Mask
 from open_lm.model.norms import build_norm
+from open_lm.model.parametrization import branch_divisor
 from open_lm.model.rotary import Angles
 from open_lm.model.split import Columns, Features, Plan, Rows
 from open_lm.model.variants import POSITIONS
@@ -26,7 +25,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.dim, self.layer = config.hidden_dim, layer
+        self.dim, self.branch_divisor = config.hidden_dim, branch_divisor(config, layer)
         self.n_heads, self.kv_heads, self.head_dim = config.n_heads, config.kv_heads, config.head_dim
         q_width, kv_width = self.n_heads * self.head_dim, self.kv_heads * self.head_dim
         self.widths = [q_width, kv_width, kv_width]
@@ -67,9 +66,9 @@ class Attention(nn.Module):
         return {"in_proj.weight": tuple(self.widths)}
 
     def reset_parameters(self) -> None:
-        """in_proj: 1/sqrt(D); out_proj: 1/sqrt(D) / sqrt(2 (layer + 1)), so that the sum over layers stays small."""
+        """in_proj: 1/sqrt(D); out_proj: 1/sqrt(D) / branch_divisor."""
         scaled_normal_(self.in_proj.weight, self.dim**-0.5)
-        scaled_normal_(self.out_proj.weight, self.dim**-0.5 / math.sqrt(2 * (self.layer + 1)))
+        scaled_normal_(self.out_proj.weight, self.dim**-0.5 / self.branch_divisor)
 
     def forward(self, x_BTD: Tensor, angles: Angles | None, mask: Mask, cache: LayerCache | None = None) -> Tensor:
         q, k, v = self.in_proj(x_BTD).split(self.widths, dim=-1)

@@ -21,6 +21,7 @@ from open_lm.model.variants import (
     FEED_FORWARDS,
     GROUPED_PRODUCTS,
     NORMS,
+    PARAMETRIZATIONS,
     POSITIONS,
     SEQ_SCALARS,
 )
@@ -103,6 +104,14 @@ class ModelFlags:
     moe_expert_model_parallelism: bool = flag(
         False, "Accepted and ignored: --fsdp spreads the weights of experts over ranks."
     )
+    parametrization: str = flag(
+        "standard",
+        "How weights begin and learn as the model grows: standard; mup (arXiv:2203.03466) keeps the best --lr over "
+        "widths; completep (arXiv:2505.01618) over widths and depths. Keep the width of heads the same.",
+        choices=PARAMETRIZATIONS,
+    )
+    base_width: int = flag(256, "With --parametrization: the width at which --lr means what it says.", least=1)
+    base_depth: int = flag(4, "With --parametrization completep: the number of blocks at which it does.", least=1)
     hf_model: str | None = flag(
         None, "Train this model of transformers instead of --model, from its published weights: a hub id or a folder."
     )
@@ -136,12 +145,20 @@ def resolve(flags: ModelFlags) -> ModelConfig:
         ConfigError: no such name or file, not JSON, or a key that is missing, unknown or out of range.
     """
     if flags.hf_model:
+        _refuse_parametrization(flags, "--hf-model")
         return cast("ModelConfig", resolve_hf(flags.hf_model, flags.hf_seq_len, flags.hf_fsdp_block))
     path = _config_path(flags.model or DEFAULT)
     values = _read_json(path)
     known = {f.name for f in fields(ModelConfig)} if "d_model" not in values else set()  # no flag concerns a Mamba
+    if not known:
+        _refuse_parametrization(flags, "a Mamba")
     from_flags = {name: value for name, value in vars(flags).items() if name in known}
     return ModelConfig.from_dict({**from_flags, **values}, f"--model {flags.model or DEFAULT}")
+
+
+def _refuse_parametrization(flags: ModelFlags, of: str) -> None:
+    if flags.parametrization != "standard":
+        raise ConfigError(f"--parametrization {flags.parametrization}: not with {of}; only our transformers have one.")
 
 
 def config_of(config_or_args: ModelConfig | ModelFlags | Namespace) -> ModelConfig:

@@ -25,9 +25,9 @@ def default_width(ffn_type: str, dim: int) -> int:
 class SwiGLU(nn.Module):
     """`w3(silu(gate) * value)` (arXiv:2002.05202); `w12` holds gate and value, as published checkpoints do."""
 
-    def __init__(self, dim: int, layer: int, width: int | None = None):
+    def __init__(self, dim: int, branch_divisor: float, width: int | None = None):
         super().__init__()
-        self.dim, self.layer, self.width = dim, layer, width or gated_width(dim)
+        self.dim, self.branch_divisor, self.width = dim, branch_divisor, width or gated_width(dim)
         self.w12 = nn.Linear(dim, 2 * self.width, bias=False)
         self.w3 = nn.Linear(self.width, dim, bias=False)
 
@@ -40,9 +40,9 @@ class SwiGLU(nn.Module):
         return {"w12.weight": (self.width, self.width)}
 
     def reset_parameters(self) -> None:
-        """w12: 1/sqrt(D); w3: 1/sqrt(F) / sqrt(2 (layer + 1))."""
+        """w12: 1/sqrt(D); w3: 1/sqrt(F) / branch_divisor."""
         scaled_normal_(self.w12.weight, self.dim**-0.5)
-        scaled_normal_(self.w3.weight, self.width**-0.5 / math.sqrt(2 * (self.layer + 1)))
+        scaled_normal_(self.w3.weight, self.width**-0.5 / self.branch_divisor)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         gate_BTF, value_BTF = self.w12(x_BTD).chunk(2, dim=-1)
@@ -52,29 +52,29 @@ class SwiGLU(nn.Module):
 class Gelu(nn.Sequential):
     """`w2(gelu(w1(x)))` with the exact (erf) gelu, four times as wide as the model unless told otherwise."""
 
-    def __init__(self, dim: int, layer: int, width: int | None = None):
+    def __init__(self, dim: int, branch_divisor: float, width: int | None = None):
         width = width or 4 * dim
         super().__init__(nn.Linear(dim, width, bias=False), nn.GELU(), nn.Linear(width, dim, bias=False))
-        self.dim, self.layer, self.width = dim, layer, width
+        self.dim, self.branch_divisor, self.width = dim, branch_divisor, width
 
     def tensor_plan(self) -> Plan:
         """A part of the hidden width for each rank."""
         return {"0": Rows(), "2": Columns()}
 
     def reset_parameters(self) -> None:
-        """w1: 1/sqrt(D); w2: 1/sqrt(F) / sqrt(2 (layer + 1))."""
+        """w1: 1/sqrt(D); w2: 1/sqrt(F) / branch_divisor."""
         first: Any = self[0]
         last: Any = self[2]
         scaled_normal_(first.weight, self.dim**-0.5)
-        scaled_normal_(last.weight, self.width**-0.5 / math.sqrt(2 * (self.layer + 1)))
+        scaled_normal_(last.weight, self.width**-0.5 / self.branch_divisor)
 
 
 class GemmaGeGLU(nn.Module):
     """`down(gelu(gate(x)) * up(x))` with biases, as in Gemma."""
 
-    def __init__(self, dim: int, layer: int, width: int | None = None):
+    def __init__(self, dim: int, branch_divisor: float, width: int | None = None):
         super().__init__()
-        self.dim, self.layer, self.width = dim, layer, width or gated_width(dim)
+        self.dim, self.branch_divisor, self.width = dim, branch_divisor, width or gated_width(dim)
         self.gate_proj = nn.Linear(dim, self.width)
         self.up_proj = nn.Linear(dim, self.width)
         self.down_proj = nn.Linear(self.width, dim)
@@ -84,10 +84,10 @@ class GemmaGeGLU(nn.Module):
         return {"gate_proj": Rows(), "up_proj": Rows(), "down_proj": Columns()}
 
     def reset_parameters(self) -> None:
-        """gate, up: 1/sqrt(D); down: 1/sqrt(F) / sqrt(2 (layer + 1)); biases 0."""
+        """gate, up: 1/sqrt(D); down: 1/sqrt(F) / branch_divisor; biases 0."""
         scaled_normal_(self.gate_proj.weight, self.dim**-0.5)
         scaled_normal_(self.up_proj.weight, self.dim**-0.5)
-        scaled_normal_(self.down_proj.weight, self.width**-0.5 / math.sqrt(2 * (self.layer + 1)))
+        scaled_normal_(self.down_proj.weight, self.width**-0.5 / self.branch_divisor)
         for projection in (self.gate_proj, self.up_proj, self.down_proj):
             nn.init.zeros_(projection.bias)
 

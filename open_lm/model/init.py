@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 
 def scaled_normal_(weight: Tensor, std: float) -> None:
-    """Fill `weight` from a normal distribution cut at three standard deviations."""
+    """Fill `weight` from a normal distribution cut at three standard deviations; zeros where `std` is 0."""
+    if std == 0:
+        nn.init.zeros_(weight)
+        return
     nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
 

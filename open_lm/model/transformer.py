@@ -19,6 +19,7 @@ from open_lm.model.init import scaled_normal_
 from open_lm.model.mask import Mask
 from open_lm.model.moe import MixtureOfExperts, Routing, over_layers
 from open_lm.model.norms import build_norm
+from open_lm.model.parametrization import branch_divisor, embedding_std, output_std
 from open_lm.model.rotary import Angles
 from open_lm.model.slots import SlotCache
 from open_lm.model.split import Plan, Tokens, Vocabulary
@@ -32,7 +33,7 @@ def build_feed_forward(config: ModelConfig, layer: int) -> nn.Module:
     """The feed-forward layer of block number `layer`, counted from 0; a mixture of experts also returns its Routing."""
     if config.has_experts(layer):
         return MixtureOfExperts(config, layer)
-    return FEED_FORWARDS.load(config.ffn_type)(config.hidden_dim, layer, config.ffn_dim)
+    return FEED_FORWARDS.load(config.ffn_type)(config.hidden_dim, branch_divisor(config, layer), config.ffn_dim)
 
 
 class Block(nn.Module):
@@ -97,9 +98,9 @@ class Transformer(nn.Module):
         return self
 
     def reset_parameters(self) -> None:
-        """Embeddings and output: 1/sqrt(D)."""
-        scaled_normal_(self.tok_embeddings.weight, self.config.hidden_dim**-0.5)
-        scaled_normal_(self.output.weight, self.config.hidden_dim**-0.5)
+        """Embeddings and output: 1/sqrt(D), or as the parametrization says."""
+        scaled_normal_(self.tok_embeddings.weight, embedding_std(self.config))
+        scaled_normal_(self.output.weight, output_std(self.config))
 
     def new_cache(self, batch: int, max_len: int) -> StaticCache:
         """An empty cache for decoding `batch` rows of at most `max_len` positions."""

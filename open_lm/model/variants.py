@@ -52,6 +52,7 @@ ATTENTIONS = Registry(
         "custom_attn": "open_lm.model.attention_core:custom_attention",
     },
 )
+PARAMETRIZATIONS = ("standard", "mup", "completep")
 EXPERT_TYPES = ("ffn", "megablocks")
 GROUPED_PRODUCTS = Registry(
     "back end of experts",

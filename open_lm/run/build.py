@@ -214,7 +214,7 @@ def build_state(config: RunConfig, architecture: ModelConfig, world: World, step
     sigma = config.optimizer.skip_step_sigma
     return TrainState(
         model=wrapped,
-        optimizers=build_optimizers(wrapped, config.optimizer, config.schedule.lr),
+        optimizers=build_optimizers(wrapped, config.optimizer, config.schedule.lr, architecture),
         precision=precision,
         lr_at=build_schedule(config.schedule, steps),
         run_length=steps,

@@ -11,17 +11,50 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Adafactor, AdamW, Optimizer
 
 from open_lm.errors import ConfigError
+from open_lm.model.architecture import ModelConfig
+from open_lm.model.parametrization import scale_of
 from open_lm.train.config import OPTIMIZERS, OptimizerConfig
 from open_lm.train.muon import Muon, Packing, Packings, local
 from open_lm.train.row_order import row_orders
 
 Named = list[tuple[str, nn.Parameter]]
+SCALABLE = ("adamw", "lion")
+"""Optimizers whose steps are as large as their learning rate says, as parametrizations suppose."""
 
 
-def build_optimizers(model: nn.Module, config: OptimizerConfig, lr: float) -> list[Optimizer]:
-    """The optimizers that `config` names, each over its share of the trainable parameters of `model`."""
+def build_optimizers(model: nn.Module, config: OptimizerConfig, lr: float, architecture: Any = None) -> list[Optimizer]:
+    """The optimizers that `config` names, each over its share of the trainable parameters of `model`.
+
+    The parametrization of `architecture` scales the learning rate and epsilon of each parameter.
+
+    Raises:
+        ConfigError: the optimizer has no such scales.
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return OPTIMIZERS.load(config.optimizer)(named, config, lr, packings(model))
+    if not isinstance(architecture, ModelConfig) or architecture.parametrization == "standard":
+        return OPTIMIZERS.load(config.optimizer)(named, config, lr, packings(model))
+    if config.optimizer not in SCALABLE:
+        raise ConfigError(
+            f"--parametrization {architecture.parametrization} scales the steps of {' and '.join(SCALABLE)}, found "
+            f"--optimizer {config.optimizer}. Take one of those."
+        )
+    optimizers = OPTIMIZERS.load(config.optimizer)(named, config, lr, packings(model))
+    for optimizer in optimizers:
+        scale_groups(optimizer, dict(named), architecture)
+    return optimizers
+
+
+def scale_groups(optimizer: Optimizer, named: dict[str, nn.Parameter], architecture: ModelConfig) -> None:
+    """Split the groups of `optimizer` by the scales that the parametrization gives their parameters."""
+    scales = {id(p): scale_of(architecture, name, p.ndim) for name, p in named.items()}
+    split = []
+    for group in optimizer.param_groups:
+        for scale in dict.fromkeys(scales[id(p)] for p in group["params"]):
+            part = {**group, "params": [p for p in group["params"] if scales[id(p)] == scale], "lr_scale": scale.lr}
+            part |= {"lr": group["lr"] * scale.lr, "weight_decay": group["weight_decay"] / scale.lr}
+            part |= {"eps": group["eps"] * scale.eps} if "eps" in group else {}
+            split.append(part)
+    optimizer.param_groups = split
 
 
 def packings(model: nn.Module) -> Packings:
@@ -138,8 +171,8 @@ class Lion(Optimizer):
 
 
 def set_lr(optimizers: Iterable[Optimizer], lr: float) -> float:
-    """Give every parameter group the learning rate `lr`, a plain float so that checkpoints stay plain."""
+    """Give every parameter group `lr` times its scale, as plain floats so that checkpoints stay plain."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = float(lr)
+            group["lr"] = float(lr * group.get("lr_scale", 1.0))
     return lr

@@ -1,0 +1,158 @@
+"""Runs of a ladder as commands: finished, stopped, killed, failed, and with a changed ladder file."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+from ladders import SIZES, write_ladder
+from runs import ROOT
+
+from open_lm.checkpoint.commit import committed
+from open_lm.errors import ConfigError, OpenLMError
+from open_lm.ladder import ModelLadder
+from open_lm.ladder.__main__ import main
+from open_lm.ladder.records import collect_metrics, find_checkpoints
+
+SHORT = {"chinchilla_multiple": 0.5, "batch_multiplier": 2.0, "lr_multiplier": 0.05}
+ONE = {"a": SIZES["a"]}
+
+
+def start(path):
+    """`python -m open_lm.ladder run` as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "open_lm.ladder", "run", "--ladder", path],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def wait_for(condition, seconds=120):
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_a_ladder_runs_to_its_end_and_keeps_every_checkpoint_it_promised(tmp_path, capsys):
+    path = write_ladder(tmp_path, sizes=ONE, run=SHORT)
+    main(["run", "--ladder", path])
+    ladder = ModelLadder.from_file(path)
+    steps = list(ladder.plan("a").checkpoint_steps)
+    assert [c.info.step for c in ladder.get_checkpoints("a")] == steps == [0, 58, 65]
+    assert sorted(c.step for c in committed(str(tmp_path / "out/a/checkpoints"))) == steps  # and nothing ephemeral
+    frame = ladder.get_metrics()
+    assert list(frame["step"]) == steps
+    assert list(frame["tokens"]) == [step * ladder.plan("a").batch.tokens for step in steps]
+    assert frame["loss"].is_monotonic_decreasing
+    assert (frame["loss"] == frame["valid/loss"]).all()
+    assert frame["train/lr"].iloc[-1] == pytest.approx(0, abs=1e-12)
+    assert "5/5" not in capsys.readouterr().out
+    main(["run", "--ladder", path])
+    assert "a: complete" in capsys.readouterr().out
+    assert "3/3          3/3      100 %    done" in main(["status", "--ladder", path])
+
+    main(["metrics", "--ladder", path, "--output", str(tmp_path / "m.csv")])
+    main(["metrics", "--ladder", path, "--output", str(tmp_path / "m.json")])
+    assert len(json.loads((tmp_path / "m.json").read_text())) == (tmp_path / "m.csv").read_text().count("\n") - 1 == 3
+    other = main(
+        ["metrics", "--ladder", write_ladder(tmp_path, dir="elsewhere"), "--alternative-dirs", str(tmp_path / "out")]
+    )
+    assert set(other["description"]) == {"run folder"}  # the same runs, read as ordinary run folders
+    assert set(other["num_params"]) == {6568}
+    assert sorted(other["step"]) == steps
+
+    with pytest.raises(ConfigError, match=r"peak_lr was .*, is now .*"):
+        main(["run", "--ladder", write_ladder(tmp_path, sizes=ONE, run={**SHORT, "lr_multiplier": 0.1})])
+    with pytest.raises(ConfigError, match="seed was 3, is now 4"):
+        main(["run", "--ladder", write_ladder(tmp_path, sizes=ONE, run=SHORT, seed=4)])
+    metrics = tmp_path / "out/a/checkpoints/metrics_step58.json"
+    before = metrics.read_text()
+    metrics.unlink()  # a kill between a checkpoint and its metrics
+    assert len(ladder.get_metrics()) == 3
+    assert metrics.read_text() == before
+
+
+def test_metrics_wait_until_what_they_hold_was_measured(tmp_path):
+    plan = ModelLadder.from_file(write_ladder(tmp_path, sizes=ONE, run=SHORT)).plan("a")
+    folder = tmp_path / "out/a"
+    (folder / "checkpoints").mkdir(parents=True)
+    commit = {"label": "0-step58", "step": 58, "files": {}, "facts": {}}
+    (folder / "checkpoints/epoch_0-step58.commit.json").write_text(json.dumps(commit))
+    log = folder / "metrics.jsonl"
+    log.write_text('{"step": 58, "train/loss": 2.0}\n{"step": 58, "valid/lo')  # cut off by a kill
+    collect_metrics(plan, str(folder))
+    assert find_checkpoints(plan, [str(folder)])[1].metrics_path is None
+    log.write_text(
+        '{"step": 58, "train/loss": 2.0}\n{"step": 58, "valid/loss": 2.5}\n{"step": 58, "valid/loss": 2.25}\n'
+    )
+    collect_metrics(plan, str(folder))
+    found = find_checkpoints(plan, [str(folder)])[1]
+    assert json.loads((folder / "checkpoints/metrics_step58.json").read_text())["loss"] == 2.25
+    assert found.metrics_path is not None
+
+
+def test_a_size_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    sizes = {"bad": {**SIZES["a"], "n_heads": 4}, "good": SIZES["a"]}
+    path = write_ladder(tmp_path, sizes=sizes, run=SHORT, flags={"precision": "fp32", "workers": 0})
+    done = []
+
+    def train(self, size):
+        if size == "bad":
+            raise OpenLMError("no memory left")
+        done.append(size)
+
+    monkeypatch.setattr(ModelLadder, "run", train)
+    with pytest.raises(OpenLMError, match="bad: no memory left"):
+        main(["run", "--ladder", path])
+    assert done == ["good"]
+
+
+def test_a_trainer_that_fails_is_reported_with_its_log(tmp_path):
+    path = write_ladder(tmp_path, sizes=ONE, run=SHORT, data={"manifests": ["nowhere/manifest.jsonl"]})
+    with pytest.raises(OpenLMError, match=r"exit code \d+; see .*out.log"):
+        main(["run", "--ladder", path])
+
+
+@pytest.mark.slow
+def test_a_ladder_killed_at_any_moment_goes_on_and_loses_nothing(tmp_path):
+    (tmp_path / "whole").mkdir()
+    reference = write_ladder(tmp_path / "whole", sizes=ONE)
+    main(["run", "--ladder", reference])
+    expected = ModelLadder.from_file(reference).get_metrics()[["step", "tokens", "loss"]]
+    (tmp_path / "killed").mkdir()
+    path = write_ladder(tmp_path / "killed", sizes=ONE)
+    log = tmp_path / "killed/out/a/metrics.jsonl"
+
+    def logged():
+        return log.read_text().count("\n") if log.exists() else 0
+
+    def reached(process, at_least):
+        return logged() >= at_least or process.poll() is not None
+
+    for at_least, how in ((1, signal.SIGKILL), (30, signal.SIGTERM), (50, signal.SIGKILL)):
+        process = start(path)
+        wait_for(partial(reached, process, at_least))
+        process.send_signal(how)
+        process.wait(120)
+    assert start(path).wait(300) == 0
+    found = ModelLadder.from_file(path)
+    assert found.is_complete("a")
+    assert found.get_metrics()[["step", "tokens", "loss"]].equals(expected)  # bit-equal to the run that nobody stopped
+
+
+@pytest.mark.slow
+def test_a_benchmark_measures_speed_and_leaves_only_its_figures(tmp_path, capsys):
+    path = write_ladder(tmp_path, sizes=ONE)
+    main(["run-benchmark", "--ladder", path, "--steps", "12"])
+    found = json.loads((tmp_path / "out/benchmarks/a.json").read_text())
+    assert found["steps"] == 12
+    assert found["tokens_per_second"] > 0
+    assert not (tmp_path / "out/benchmarks/a-benchmark").exists()
+    main(["dry-run", "--ladder", path])
+    assert "tokens/s" in capsys.readouterr().out
+    assert ModelLadder.from_file(path).steps_done("a") == 0

@@ -81,7 +81,7 @@ def lora(found):
     with torch.no_grad():
         for p in wrapped.parameters():
             if p.requires_grad:
-                p -= 5.0 * (p.grad if p.grad is not None else 0)
+                p -= 0.05 * (p.grad if p.grad is not None else 0)
     found["lora_learns"] = wrapped(ids, labels=ids).loss.item() < before.item()
     merged = wrapped.merge_and_unload()
     found["lora_merges"] = merged(ids).logits.shape == reference["logits"].shape

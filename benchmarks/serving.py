@@ -149,7 +149,8 @@ def main():
             for process, _ in servers.values():
                 process.terminate()
         if len(servers) == 2:
-            same = [known["plain server"].get(p, "").split() == t.split() for p, t in known["openlm serve"].items()]
+            ours, other = known["openlm serve"], known["plain server"]
+            same = [ours[prompt].split() == other[prompt].split() for prompt in ours.keys() & other.keys()]
             print(f"texts equal in both servers: {sum(same)} of {len(same)}")
         for (name, n_clients), found in rates.items():
             print(f"{name}, {n_clients} clients: median {statistics.median(found):.1f} tokens/s")

@@ -6,9 +6,9 @@ Shapes: N slots, S positions of a slot, B rows of a forward pass, T new position
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,8 +77,10 @@ def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> 
     """Zeros; on a CPU of memory that is taken page by page when it is written to."""
     if device.type != "cpu":
         return torch.zeros(shape, device=device, dtype=dtype)
-    n_bytes = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.zeros(n_bytes, np.uint8)).view(dtype).view(shape)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # a huge page would take what many slots never write to
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class SlotCache(StaticCache):

@@ -39,10 +39,10 @@ class Limits:
 
     def _check(self, scope: Any) -> None:
         headers = {name.decode("latin1").lower(): value.decode("latin1") for name, value in scope["headers"]}
-        if self.state.config.is_loopback and _host(headers.get("host", "")) not in LOOPBACK:
-            raise Refused(403, "This server answers to localhost alone: another site may not send you here.")
         key = self.state.config.api_key
-        given = headers.get("authorization", "").removeprefix("Bearer ").encode()
+        if key is None and self.state.config.is_loopback and _host(headers.get("host", "")) not in LOOPBACK:
+            raise Refused(403, "This server answers to localhost alone: another site may not send you here.")
+        given = headers.get("authorization", "").removeprefix("Bearer ").encode("latin1")
         if key and scope["path"] not in OPEN and not secrets.compare_digest(given, key.encode()):
             raise Refused(401, "Send the key of this server as `Authorization: Bearer KEY`.", code="invalid_api_key")
         if scope["method"] == "POST":

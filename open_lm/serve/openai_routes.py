@@ -182,7 +182,9 @@ async def _answer(
     if body.stream:
         served.service.submit(tickets)
         parts = _parts(state, served, tickets, body, form, {**head, "object": form.streamed_name})
-        return StreamingResponse(parts, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        return StreamingResponse(
+            parts, media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        )
     await until_written(request, served.service, tickets, state.config.max_seconds)
     state.log_texts(served, tickets)
     choices = [form.whole(ticket) for ticket in tickets]

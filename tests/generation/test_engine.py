@@ -1,5 +1,7 @@
 """Texts that join and leave a running batch become what they become alone, down to the bits of their scores."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_models import CONFIGS, make_model
@@ -13,6 +15,7 @@ from open_lm.generation.text import Text
 from open_lm.kernels import native
 from open_lm.model import create_model
 from open_lm.model.config import ModelConfig
+from open_lm.model.slots import SlotCache
 
 VOCAB = 53
 PROMPTS = [
@@ -202,3 +205,16 @@ def test_a_training_model_stays_one(settings):
     with pytest.raises(KeyError), evaluating(model):
         raise KeyError
     assert model.training
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of a process from Linux")
+def test_the_memory_of_slots_is_taken_as_they_are_written_to():
+    def resident():
+        return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
+
+    before = resident()
+    cache = SlotCache(4, 64, 2048, (4, 32), torch.device("cpu"), torch.float32)  # 512 MB
+    for layer in cache.layers:
+        layer.k_NSGK[:, :8] = 1.0
+    assert resident() - before < 64
+    assert cache.layers[0].k_NSGK[3, 7].sum() == 128 and cache.layers[0].k_NSGK[3, 8:].count_nonzero() == 0

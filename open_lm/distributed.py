@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from open_lm.errors import DeviceError, OpenLMError
+from open_lm.flags import late_names
 from open_lm.mesh import AXES, MeshShape
-from open_lm.registry import late_names
 
 T = TypeVar("T")
 

@@ -1,12 +1,13 @@
 """Flags from frozen dataclasses: one argparse group each, parsed back into the dataclass."""
 
 import difflib
+import importlib
 import math
 import sys
 import types
 import typing
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -236,3 +237,36 @@ def parse_steps(words: Iterable[str], spelled: str, *, least: int = 1) -> frozen
             raise ConfigError(f"{spelled} {word}: give steps, counted from {least}, such as 5, or ranges such as 5-7.")
         numbers |= set(range(int(first), int(last or first) + 1))
     return frozenset(numbers)
+
+
+class Registry(dict[str, str]):
+    """A dict `name -> "package.module:attribute"`; its keys are the `choices` of a flag.
+
+    Keeping the place of the code, not the code, lets `--help` list every variant without importing torch.
+    """
+
+    def __init__(self, kind: str, entries: Mapping[str, str]):
+        super().__init__(entries)
+        self.kind = kind
+
+    def load(self, name: str) -> Any:
+        """The class or function registered as `name`.
+
+        Raises:
+            ConfigError: nothing has that name.
+        """
+        if name not in self:
+            raise ConfigError(f"unknown {self.kind} {name!r}: choose one of {', '.join(self)}.")
+        module, attribute = self[name].split(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+def late_names(module: str, home: str, names: Collection[str]) -> Callable[[str], Any]:
+    """A module's `__getattr__`: `names` are imported from `home` when first asked for."""
+
+    def get(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(home), name)
+
+    return get

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from open_lm.flags import late_names
 from open_lm.params import RunConfig, command_line, parse_args, read_config
-from open_lm.registry import late_names
 
 if TYPE_CHECKING:
     from open_lm.run.dry_run import Forecast

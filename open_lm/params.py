@@ -14,10 +14,9 @@ from open_lm.checkpoint.config import CheckpointConfig
 from open_lm.data.config import DataConfig
 from open_lm.errors import ConfigError
 from open_lm.evaluate.config import ValidationConfig
-from open_lm.flags import Parser
+from open_lm.flags import Parser, late_names
 from open_lm.model.config import ModelFlags
 from open_lm.post_training.config import AdapterConfig, PreferenceConfig, RLConfig, TaskConfig
-from open_lm.registry import late_names
 from open_lm.tracking.config import TrackingConfig
 from open_lm.train.config import DistillationConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, TrainConfig
 

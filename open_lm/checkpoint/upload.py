@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 from typing import IO, cast
 
-from open_lm import remote, storage
+from open_lm import storage
 from open_lm.checkpoint.checksum import BLOCK_BYTES, ChecksummingFile, FileRecord, record_of
 from open_lm.errors import CheckpointError
+from open_lm.storage import remote
 
 PART_BYTES = 64 << 20
 """Size of the parts that a large file goes in, several at a time."""

@@ -23,10 +23,11 @@ from typing import NamedTuple
 import numpy as np
 import orjson
 
-from open_lm import remote, storage
+from open_lm import storage
 from open_lm.data.manifest import Shard
 from open_lm.data.shards import ShardIndex, read_index, regular_index
 from open_lm.errors import DataError, StorageError
+from open_lm.storage import remote
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,7 @@ import itertools
 from dataclasses import dataclass
 
 from open_lm.errors import ConfigError
-from open_lm.flags import flag
-from open_lm.registry import Registry
+from open_lm.flags import Registry, flag
 
 SAMPLE_FORMATS = Registry(
     "sample format",

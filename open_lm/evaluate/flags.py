@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from open_lm.errors import ConfigError
-from open_lm.flags import flag
-from open_lm.registry import Registry
+from open_lm.flags import Registry, flag
 
 ENGINES = Registry(
     "engine",

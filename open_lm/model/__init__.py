@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from open_lm.registry import late_names
+from open_lm.flags import late_names
 
 if TYPE_CHECKING:
     from torch import nn

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from open_lm.registry import Registry
+from open_lm.flags import Registry
 
 ARCHITECTURES = Registry(
     "architecture",

@@ -8,9 +8,8 @@ import re
 from dataclasses import dataclass, fields
 
 from open_lm.errors import ConfigError
-from open_lm.flags import flag
+from open_lm.flags import Registry, flag
 from open_lm.mesh import MeshShape, parse_mesh, shape_for
-from open_lm.registry import Registry
 from open_lm.train.averagers import parse_averagers
 from open_lm.train.schedule import SCHEDULES
 

@@ -11,7 +11,6 @@ import fsspec
 import numpy as np
 import pytest
 
-from open_lm import remote
 from open_lm.data import cache as module
 from open_lm.data.cache import BlockCache
 from open_lm.data.cache_folder import open_cache
@@ -20,6 +19,7 @@ from open_lm.data.loader import build_loader
 from open_lm.data.manifest import Shard, write_manifest
 from open_lm.data.shards import describe_shard, write_shard
 from open_lm.errors import DataError
+from open_lm.storage import remote
 
 N, EACH = 6, 400
 

@@ -161,7 +161,8 @@ def test_text_without_spaces_is_cut_after_punctuation_with_the_ids_of_the_whole(
 def test_reading_a_remote_file_whole_takes_few_requests(monkeypatch):
     import fsspec
 
-    from open_lm import remote, storage
+    from open_lm import storage
+    from open_lm.storage import remote
 
     memory, calls = fsspec.filesystem("memory"), []
     memory.pipe("/few/a.bin", bytes(20 << 20))

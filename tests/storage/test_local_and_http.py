@@ -7,8 +7,9 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from open_lm import remote, storage
+from open_lm import storage
 from open_lm.errors import StorageError
+from open_lm.storage import remote
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from open_lm import remote, storage
+from open_lm import storage
 from open_lm.errors import ConfigError, DataError, StorageError
+from open_lm.storage import remote
 
 pytest.importorskip("s3fs", reason="s3:// needs s3fs (pip install s3fs)")
 moto_server = pytest.importorskip("moto.server", reason="needs moto[server]")

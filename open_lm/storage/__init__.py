@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from open_lm import remote
 from open_lm.errors import StorageError
-from open_lm.remote import RemoteFile, filesystem, is_remote, patiently, redacted, shown, storage_error
+from open_lm.storage import remote
+from open_lm.storage.remote import RemoteFile, filesystem, is_remote, patiently, redacted, shown, storage_error
 
 __all__ = ["is_remote", "redacted", "shown"]
 

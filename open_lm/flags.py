@@ -143,7 +143,7 @@ def _check_range(name: str, value: Any, least: float | None, above: float | None
         return
     spelled = "--" + name.replace("_", "-")
     if not math.isfinite(value):
-        raise ConfigError(f"{spelled} {value} is not a number to compute with.")
+        raise ConfigError(f"{spelled} {value} must be finite.")
     if least is not None and value < least:
         raise ConfigError(f"{spelled} {value} must be at least {least}.")
     if above is not None and value <= above:

@@ -38,7 +38,7 @@ def describe(config: RunConfig) -> Forecast:
 
 
 def execute(config: RunConfig, command: str) -> RunResult:
-    """Carry out `config`; `command` is what the log says was typed. Of several checkpoints to evaluate, the last one's
+    """Run `config`; `command` is the command line to log. Of several checkpoints to evaluate, the last one's
     result is given back."""
     from open_lm.run.build import architecture_of
     from open_lm.run.run import start_run

@@ -125,7 +125,9 @@ def check(config: RunConfig) -> None:
         raise ConfigError("--trace-steps looks into modules that --torchcompile takes apart: leave one out.")
     asks_length = config.train.train_tokens or config.train.train_steps or config.train.train_num_samples
     if config.trains and not asks_length and (config.data.dataset_resampled or config.data.dataset_type == "synthetic"):
-        raise ConfigError("the data have no end: say how long to train with --train-tokens or --train-num-samples.")
+        raise ConfigError(
+            "the data source is infinite: say how long to train with --train-tokens or --train-num-samples."
+        )
 
 
 def check_evaluation(config: RunConfig) -> None:

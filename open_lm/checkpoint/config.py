@@ -22,7 +22,7 @@ class CheckpointConfig:
     )
     pretrained: str | None = flag(
         None,
-        "Checkpoint, run folder, exported folder or hf://owner/name to take the weights from; all else starts anew. "
+        "Checkpoint, run folder, exported folder or hf://owner/name to take the weights from; all else starts fresh. "
         "With --resume latest: unless this run has a checkpoint to continue from.",
     )
     load_pretrained_state: bool = flag(

@@ -177,7 +177,7 @@ class Checkpoints:
         return free_label(self.folder, label, step, self.taken_labels)
 
     def _problem_with_space(self, needed: int) -> str:
-        """What is said when there is not enough space on rank 0; the same on every rank."""
+        """The message when rank 0 lacks space; the same on every rank."""
         free = self._world.on_rank0(lambda: storage.free_bytes(self.folder))
         if free is None or free >= 1.02 * needed:
             return ""

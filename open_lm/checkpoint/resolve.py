@@ -145,7 +145,7 @@ def newest_in(folder: str, check: Checked = "nothing") -> Found | None:
     if commits:
         raise CheckpointError(
             f"{inside}: all {len(commits)} checkpoints are damaged (see the warnings above). "
-            "Restore one of them from a copy, or start anew under another --name."
+            "Restore one of them from a copy, or start a new run under another --name."
         )
     return None
 

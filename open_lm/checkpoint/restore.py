@@ -155,7 +155,7 @@ def _saved_companions(state: Saved, facts: Mapping[str, Any]) -> list[tuple[str,
     """The companions that the checkpoint holds something of; the others begin anew."""
     for name, part in state.companions.items():
         if name not in facts["companions"]:
-            logging.warning("%s holds no %s: it begins anew here.", facts["path"], name)
+            logging.warning("%s holds no %s: it starts fresh.", facts["path"], name)
             part.reset()
     return [(name, part) for name, part in state.companions.items() if name in facts["companions"]]
 
@@ -283,7 +283,7 @@ def _companion(path: str, kind: str) -> dict[str, Any]:
     companion = _companion_path(path, kind)
     if not storage.exists(companion):
         raise CheckpointError(
-            f"--resume {path}: {companion} is missing. Use --pretrained to start anew from the weights alone."
+            f"--resume {path}: {companion} is missing. Use --pretrained to start from the weights alone."
         )
     return load_file(companion)
 

@@ -125,7 +125,7 @@ def leave_behind(folders: Sequence[str], branch: int, step: int) -> int:
     for folder, commit in later:
         name = commit.commit_name.removesuffix(".commit.json") + LEFT_BEHIND
         logging.warning(
-            "going back to step %d: checkpoint %s of step %d no longer counts (%s).",
+            "going back to step %d: checkpoint %s of step %d is set aside (%s).",
             step, commit.label, commit.step, storage.shown(storage.join(folder, name)),
         )  # fmt: skip
         rename(folder, commit.commit_name, name)

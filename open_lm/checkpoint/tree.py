@@ -1,4 +1,4 @@
-"""A run's state as nested dicts of tensors and plain values, and the same laid flat under `a/b/c` names."""
+"""A run's state as nested dicts of tensors and plain values, and the same flattened under `a/b/c` names."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def flat(tree: Mapping[str, Any], *, at: str = "") -> tuple[dict[str, Tensor], d
 
 
 def nested(items: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested dicts that `flat` laid flat."""
+    """The nested dicts that `flat` flattened."""
     tree: dict[str, Any] = {}
     for path, value in items.items():
         *folders, name = path.split(SEPARATOR)

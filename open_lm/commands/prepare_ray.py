@@ -41,7 +41,7 @@ class TokenizeShuffle:
     no_shuffle: bool = flag(False, "Leave the samples in the order of the files.")
     data_key: str = flag("npy", "How a sample's ids are written.", choices=SAMPLE_FORMATS)
     on_bad_line: str = flag(
-        "stop", "A line or member that is no document: stop, or skip and count it.", choices=("stop", "skip")
+        "stop", "A line or member that is not a document: stop, or skip and count it.", choices=("stop", "skip")
     )
     max_document_bytes: int = flag(256 << 20, "Longer lines are rejected and counted, not read into memory.", least=1)
     encoder: str = flag("auto", "As make_2048's; all nodes must have it.", choices=ENCODERS)

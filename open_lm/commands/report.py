@@ -27,7 +27,7 @@ class ReportConfig:
     output: str = flag("report.html", "The page to write.")
     title: str | None = flag(None, "Heading of the page. None: the names of the runs.")
     watch: int | None = flag(
-        None, "Write the page anew every so many seconds, which reloads itself, until interrupted.", least=1
+        None, "Rewrite the page every so many seconds until interrupted; it reloads itself.", least=1
     )
     corpus: str | None = flag(None, "corpus.json of scripts/make_corpus.py.")
     ledgers: tuple[str, ...] = flag((), "ledger.json of each set of shards, the training set first.")
@@ -98,7 +98,7 @@ def lead(runs: Sequence[RunSummary]) -> str:
 
 def explain_loss(runs: Sequence[RunSummary]) -> str:
     """What the loss chart shows."""
-    known = "The dashed line is the loss of a model that knows nothing. " if runs[0].uniform_loss else ""
+    known = "The dashed line is the loss of a uniform guess. " if runs[0].uniform_loss else ""
     return f"{known}Validation text is never trained on; each of its tokens is scored once. Hover for values."
 
 

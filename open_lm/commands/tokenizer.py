@@ -21,7 +21,7 @@ SPECIAL_TOKENS = (END_OF_TEXT, PADDING)
 """In the order of their ids, as in GPT-NeoX's tokenizer: 0 ends a document, 1 fills what is never trained on."""
 N_BYTES = 256
 MAX_LINE_BYTES = 16 << 20
-"""A longer document is passed over: it would be most of what is learned from."""
+"""Longer documents are skipped: one would dominate the merges."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def sample(paths: Sequence[str], key: str, limit_bytes: int) -> list[str]:
 
 
 def documents(url: str, key: str) -> Iterator[str]:
-    """The text of each line of a raw file, compressed or not; empty and overlong lines are passed over.
+    """The text of each line of a raw file, compressed or not; empty and overlong lines are skipped.
 
     Raises:
         DataError: a line is no JSON object with a text under `key`.

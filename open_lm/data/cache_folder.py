@@ -25,7 +25,7 @@ def open_cache(folder: str | None, limit_gb: float, *, world_size: int = 1) -> B
     A temporary one takes at most half of the free space, and is removed when its last process ends.
     """
     run = _run(world_size)
-    session = run if world_size > 1 else f"{run}-{time.time_ns()}"  # alone, look anew at what lies under a url
+    session = run if world_size > 1 else f"{run}-{time.time_ns()}"  # alone: look again at what a URL holds
     if folder is not None:
         return BlockCache(folder, limit_gb * 1e9, session)
     place = _temporary(run)

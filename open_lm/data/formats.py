@@ -35,7 +35,7 @@ class SampleFormat(Protocol):
 
 
 def _ids(payload: bytes) -> np.ndarray:
-    """The ids of a JSON list. Strict: 1.0, "1" and true are no ids."""
+    """The ids of a JSON list. Strict: 1.0, "1" and true are not valid ids."""
     try:
         values = orjson.loads(payload)
     except orjson.JSONDecodeError as error:

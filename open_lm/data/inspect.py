@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     n_sequences = sum(shard.n_sequences for shard in shards)
     print(f"{storage.shown(flags.path)}: {len(shards):,} shards, {n_sequences:,} sequences")
     if flags.verify:
-        print(f"all sound: {text.count(verify(shards, flags))} tokens read")
+        print(f"all shards OK: {text.count(verify(shards, flags))} tokens read")
     for line in _first_samples(shards, flags):
         print(line)
 

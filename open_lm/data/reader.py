@@ -235,7 +235,7 @@ class Files(Protocol):
         """Where its samples lie, from its headers."""
 
     def prepare(self, shards: Sequence[Shard], offsets: np.ndarray, size: int) -> None:
-        """Get what is remote side by side before it is used one by one; what fails is raised when it is read."""
+        """Prefetch remote ranges in parallel; a failure is raised when its range is read."""
 
     def read_into(self, shard: Shard, number: int, offset: int, view: memoryview) -> int:
         """Fill `view`; how many bytes there were."""

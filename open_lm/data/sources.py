@@ -102,7 +102,7 @@ def named_tokenizer(sources: Sequence[Source]) -> str | None:
 
 
 def document_end(config: DataConfig, sources: Sequence[Source]) -> int | None:
-    """The id after which attention starts anew; None without --doc-mask.
+    """The id after which a new document begins; None without --doc-mask.
 
     Raises:
         ConfigError: the manifests name several.
@@ -139,7 +139,7 @@ def _check_size(shard: Shard, size: int) -> None:
     if shard.size_bytes not in (None, size):
         raise DataError(
             f"shard {storage.shown(shard.url)}: {size} bytes, its manifest says {shard.size_bytes}. "
-            "Copy it again, or make the manifest anew."
+            "Copy it again, or make the manifest again."
         )
 
 

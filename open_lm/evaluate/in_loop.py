@@ -66,7 +66,7 @@ class InLoopEvaluator:
         logging.info("%s: %d questions, %d prompts cut to the context", prepared.suite.origin, n_questions, n_cut)
 
     def score(self) -> dict[str, float]:
-        """What the model of now is worth, the same on every rank: `TASK/METRIC`, and the averages of the gauntlet.
+        """Current scores, the same on every rank: `TASK/METRIC`, and the averages of the gauntlet.
 
         Each question is asked once over all ranks. A compiled model is run as it is written: the lengths of questions
         differ, and each would be compiled for.

@@ -48,7 +48,7 @@ class CheckpointRecords:
     tokenizer: str
     step: int | None = None
     tokens: int | None = None
-    weights: str = ""  # path, size and time of the file: another one is scored anew
+    weights: str = ""  # path, size and time of the file: a changed file is scored again
     records: list[Record] = field(default_factory=list)
     averages: dict[str, float] = field(default_factory=dict)
 

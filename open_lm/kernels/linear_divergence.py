@@ -25,7 +25,7 @@ def linear_divergence(
     """Summed KL(teacher || student) over the counted positions, both at `temperature`, times its square, so that the
     gradients keep their size (Hinton et al., arXiv:1503.02531). Only the student gets gradients.
 
-    The logits are computed anew in the backward pass, some positions at a time.
+    The backward pass recomputes the logits, some positions at a time.
     """
     n_rows = max(1, CHUNK_LOGITS // weight_VD.shape[0])
     total = hidden_ND.new_zeros((), dtype=torch.float32)

@@ -2,7 +2,7 @@
 
 Shapes: N rows, D and V widths of inputs and outputs.
 
-Such a product is as fast as the matrix is read. torch's reads it at a half of the memory's rate, or packs it anew each
+Such a product is as fast as the matrix is read. torch's reads it at half of memory bandwidth, or repacks it every
 time; the kernel's sums stay in registers while it streams by.
 """
 

@@ -304,7 +304,7 @@ class MambaConfig:
 
 
 def from_keys(cls: type[C], values: Mapping[str, Any], origin: str) -> C:
-    """An architecture of class `cls` with `values`; what is wrong with them is said of `origin`."""
+    """An architecture of class `cls` with `values`; errors name `origin`."""
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in known:

@@ -76,7 +76,7 @@ def _check(ledger: dict[str, Any]) -> None:
         raise DataError(
             f"the books do not balance: documents in {documents['in']}, accounted for {accounted}; "
             f"tokens in {tokens['in']}, in shards (without copies) and tail {tokens_out}. "
-            "Nothing was published. Start anew with --overwrite."
+            "Nothing was published. Start again with --overwrite."
         )
 
 

@@ -169,7 +169,7 @@ class DocumentEncoder:
                 if first_difference(self._reference, self._encoder, [text[:_MARGIN]]) is not None:
                     raise DataError(
                         f"--encoder {self._encoder.name}: other ids than tokenizers gives for the document that begins "
-                        f"{text[:60]!r}. Start anew with --overwrite --encoder tokenizers."
+                        f"{text[:60]!r}. Start again with --overwrite --encoder tokenizers."
                     )
 
 

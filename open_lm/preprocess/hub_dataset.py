@@ -109,7 +109,7 @@ def _converted(dataset: str, config: str | None, split: str, original: Sequence[
 def _nothing(dataset: str, config: str | None, split: str, paths: Sequence[str]) -> DataError:
     there = ", ".join(sorted({os.path.dirname(path) or path for path in paths})[:20]) or "no parquet or jsonl file"
     return DataError(
-        f"--dataset {dataset}: nothing for --config {config} and --split {split}. There is: {there}. "
+        f"--dataset {dataset}: nothing for --config {config} and --split {split}. Available: {there}. "
         "Choose by --config and --split, or --files."
     )
 
@@ -130,7 +130,7 @@ def _card_patterns(dataset: str, commit: str, config: str | None, split: str) ->
     default = next((row for row in configs if row.get("default")), named.get("default", configs[0]))
     row = named.get(config) if config else default
     if row is None:
-        raise DataError(f"--dataset {dataset}: no --config {config}. There is: {', '.join(named)}.")
+        raise DataError(f"--dataset {dataset}: no --config {config}. Available: {', '.join(named)}.")
     files = row.get("data_files")
     rows = files if isinstance(files, list) else [files]
     patterns: list[str] = []

@@ -136,11 +136,11 @@ def _workplace(job: Job, to: Destination, tokenizer_json: str, *, resume: bool, 
         if storage.read_bytes(work.path("job.json")) != job.to_json() and (resume or not overwrite):
             raise ConfigError(
                 f"{work.folder}: holds unfinished work of a job with other settings or inputs. "
-                "Give the settings of then with --resume, or --overwrite to start anew."
+                "Give the settings of then with --resume, or --overwrite to start again."
             )
         if not resume and not overwrite:
             raise ConfigError(
-                f"{work.folder}: holds unfinished work. Go on with it by --resume, or start anew by --overwrite."
+                f"{work.folder}: holds unfinished work. Go on with it by --resume, or start again with --overwrite."
             )
     storage.require_writable(work.folder, "--output-dir")
     with _alone(work.folder):
@@ -161,7 +161,7 @@ def _alone(folder: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ConfigError(f"{folder}: another process is at work there. Wait for it, or stop it.") from None
+            raise ConfigError(f"{folder}: locked by another process. Wait for it, or stop it.") from None
         yield
 
 

@@ -35,7 +35,7 @@ def run_tasks(tasks: Sequence[Task], n_workers: int, *, label: str, total_bytes:
     The first error of a task ends the others and is raised.
 
     Raises:
-        DataError: a worker was killed, for example for want of memory.
+        DataError: a worker was killed, for example by the out-of-memory killer.
     """
     bar = progress(total=total_bytes, unit="B", label=label)
     with bar:

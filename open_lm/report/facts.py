@@ -46,7 +46,7 @@ class RunSummary:
 
     @property
     def uniform_loss(self) -> float | None:
-        """ln(vocabulary): the loss of a model that knows nothing."""
+        """ln(vocabulary): the loss of a uniform guess."""
         return math.log(self.vocab_size) if self.vocab_size else None
 
 

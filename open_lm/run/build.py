@@ -64,7 +64,7 @@ def architecture_of(config: RunConfig) -> ModelConfig:
 def build_loader_and_length(
     config: RunConfig, architecture: ModelConfig, world: World
 ) -> tuple[Loader | Prompts | None, RunLength]:
-    """The data, opened and checked to be enough, and the steps to take over them; none of both to evaluate only."""
+    """The data, opened and checked to be enough, and the run's length; (None, empty) when only evaluating."""
     if not config.trains:
         return None, RunLength((0,), tokens_per_step=0)
     kind: TaskKind = TASKS.load(config.task.task)

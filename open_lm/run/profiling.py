@@ -17,7 +17,7 @@ Trace = dict[str, Tensor]
 
 
 class Observer:
-    """Goes around every step of one rank; files are written into `folder`.
+    """Profiles or traces selected steps; files are written into `folder`.
 
     `profile_steps` become one chrome trace (chrome://tracing, or ui.perfetto.dev), `trace_steps` a file each with the
     inputs and outputs of every module in the forward pass. Steps are counted as in the log, from 1.

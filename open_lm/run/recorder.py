@@ -26,7 +26,7 @@ from open_lm.train.step import StepReport
 from open_lm.train.timing import Timing
 
 MIN_LOSS_SCALE = 1e-4
-"""Below it fp16 gradients have overflowed step after step, and none has been applied for long."""
+"""Below it fp16 gradients have overflowed step after step, and no update has been applied for a long time."""
 
 
 class Recorder:
@@ -201,7 +201,7 @@ def _interval(result: HeldOut) -> str:
 
 
 def append_json_line(path: str, value: Any) -> None:
-    """Add `value` as one line to the file at `path`; a full disk is said, and does not end the run."""
+    """Add `value` as one line to the file at `path`; I/O errors are logged, not raised."""
     try:
         with open(path, "a") as file:
             file.write(json.dumps(value) + "\n")

@@ -160,7 +160,7 @@ class Run:
 
     def _note_skipped(self, report: StepReport, state: TrainState) -> None:
         loss, norm = self.world.sum(report.loss).item(), report.grad_norm.item()
-        logging.warning("step %d is left out: loss %.4f, gradient norm %.3g stand out.", state.step, loss, norm)
+        logging.warning("step %d skipped: outlier loss %.4f or gradient norm %.3g.", state.step, loss, norm)
         if self.world.is_master:
             line = {"step": state.step, "loss": loss, "grad_norm": norm}
             append_json_line(os.path.join(self.folder, "skipped_steps.jsonl"), line)

@@ -81,7 +81,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Begin anew from the weights as they are."""
+        """Restart from the current weights."""
         self._n = 0
         for parameter, average in zip(self._model.parameters(), self._averages, strict=True):
             average.copy_(_local(parameter))

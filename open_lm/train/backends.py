@@ -27,7 +27,7 @@ def prepare_backends(config: ParallelConfig, device: torch.device, seq_len: int,
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc reuse the memory of large tensors, whose pages it would give back and fetch anew, zeroed, every step.
+    """Let glibc reuse the memory of large tensors, whose pages it would return and fetch again, zeroed, every step.
 
     Returns whether it now does; not where another allocator is loaded or the environment sets one of glibc's MALLOC_*.
     """

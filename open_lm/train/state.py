@@ -35,7 +35,7 @@ class TrainState:
     """The positions of each sequence that this rank trains on; None: all."""
     averages: list[WeightAverage] = field(default_factory=list)
     guard: SpikeGuard | None = None
-    """What leaves out steps that stand out; None takes every step."""
+    """Skips outlier steps; None takes every step."""
     step: int = 0
     """Optimizer steps taken so far; the data follow from it too."""
     tokens: int = 0

@@ -30,7 +30,7 @@ class StepReport:
     grad_norm: Tensor
     lr: float
     taken: bool = True
-    """Whether the weights were updated; a loss or gradient that stands out may leave a step out."""
+    """Whether the weights were updated; an outlier loss or gradient norm may skip a step."""
 
     @property
     def loss(self) -> Tensor:

@@ -56,7 +56,7 @@ def test_a_sound_set_verifies_and_each_kind_of_damage_is_named(data_set, capsys)
     folder = data_set([5, 9, 4, 4])
     make_wds_manifest.main(["--data-dir", str(folder)])
     main([str(folder), "--verify"])
-    assert "all sound: 110 tokens" in capsys.readouterr().out
+    assert "all shards OK: 110 tokens" in capsys.readouterr().out
     with pytest.raises(DataError, match=r"token id \d+ is outside a vocabulary of 20"):
         main([str(folder), "--verify", "--vocab-size", "20"])
     flipped = bytearray((folder / "00000000.tar").read_bytes())
@@ -83,4 +83,4 @@ def test_text_needs_a_tokenizer(data_set):
 def test_the_command_line_works(data_set):
     line = [sys.executable, "-m", "open_lm.data.inspect", str(data_set([3])), "--verify"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "all sound" in done.stdout
+    assert done.returncode == 0 and "all shards OK" in done.stdout

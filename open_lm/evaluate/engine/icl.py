@@ -127,7 +127,7 @@ class IclEngine:
     def ask(
         self, prepared: LoglikelihoodRequest | GenerationRequest, progress: Progress = lambda n_questions: None
     ) -> JobResult:
-        """Score what `prepare` gave, with the weights of now; the model is in eval mode meanwhile."""
+        """Score what `prepare` gave, with the current weights; the model is in eval mode meanwhile."""
         began = time.perf_counter()
         was_training = self.model.training
         self.model.eval()

@@ -112,7 +112,7 @@ def run_tokenizer(config: RunConfig, loader: Loader | None) -> str | None:
 
 
 def _bytes_of_tokens(name: str | None, vocab_size: int, world: World, *, required: bool) -> Tensor | None:
-    """Bytes per id on this rank's device; None where the tokenizer is not known or, unless `required`, not available locally."""
+    """Bytes per id on this rank's device; None where the tokenizer is unknown or, unless `required`, not available."""
     if name is None:
         return None
     counts = world.on_rank0(lambda: _read_token_bytes(name, vocab_size, required=required))

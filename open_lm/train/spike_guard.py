@@ -14,11 +14,11 @@ LEAST = WINDOW // 2
 
 
 class SpikeGuard:
-    """Says which steps to take. One is left out when its loss or gradient norm lies more than `sigma` standard
-    deviations above the mean of the last 128, as in OLMo (arXiv:2501.00656).
+    """Skips a step when its loss or gradient norm lies more than `sigma` standard deviations above the mean of the last
+    128 (as in OLMo, arXiv:2501.00656).
 
-    Steps that were left out count in the mean: a lasting shift soon stops counting as a spike. A figure that is not finite is
-    none either: that is a run that diverged.
+    Skipped steps count in the mean: a lasting shift soon stops counting as a spike. A figure that is not finite is not
+    a spike: it raises TrainingDiverged.
     """
 
     def __init__(self, sigma: float):

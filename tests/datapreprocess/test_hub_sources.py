@@ -99,7 +99,7 @@ def test_configs_and_splits_are_those_of_the_card(hub, tmp_path):
         (path,) = (tmp_path / split).glob("*.zst")
         assert [row["text"] for row in read(path)] == expected
     wrong = call([*command, "--output-dir", tmp_path / "x", "--config", "big"], endpoint, tmp_path / "cache")
-    assert wrong.returncode == 65 and "no --config big. There is: small" in wrong.stderr
+    assert wrong.returncode == 65 and "no --config big. Available: small" in wrong.stderr
 
 
 def test_what_is_neither_parquet_nor_jsonl_is_taken_from_the_hubs_conversion(hub, tmp_path):

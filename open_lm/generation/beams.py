@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from open_lm.generation.config import GenerateConfig
-from open_lm.generation.cpu_decode import quick
+from open_lm.generation.cpu_decode import cpu_decode
 from open_lm.generation.padded import PaddedTexts
 from open_lm.generation.prompts import check_prompts, rooms
 from open_lm.model.transformer import Transformer
@@ -109,7 +109,7 @@ def beam_search(
     texts = PaddedTexts(model, [prompt for prompt in prompts for _ in range(n)], config, max(n_new))
     unlikely = [0.0] + [-torch.inf] * (n - 1)  # beams start as copies: only the first may be continued
     searches = [Search(n, config.length_penalty, room, [([], start) for start in unlikely]) for room in n_new]
-    with quick(model):
+    with cpu_decode(model):
         for _ in range(max(n_new)):
             log_p_RV = texts.repetition.applied(texts.next_logits().log_softmax(-1))
             rows, tokens = advance(searches, log_p_RV, stop_ids)

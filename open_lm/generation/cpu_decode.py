@@ -27,12 +27,12 @@ MIN_PARAMETERS = 1 << 22
 
 
 @contextlib.contextmanager
-def quick(model: nn.Module) -> Iterator[None]:
+def cpu_decode(model: nn.Module) -> Iterator[None]:
     """Let a `model` on the CPU decode quickly until the block ends; what it computes stays the same."""
     with _kernels(model) as are_used:
         replaced: list[Any] = []
         for module in model.modules() if are_used else ():
-            forward = quick_forward(module)
+            forward = cpu_forward(module)
             if forward is not None:
                 replaced.append(module)
                 replaced[-1].forward = forward
@@ -56,7 +56,7 @@ def _kernels(model: nn.Module) -> Iterator[bool]:
             native.use_cpu_kernels(before)
 
 
-def quick_forward(module: nn.Module) -> Callable[..., Tensor] | None:
+def cpu_forward(module: nn.Module) -> Callable[..., Tensor] | None:
     """What computes a part of the model quickly; None for those that torch computes."""
     if type(module) is nn.Linear and module.bias is None:
         return partial(linear, module.weight)

@@ -12,7 +12,7 @@ from torch import nn
 
 from open_lm.generation.beams import beam_search
 from open_lm.generation.config import GenerateConfig
-from open_lm.generation.cpu_decode import quick
+from open_lm.generation.cpu_decode import cpu_decode
 from open_lm.generation.engine import Engine
 from open_lm.generation.prompts import check_prompts, rooms, up_to_stop
 from open_lm.generation.text import Text, copy_numbers
@@ -47,7 +47,7 @@ def generate(
         if config.num_beams > 1:
             ranked = beam_search(model, prompts, config, stop_ids=stop_ids)
             return [up_to_stop(beams[0].tokens, stop_ids) for beams in ranked]
-        with quick(model):
+        with cpu_decode(model):
             return _written(model, prompts, config, stop_ids, watch)
 
 

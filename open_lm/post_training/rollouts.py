@@ -22,7 +22,7 @@ from open_lm.data.plan import key
 from open_lm.data.tokenizer import Tokenizer
 from open_lm.errors import ConfigError
 from open_lm.generation.config import GenerateConfig
-from open_lm.generation.cpu_decode import quick
+from open_lm.generation.cpu_decode import cpu_decode
 from open_lm.generation.decode import evaluating
 from open_lm.generation.engine import Engine
 from open_lm.generation.padded import PaddedTexts
@@ -129,7 +129,7 @@ class Rollouts:
     @torch.inference_mode()
     def _write(self, texts: list[Text]) -> None:
         """Let the current model write all texts."""
-        with evaluating(self._plain), quick(self._plain), self.state.precision.autocast():
+        with evaluating(self._plain), cpu_decode(self._plain), self.state.precision.autocast():
             if isinstance(self._plain.config, ModelConfig):
                 for start in range(0, len(texts), TOGETHER):
                     write_together(self._plain, texts[start : start + TOGETHER])

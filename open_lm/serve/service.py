@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from open_lm.generation.cpu_decode import quick
+from open_lm.generation.cpu_decode import cpu_decode
 from open_lm.generation.engine import Engine
 from open_lm.generation.stream import Stream
 from open_lm.generation.text import Text, TokenScore
@@ -124,7 +124,7 @@ class Service:
             ticket.text.cancelled = ticket.text.finish is None
 
     def _work(self) -> None:
-        with torch.inference_mode(), quick(self.model):
+        with torch.inference_mode(), cpu_decode(self.model):
             engine = Engine(self.model, self.n_slots, self.max_len)
             while self.alive:
                 self._take(engine)

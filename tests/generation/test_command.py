@@ -111,3 +111,24 @@ def test_it_runs_from_any_folder_and_ends_errors_in_one_line(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == ("error: --tokenizer no.json: no such file. Give a tokenizer.json, a folder or a hub id.\n")
+
+
+def test_bos_stands_before_a_prompt_where_the_tokenizer_puts_it(folder, command, monkeypatch):
+    from tokenizers import processors
+
+    from open_lm.data.tokenizer import load_tokenizer
+    from open_lm.generation import decode
+
+    path = folder / "with_bos.json"
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    both = [("<|endoftext|>", 0)]
+    backend.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A <|endoftext|>", special_tokens=both)
+    backend.save(str(path))
+    tokenizer = load_tokenizer(str(path))
+    plain = tokenizer.encode("the ")
+    assert tokenizer.encode_prompt("the ") == [0, *plain]
+    assert load_tokenizer(str(folder / "tokenizer.json")).encode_prompt("the ") == plain
+    seen, real = [], decode.generate
+    monkeypatch.setattr(decode, "generate", lambda model, ids, *a, **k: seen.append(ids) or real(model, ids, *a, **k))
+    command("--input-text", "the ", *GREEDY, "--tokenizer", str(path))
+    assert seen == [[[0, *plain]]]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from open_lm.generation import generate
-from open_lm.generation.cpu_decode import quick
+from open_lm.generation.cpu_decode import cpu_decode
 from open_lm.kernels import native
 from open_lm.kernels.skinny_matmul import linear
 from open_lm.model import create_model
@@ -80,7 +80,7 @@ def test_a_step_gives_the_logits_of_the_plain_one_with_padding_and_a_cache(name)
     ids = torch.randint(0, 53, (3, 20))
     mask = torch.arange(20)[None] >= torch.tensor([[0], [4], [9]])
     found = []
-    for context in (quick, lambda model: torch.inference_mode()):
+    for context in (cpu_decode, lambda model: torch.inference_mode()):
         with context(model):
             cache = model.new_cache(3, 20)
             logits = [model(ids[:, :12], cache, attention_mask_BT=mask[:, :12])[0][:, -1:]]
@@ -107,7 +107,7 @@ def test_in_bf16_it_is_as_near_to_fp32_as_the_plain_step():
     ids = torch.randint(0, 53, (2, 21))
     expected = exact(ids)[0][:, -1]
     off = []
-    for context in (quick, lambda model: torch.inference_mode()):
+    for context in (cpu_decode, lambda model: torch.inference_mode()):
         with context(model):
             cache = model.new_cache(2, 21)
             model(ids[:, :20], cache)
@@ -118,10 +118,10 @@ def test_in_bf16_it_is_as_near_to_fp32_as_the_plain_step():
 @pytest.mark.usefixtures("kernels")
 def test_afterwards_and_after_an_error_the_model_is_as_it_was():
     model = made()
-    with quick(model):
+    with cpu_decode(model):
         assert any("forward" in vars(module) for module in model.modules())
     assert not any("forward" in vars(module) for module in model.modules())
-    with pytest.raises(KeyError), quick(model):
+    with pytest.raises(KeyError), cpu_decode(model):
         raise KeyError
     assert not any("forward" in vars(module) for module in model.modules())
     assert native.in_use()
@@ -130,5 +130,5 @@ def test_afterwards_and_after_an_error_the_model_is_as_it_was():
 def test_small_models_and_other_modules_need_no_compiler(monkeypatch):
     native.use_cpu_kernels(False)
     monkeypatch.setattr(native, "use_cpu_kernels", lambda *wanted: pytest.fail("compiled for a tiny model"))
-    with quick(made()), quick(nn.Sequential(nn.Linear(4, 4, bias=False))):
+    with cpu_decode(made()), cpu_decode(nn.Sequential(nn.Linear(4, 4, bias=False))):
         pass

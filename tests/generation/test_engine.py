@@ -8,7 +8,7 @@ from tiny_models import CONFIGS, make_model
 
 from open_lm.generation import generate
 from open_lm.generation.config import GenerateConfig
-from open_lm.generation.cpu_decode import quick
+from open_lm.generation.cpu_decode import cpu_decode
 from open_lm.generation.decode import evaluating
 from open_lm.generation.engine import Engine
 from open_lm.generation.text import Text
@@ -38,7 +38,7 @@ def text(prompt, n_new=9, **settings):
 def run(model, texts, *, every=0, n_slots=3, block=4, max_len=40):
     """Write texts, a new one joining `every` that many steps (0: all at once)."""
     engine, waiting, steps = Engine(model, n_slots, max_len, block=block), list(texts), 0
-    with quick(model):
+    with cpu_decode(model):
         while waiting or engine.busy:
             if waiting and (not every or steps % every == 0):
                 engine.add(waiting.pop(0))

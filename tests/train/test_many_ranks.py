@@ -44,7 +44,7 @@ MESHES = {"fsdp=64,tp=8": 512, "dp=8,fsdp=64": 64, "fsdp=16,cp=4,tp=8": 512, "fs
 """And over how many ranks a weight is spread."""
 
 
-@pytest.mark.parametrize("rank", [0, 437])
+@pytest.mark.parametrize("rank", [437, pytest.param(0, marks=pytest.mark.slow)])
 def test_512_ranks_are_planned_within_seconds(rank):
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(rank), *MESHES],

@@ -48,7 +48,7 @@ def forget_second(tmp_path):
             old.unlink()
 
 
-@pytest.mark.parametrize("form", ["consolidated", "sharded"])
+@pytest.mark.parametrize("form", ["sharded", pytest.param("consolidated", marks=pytest.mark.slow)])
 def test_saved_under_tensor_parallel_resumed_by_one_process(tmp_path, single, form):
     folder, manifest, common = single
     go(tmp_path, manifest, common, "--mesh", "tp=2", "--checkpoint-format", form, ranks=2)
@@ -56,3 +56,23 @@ def test_saved_under_tensor_parallel_resumed_by_one_process(tmp_path, single, fo
     done = go(tmp_path, manifest, common, "--resume", "latest", ranks=1)
     assert "resumed from" in done.stderr
     assert_same_run(folder, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "second", "form"),
+    [
+        ("tp=2", "cp=2,fsdp=2", "sharded"),
+        ("fsdp=2", "tp=2,dp=2", "sharded"),
+        ("dp=2", "cp=2,tp=2", "consolidated"),
+    ],
+)
+def test_saved_under_one_mesh_resumed_under_another(tmp_path, single, first, second, form):
+    folder, manifest, common = single
+    common = [*common, "--checkpoint-format", form]
+    go(tmp_path, manifest, common, "--mesh", first, ranks=2)
+    forget_second(tmp_path)
+    done = go(tmp_path, manifest, common, "--mesh", second, "--resume", "latest", ranks=4)
+    assert "resumed from" in done.stderr
+    go(tmp_path, manifest, [*common, "--checkpoint-format", "consolidated"], "--resume", "latest", ranks=1)
+    assert list(metrics(tmp_path).values()) == pytest.approx(list(metrics(folder).values()), abs=2e-5)

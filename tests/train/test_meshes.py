@@ -155,6 +155,38 @@ def test_documents_stay_apart_when_ranks_share_out_the_sequence(tmp_path, mesh, 
     assert_one_process_and_a_mesh_agree(tmp_path, mesh, ranks, names, documents=True)
 
 
+def _with_flags(world, folder, name, optimizer, how, flags):
+    parallel = ParallelConfig(**flags)
+    world = dataclasses.replace(world, mesh=mesh_shape(parallel, world.size))
+    figures, weights = trained(make_state(world, parallel, MODELS[name], optimizer), **how)
+    expected, expected_weights = torch.load(f"{folder}/alone.pt")
+    for one, other in zip(figures, expected, strict=True):
+        assert one == pytest.approx(other, abs=1e-5, rel=2e-5)
+    for key, expected_weight in expected_weights.items():
+        assert (weights[key] - expected_weight).abs().max() < 2e-5, key
+
+
+def _alone_with(world, folder, name, optimizer, how):
+    torch.save(trained(make_state(World(), ParallelConfig(), MODELS[name], optimizer), **how), f"{folder}/alone.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "name", "optimizer"),
+    [
+        ({"mesh": "tp=2", "grad_checkpointing": True}, "shared keys, qk norm", "adamw"),
+        ({"mesh": "cp=2", "grad_checkpointing_mode": "selective"}, "dense", "adamw"),
+        ({"mesh": "ep=2", "grad_checkpointing": True}, "experts", "adamw"),
+        ({"mesh": "tp=2"}, "dense", "lion"),
+        ({"mesh": "tp=2", "torchcompile": True}, "dense", "adamw"),
+    ],
+)
+def test_recomputing_compiling_and_other_rules_change_nothing(tmp_path, flags, name, optimizer):
+    how = {"steps": 6}
+    run_ranks(_alone_with, 1, str(tmp_path), name, optimizer, how)
+    run_ranks(_with_flags, 2, str(tmp_path), name, optimizer, how, flags)
+
+
 @pytest.mark.slow
 def test_accumulation_changes_nothing_under_a_mesh(tmp_path):
     assert_one_process_and_a_mesh_agree(tmp_path, "tp=2,fsdp=2", 4, ["shared keys, qk norm"], accum=2)

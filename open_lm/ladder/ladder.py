@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shlex
 import shutil
@@ -132,9 +131,9 @@ class ModelLadder:
         if code == Preempted.exit_code:
             raise Preempted(f"{size} was stopped and has saved. Run the ladder again to go on.")
         if code:
-            raise OpenLMError(f"{size}: the trainer ended with exit code {code}; see {folder}/out.log.")
+            raise OpenLMError(f"the trainer ended with exit code {code}; see {folder}/out.log.")
         if not self.is_complete(size):
-            raise OpenLMError(f"{size}: {', '.join(self._missing(size))} missing after the run; see {folder}/out.log.")
+            raise OpenLMError(f"{', '.join(self._missing(size))} missing after the run; see {folder}/out.log.")
 
     def run_benchmark(self, size: str, steps: int = 20) -> Benchmark:
         """Speed and memory of a size over `steps` steps, measured apart from its run and kept for dry runs.
@@ -157,7 +156,7 @@ class ModelLadder:
             command = command_of(plan, as_argv(flags))
             print(f"{size}: $ {shlex.join(command)}", flush=True)
             if code := run_command(command, lock, lambda: None):
-                raise OpenLMError(f"{size}: the trainer ended with exit code {code}; see {run_folder}/out.log.")
+                raise OpenLMError(f"the trainer ended with exit code {code}; see {run_folder}/out.log.")
             found = self._speed_of(size, run_folder)
             storage.write_text(os.path.join(folder, f"{size}.json"), json.dumps(found.to_dict(), indent=1))
             shutil.rmtree(run_folder, ignore_errors=True)
@@ -198,14 +197,10 @@ class ModelLadder:
             for place in self._folders(plan.name):
                 storage.write_text(storage.join(place, PLAN), json.dumps(facts, indent=1))
             return
-        differences = [
-            f"{key} was {kept.get(key)!r}, is now {facts.get(key)!r}"
-            for key in sorted({*kept, *facts})
-            if kept.get(key) != facts.get(key)
-        ]
+        differences = differing(kept, facts)
         if differences:
             raise ConfigError(
-                f"{plan.name} was started with another ladder file: {'; '.join(differences)}. Put that back, "
+                f"the size was started with another ladder file: {'; '.join(differences)}. Put that back, "
                 f"or give the ladder another dir, or remove {folder}."
             )
         self._write_model(plan, folder)
@@ -236,9 +231,21 @@ class ModelLadder:
         later = [row for step, row in sorted(rows.items()) if "train/tokens_per_second" in row]
         later = later[len(later) // 3 :]  # the first steps warm up
         if not later:
-            raise OpenLMError(f"{size}: the benchmark logged no speed; see {folder}/out.log.")
+            raise OpenLMError(f"the benchmark logged no speed; see {folder}/out.log.")
         speed = statistics.median(row["train/tokens_per_second"] for row in later)
         return Benchmark(size, max(rows), speed, max(row.get("train/peak_memory_gib", 0.0) for row in later))
+
+
+def differing(kept: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two plans of a size, in words; keys that one of them does not know yet are left out.
+
+    Keys of the architecture that were added since take their defaults.
+    """
+    model = ModelConfig.from_dict(kept["model"], "ladder_size.json").to_dict()
+    before = {f"model.{key}": value for key, value in json.loads(json.dumps(model)).items()} | kept
+    after = {f"model.{key}": value for key, value in now["model"].items()} | now
+    shared = sorted((set(before) & set(after)) - {"model"})
+    return [f"{key} was {before[key]!r}, is now {after[key]!r}" for key in shared if before[key] != after[key]]
 
 
 def run_all(ladder: ModelLadder, sizes: Sequence[str], work: Any) -> None:
@@ -257,7 +264,7 @@ def run_all(ladder: ModelLadder, sizes: Sequence[str], work: Any) -> None:
         except Preempted:
             raise
         except OpenLMError as error:
-            logging.error("%s", error)
+            print(f"{size} failed{', the others go on' if len(sizes) > 1 else ''}: {error}", flush=True)
             failures[size] = error
     if len(failures) == 1 and len(sizes) == 1:
         raise next(iter(failures.values()))

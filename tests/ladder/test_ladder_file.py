@@ -10,6 +10,7 @@ from open_lm.errors import ConfigError
 from open_lm.ladder import ModelLadder
 from open_lm.ladder.__main__ import main
 from open_lm.ladder.config import read_ladder
+from open_lm.ladder.ladder import differing
 from open_lm.ladder.plan import as_argv, plan_size, train_flags
 from open_lm.params import parse_args, read_config
 from open_lm.run.dry_run import forecast
@@ -158,3 +159,12 @@ def test_an_unknown_command_or_size_is_named(tmp_path):
         main(["climb"])
     with pytest.raises(ConfigError, match="--size c"):
         main(["status", "--ladder", write_ladder(tmp_path), "--size", "c"])
+
+
+def test_a_plan_from_before_the_architecture_had_a_key_is_the_same_plan(tmp_path):
+    facts = ModelLadder.from_file(write_ladder(tmp_path)).plan("a").facts()
+    kept = json.loads(json.dumps(facts))
+    del kept["model"]["parametrization"], kept["model"]["base_width"]
+    assert differing(kept, json.loads(json.dumps(facts))) == []
+    kept["model"]["hidden_dim"] = 16
+    assert differing(kept, json.loads(json.dumps(facts))) == ["model.hidden_dim was 16, is now 8"]

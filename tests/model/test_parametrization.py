@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from open_lm.errors import ConfigError
-from open_lm.ladder.transfer import TransferSetup, coordinate_check, spread
+from open_lm.ladder.transfer import TransferSetup, coordinate_check, lr_sweep, spread
 from open_lm.model import create_model
 from open_lm.model.architecture import ModelConfig
 from open_lm.model.config import ModelFlags, resolve
@@ -115,3 +115,13 @@ def test_coordinates_are_flat_under_completep_and_not_under_standard(checks, ove
             assert spreads(checks["completep"], part, over_width=over_width, key=key) < 0.10, (part, key)
         worst = max(spreads(checks["standard"], part, over_width=over_width, key=key) for part in PARTS)
         assert worst > 0.5
+
+
+@pytest.mark.slow
+def test_the_best_learning_rate_stays_within_a_grid_step_and_wider_is_better_at_every_rate():
+    rates, widths = (1e-3, 4e-3, 1.6e-2), (32, 128)
+    rows = lr_sweep(TransferSetup(parametrization="completep", steps=80), [(width, 4) for width in widths], rates)
+    losses = {width: [row["loss"] for row in rows if row["width"] == width] for width in widths}
+    best = [losses[width].index(min(losses[width])) for width in widths]
+    assert abs(best[0] - best[1]) <= 1
+    assert all(wide < narrow for narrow, wide in zip(*losses.values(), strict=True))

@@ -198,7 +198,8 @@ def _read(stored: Stored, checkpoints: Checkpoints, state: Saved, *, trains: boo
         stored.weights = clean_state_dict(file, merge=use == "weights" or not _has_additions(state))
         require_same_experts(stored.names, checkpoints.config["model"], path)
     stored_config = file.get("config") or {}
-    require_same_architecture(stored_config.get("model", {}), checkpoints.config["model"], path)
+    asked = found.name if len(files) == 1 and found.name != "latest" else path
+    require_same_architecture(stored_config.get("model", {}), checkpoints.config["model"], asked)
     facts = {
         "use": use,
         "path": path,

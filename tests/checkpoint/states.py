@@ -96,6 +96,10 @@ def assert_same(left, right, *, where=""):
         assert left.keys() == right.keys(), where
         for name in left:
             assert_same(left[name], right[name], where=f"{where}.{name}")
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right), where
+        for k, (one, other) in enumerate(zip(left, right, strict=True)):
+            assert_same(one, other, where=f"{where}[{k}]")
     elif isinstance(left, torch.Tensor):
         assert left.dtype == right.dtype and torch.equal(left, right), where
     else:

@@ -58,9 +58,7 @@ def read_manifest(url: str) -> list[Shard]:
     except DataError as error:
         raise DataError(f"manifest {storage.shown(url)}, line {number}: {error}") from None
     if not shards:
-        raise DataError(
-            f"manifest {storage.shown(url)}: names no shards. Make it with open_lm.utils.make_wds_manifest."
-        )
+        raise DataError(f"manifest {storage.shown(url)}: names no shards. Make it with `openlm manifest`.")
     return list(shards.values())
 
 

@@ -204,7 +204,7 @@ def _count(urls: list[str], key: str, config: DataConfig | None) -> dict[str, Sh
     cache = open_cache(config.data_cache, config.data_cache_gb) if remote else None
     if remote:
         log.warning(
-            "%s, …: no manifest, so the headers of %d remote shards are read first. open_lm.utils.make_wds_manifest "
+            "%s, …: no manifest, so the headers of %d remote shards are read first. `openlm manifest` "
             "saves this.", storage.shown(remote[0]), len(remote),
         )  # fmt: skip
     with ThreadPoolExecutor(8) as pool:

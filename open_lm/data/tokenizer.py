@@ -144,10 +144,14 @@ def _from_file(path: Path, name: str) -> Tokenizer:
 
 
 def _from_transformers(name: str, at_hand: bool) -> Tokenizer:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    where: dict[str, Any] = {"local_files_only": at_hand}
     try:
-        loaded = AutoTokenizer.from_pretrained(name, use_fast=True, local_files_only=at_hand)
+        try:
+            loaded = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False, **where)
+        except ValueError:  # its config names code of its own, which is never run: the tokenizer's file needs none
+            loaded = PreTrainedTokenizerFast.from_pretrained(name, **where)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(

@@ -192,11 +192,11 @@ def ladder_table(ladder: ModelLadder, sizes: Sequence[str], all_checkpoints: boo
     if not all_checkpoints and len(frame):
         frame = frame[frame["description"].str.endswith("post-decay")]
     if len(frame):
+        frame = frame[frame["tokens"] > 0]  # no power law says what a model knows before its first step
+    if len(frame):
         frame = frame.set_index(frame["size"] + " " + frame["description"].str.removesuffix(" post-decay"))
     if not len(frame):
-        raise ConfigError(
-            "the ladder has no metrics yet: train it with `python -m open_lm.ladder run`, or give --data."
-        )
+        raise ConfigError("the ladder has no metrics yet: train it with `openlm ladder run`, or give --data.")
     return frame
 
 

@@ -143,7 +143,7 @@ def read_ladder(path: str) -> LadderConfig:
     except (OSError, ValueError) as error:
         raise ConfigError(f"--ladder {path}: not readable as JSON ({error}).") from error
     except Exception as error:
-        raise ConfigError(f"--ladder {path}: {error} Make one with `python -m open_lm.ladder init`.") from error
+        raise ConfigError(f"--ladder {path}: {error} Make one with `openlm ladder init`.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"--ladder {path}: holds a {type(values).__name__}, not the keys of a ladder.")
     return from_dict(values, storage.parent(path))
@@ -167,7 +167,7 @@ def from_dict(values: Mapping[str, Any], folder: str) -> LadderConfig:
     sizes = given["sizes"]
     given["sizes"] = dict.fromkeys(sizes) if isinstance(sizes, list) else sizes
     given["data"] = _sources(given["data"])
-    given["val_data"] = tuple(given.get("val_data", ()))
+    given["val_data"] = tuple(_list("val_data", given.get("val_data", [])))
     for key in ("sizes", "model", "run", "flags"):
         if not isinstance(given.get(key, {}), dict):
             raise ConfigError(f"{key} in the ladder file: found {given[key]!r}, need an object.")
@@ -182,10 +182,17 @@ def _sources(value: Any) -> DataSources:
             'data in the ladder file: give {"manifests": [...], "weights": [...]} (weights may be left out), '
             f"found {value!r}."
         )
-    manifests, weights = tuple(value["manifests"]), tuple(value.get("weights") or ())
+    manifests = tuple(_list("data.manifests", value["manifests"]))
+    weights = tuple(_list("data.weights", value.get("weights") or []))
     if weights and len(weights) != len(manifests):
         raise ConfigError(f"data in the ladder file: {len(weights)} weights for {len(manifests)} manifests.")
     return DataSources(manifests, weights)
+
+
+def _list(key: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ConfigError(f"{key} in the ladder file: found {value!r}, need a list.")
+    return value
 
 
 def _require_int(key: str, value: Any, least: int) -> None:

@@ -43,7 +43,7 @@ class InitFlags:
 
 def init(argv: Sequence[str]) -> str:
     """Write a ladder file and return its path."""
-    parser = Parser(prog="python -m open_lm.ladder init", description=__doc__)
+    parser = Parser(prog="openlm ladder init", description=__doc__)
     add_group(parser, InitFlags)
     flags = read_group(parser.parse_args(list(argv)), InitFlags)
     if not flags.manifests:
@@ -57,7 +57,7 @@ def init(argv: Sequence[str]) -> str:
     print(f"written: {flags.ladder}")
     for plan in plans:
         print(f"  {plan.name}: {plan.n_params:,} parameters ({config.counting}), {plan.numbers.total_tokens:,} tokens")
-    print(f"next: python -m open_lm.ladder dry-run --ladder {flags.ladder}")
+    print(f"next: openlm ladder dry-run --ladder {flags.ladder}")
     return flags.ladder
 
 

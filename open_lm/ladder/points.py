@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -145,7 +146,13 @@ def points_of(frame: Any, columns: Columns, *, drop_first: int = 0) -> Points:
         d = _numbers(frame, columns.tokens or "tokens", "--tokens-column")
     names = frame[columns.name].astype(str) if columns.name else frame.index.astype(str)
     points = Points(n, d, loss, _errors(frame, columns), tuple(names))
-    points = points.take(np.isfinite(n) & np.isfinite(d) & np.isfinite(loss))
+    whole = np.isfinite(n) & np.isfinite(d) & np.isfinite(loss)
+    if not whole.all():
+        left_out = ", ".join(points.names[k] for k in np.flatnonzero(~whole)[:5])
+        logging.warning(
+            "%d of %d rows lack a finite loss, N or D and are left out: %s", (~whole).sum(), len(n), left_out
+        )
+    points = points.take(whole)
     for what, values in (("parameters", points.n), ("tokens", points.d), ("loss", points.loss)):
         if (values <= 0).any():
             name = points.names[int(np.argmax(values <= 0))]

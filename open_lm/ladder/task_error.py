@@ -96,8 +96,10 @@ class ErrorFit:
         return self.form.function(np.asarray(loss, dtype=np.float64), *self.theta)
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """Bootstrap interval of each parameter."""
-        return {name: interval(column) for name, column in zip(self.form.names, self.resampled.T, strict=False)}
+        """Bootstrap interval of each parameter; none where nothing was resampled."""
+        if not len(self.resampled):
+            return {}
+        return {name: interval(column) for name, column in zip(self.form.names, self.resampled.T, strict=True)}
 
     def chained(self, found: Fit, n: float, d: float) -> tuple[float, tuple[float, float] | None]:
         """Error at N and D through the loss that `found` predicts, and its interval where both were resampled."""

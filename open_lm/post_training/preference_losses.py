@@ -2,18 +2,22 @@
 
 With h = (log pi(chosen) - log ref(chosen)) - (log pi(rejected) - log ref(rejected)); a sequence's log-probability is
 the sum over its tokens, or where a loss says so their mean. To add one: a function of `Pairs` and `PreferenceConfig`
-here, and its line in PREFERENCE_LOSSES of config.py.
+here, marked by `rewards` where what it compares is a mean per token or its beta is not 0.1, and its line in
+PREFERENCE_LOSSES of config.py.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from open_lm.post_training.config import PreferenceConfig
+
+L = TypeVar("L", bound=Callable[..., Any])
 
 
 class Side(NamedTuple):
@@ -46,16 +50,29 @@ class Pairs(NamedTuple):
     weight: Tensor
 
 
+def rewards(*, beta: float = 0.1, per_token: bool = False) -> Callable[[L], L]:
+    """Says what a loss compares, for the rewards that are logged: sums, or means `per_token`, times its own `beta`."""
+
+    def mark(loss: L) -> L:
+        loss.default_beta, loss.per_token = beta, per_token  # type: ignore[attr-defined]
+        return loss
+
+    return mark
+
+
+@rewards()
 def dpo(pairs: Pairs, config: PreferenceConfig) -> Tensor:
     """-log sigmoid(beta h) (arXiv:2305.18290); sums."""
     return -F.logsigmoid(config.beta_or(0.1) * _h(pairs))
 
 
+@rewards(beta=5.0, per_token=True)
 def dpo_norm(pairs: Pairs, config: PreferenceConfig) -> Tensor:
     """dpo over means per token (Tülu 3, arXiv:2411.15124)."""
     return -F.logsigmoid(config.beta_or(5.0) * (pairs.chosen.mean_log_ratio - pairs.rejected.mean_log_ratio))
 
 
+@rewards()
 def cdpo(pairs: Pairs, config: PreferenceConfig) -> Tensor:
     """-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h): a share e of labels is the wrong way round; sums
     (Mitchell, 2023, ericmitchell.ai/cdpo.pdf)."""
@@ -63,6 +80,7 @@ def cdpo(pairs: Pairs, config: PreferenceConfig) -> Tensor:
     return -(1 - e) * F.logsigmoid(h) - e * F.logsigmoid(-h)
 
 
+@rewards()
 def robust(pairs: Pairs, config: PreferenceConfig) -> Tensor:
     """(-(1 - e) log sigmoid(beta h) + e log sigmoid(-beta h)) / (1 - 2 e): unbiased under wrong labels; sums
     (arXiv:2403.00409)."""
@@ -70,23 +88,27 @@ def robust(pairs: Pairs, config: PreferenceConfig) -> Tensor:
     return (-(1 - e) * F.logsigmoid(h) + e * F.logsigmoid(-h)) / (1 - 2 * e)
 
 
+@rewards(per_token=True)
 def ipo(pairs: Pairs, config: PreferenceConfig) -> Tensor:
     """(h - 1 / (2 beta))^2 (arXiv:2310.12036); h of means per token, as its authors advise and TRL has it."""
     h = pairs.chosen.mean_log_ratio - pairs.rejected.mean_log_ratio
     return (h - 1 / (2 * config.beta_or(0.1))).square()
 
 
+@rewards()
 def hinge(pairs: Pairs, config: PreferenceConfig) -> Tensor:
     """max(0, 1 - beta h) (SLiC, arXiv:2305.10425); sums."""
     return F.relu(1 - config.beta_or(0.1) * _h(pairs))
 
 
+@rewards(beta=2.0, per_token=True)
 def simpo(pairs: Pairs, config: PreferenceConfig) -> Tensor:
     """-log sigmoid(beta (mean log pi(chosen) - mean log pi(rejected)) - gamma) (arXiv:2405.14734); no reference."""
     difference = config.beta_or(2.0) * (pairs.chosen.mean - pairs.rejected.mean)
     return -F.logsigmoid(difference - config.simpo_gamma)
 
 
+@rewards(per_token=True)
 def orpo(pairs: Pairs, config: PreferenceConfig) -> Tensor:
     """-mean log pi(chosen) - beta log sigmoid(log odds(chosen) - log odds(rejected)), odds of the mean probability
     (arXiv:2403.07691); no reference."""

@@ -66,8 +66,8 @@ class Preferences(Task):
     @torch.no_grad()
     def _parts(self, pairs: Pairs, losses_P: Tensor) -> Tensor:
         """Sums of what is reported; rewards are beta times what the loss compares."""
-        per_token = self.loss in ("dpo-norm", "ipo", *WITHOUT_REFERENCE)
-        beta = self.config.beta_or({"dpo-norm": 5.0, "simpo": 2.0}.get(self.loss, 0.1))
+        loss = PREFERENCE_LOSSES.load(self.loss) if self.loss in PREFERENCE_LOSSES else None  # kto has no pairs
+        per_token, beta = getattr(loss, "per_token", False), self.config.beta_or(getattr(loss, "default_beta", 0.1))
         chosen, rejected = (
             beta * (s.mean_log_ratio if per_token else s.log_ratio) for s in (pairs.chosen, pairs.rejected)
         )

@@ -28,7 +28,7 @@ USED_BY = {
     "lion": {"beta1", "beta2"},
     "adafactor": set(),
 }
-"""The options of each optimizer; those of the others it ignores, with a warning."""
+"""The options of each optimizer; the others it ignores, with a warning. One without a line here may read all."""
 OPTIONS = set().union(*USED_BY.values())
 IGNORED = (
     "fsdp_backward_prefetch",
@@ -95,7 +95,7 @@ class OptimizerConfig:
 
     def _warn_of_ignored(self) -> None:
         default = {f.name: f.default for f in fields(self)}
-        for name in OPTIONS - USED_BY[self.optimizer]:
+        for name in OPTIONS - USED_BY.get(self.optimizer, OPTIONS):
             if getattr(self, name) != default[name]:
                 logging.warning(
                     "--%s is ignored: --optimizer %s has no such option.", name.replace("_", "-"), self.optimizer

@@ -1,6 +1,6 @@
 """Our architectures in transformers' terms: the class that computes the same, its config and weights.
 
-Pure: dicts in, dicts out; `families.py` goes the other way. Shapes: H heads, K head width, D model width.
+Pure: dicts in, dicts out; `from_hf.py` goes the other way. Shapes: H heads, K head width, D model width.
 """
 
 from __future__ import annotations

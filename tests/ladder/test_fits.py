@@ -163,6 +163,18 @@ def test_a_loss_that_is_no_positive_number_is_refused_and_a_missing_one_left_out
     assert len(points_of(frame.iloc[1:], Columns())) == 0
 
 
+def test_rows_that_are_left_out_are_counted_in_the_log(caplog):
+    frame = pd.DataFrame({"num_params": [1.0, 2.0, 3.0], "tokens": [1.0, np.inf, 1.0], "loss": [3.0, 3.0, np.nan]})
+    assert len(points_of(frame, Columns())) == 1
+    assert "2 of 3 rows lack a finite loss, N or D and are left out: 1, 2" in caplog.text
+
+
+def test_an_error_law_without_resamples_has_no_intervals():
+    loss = np.linspace(1.8, 4, 30)
+    points = Points(loss, loss, loss, sigmoid(loss, -0.55, 3.0, 2.6, 0.85), tuple(map(str, loss)))
+    assert fit_error("sigmoid", points, resamples=0).intervals() == {}
+
+
 def test_the_command_fits_any_table_and_writes_json_and_picture(tmp_path, capsys):
     points = synthetic("chinchilla", noise=0.002)
     table = tmp_path / "runs.csv"

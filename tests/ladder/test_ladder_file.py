@@ -23,6 +23,8 @@ from open_lm.run.dry_run import forecast
         ({"data": "LEAVE OUT"}, "data is missing"),
         ({"data": {"manifests": []}}, "manifests"),
         ({"data": {"manifests": ["a"], "weights": [1, 2]}}, "2 weights for 1"),
+        ({"data": {"manifests": "d/manifest.jsonl"}}, "need a list"),
+        ({"val_data": "d/manifest.jsonl"}, "need a list"),
         ({"sizes": {}}, "found none"),
         ({"sizes": {"a/b": {}}}, "path component"),
         ({"counting": "some"}, "non-embedding"),
@@ -168,3 +170,11 @@ def test_a_plan_from_before_the_architecture_had_a_key_is_the_same_plan(tmp_path
     assert differing(kept, json.loads(json.dumps(facts))) == []
     kept["model"]["hidden_dim"] = 16
     assert differing(kept, json.loads(json.dumps(facts))) == ["model.hidden_dim was 16, is now 8"]
+
+
+def test_the_plan_of_a_started_size_does_not_depend_on_the_folder_it_is_called_from(tmp_path, monkeypatch):
+    path = write_ladder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    near = plan_size(read_ladder("ladder.json"), next(iter(SIZES))).facts()
+    monkeypatch.chdir("/")
+    assert plan_size(read_ladder(path), next(iter(SIZES))).facts() == near

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from open_lm import storage
 from open_lm.errors import ConfigError, DataError
 from open_lm.flags import Parser, add_group, flag, read_group
-from open_lm.preprocess.jsonl import BAD_LINE_REASONS, Rejected, document_text, expand_inputs, read_lines
+from open_lm.preprocess.input import document_of, read_documents
+from open_lm.preprocess.jsonl import BAD_LINE_REASONS, JSON_ENDINGS, WHOLE, Rejected, expand_inputs
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -28,7 +29,9 @@ MAX_LINE_BYTES = 16 << 20
 class TokenizerConfig:
     """Tokenizer"""
 
-    input_files: tuple[str, ...] = flag((), "Files or globs of .jsonl, .jsonl.zst or .jsonl.gz to learn from.")
+    input_files: tuple[str, ...] = flag(
+        (), "Files, globs or folders of .jsonl (also .zst, .gz), .txt or .md to learn from."
+    )
     output_dir: str = flag("tokenizer", "Folder for tokenizer.json and tokenizer_config.json.")
     vocab_size: int = flag(4096, "Entries of the vocabulary, the two special tokens and the 256 bytes included.")
     content_key: str = flag("text", "Key of the text in each line.")
@@ -50,10 +53,10 @@ class TokenizerConfig:
 
 def main(argv: Sequence[str] | None = None) -> Tokenizer:
     """Train the tokenizer, write it and return it."""
-    parser = Parser(description="Train a byte-level BPE tokenizer on jsonl files.")
+    parser = Parser(description="Train a byte-level BPE tokenizer on jsonl or text files.")
     add_group(parser, TokenizerConfig)
     config = read_group(parser.parse_args(argv), TokenizerConfig)
-    paths = expand_inputs(config.input_files, "--input-files")
+    paths = expand_inputs(config.input_files, "--input-files", (*JSON_ENDINGS, *WHOLE))
     storage.require_writable(config.output_dir, "--output-dir")
     texts = sample(paths, config.content_key, round(config.max_megabytes * 1e6))
     tokenizer = train(texts, config.vocab_size)
@@ -85,13 +88,13 @@ def sample(paths: Sequence[str], key: str, limit_bytes: int) -> list[str]:
 
 
 def documents(url: str, key: str) -> Iterator[str]:
-    """The text of each line of a raw file, compressed or not; empty and overlong lines are skipped.
+    """The text of each line of a raw file, compressed or not, or of a text file; empty and overlong ones are skipped.
 
     Raises:
         DataError: a line is no JSON object with a text under `key`.
     """
-    for number, line in enumerate(read_lines(url, max_line_bytes=MAX_LINE_BYTES), 1):
-        content = document_text(line, key) if line.content is not None else None
+    for number, line in enumerate(read_documents(url, key, max_bytes=MAX_LINE_BYTES), 1):
+        content = document_of(url, line, key) if line.content is not None else None
         if isinstance(content, Rejected) and content.reason in BAD_LINE_REASONS:
             raise DataError(f"{url}, line {number}: {content.reason}; need a JSON object with text under {key!r}.")
         if isinstance(content, str):

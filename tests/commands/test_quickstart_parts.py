@@ -243,3 +243,18 @@ def test_bad_input_of_train_tokenizer_is_named_and_nothing_is_written(lines, fla
     done = command("train_tokenizer.py", *flags, "--output-dir", "tok", cwd=tmp_path)
     assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not list(tmp_path.glob("tok/*"))
+
+
+def test_a_tokenizer_is_learned_from_a_folder_of_text_files(tmp_path, monkeypatch, capsys):
+    from open_lm.commands import tokenizer
+
+    folder = tmp_path / "notes" / "deeper"
+    folder.mkdir(parents=True)
+    (folder.parent / "a.txt").write_text("one two three four\n" * 200)
+    (folder / "b.md").write_text("# five six\n" * 200)
+    (folder / "c.png").write_bytes(b"\x89PNG")
+    made = tokenizer.main(
+        ["--input-files", str(folder.parent), "--output-dir", str(tmp_path / "out"), "--vocab-size", "262"]
+    )
+    assert made.decode(made.encode("five six two").ids) == "five six two"
+    assert "from 2 documents" in capsys.readouterr().out

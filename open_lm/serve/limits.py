@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from typing import Any
@@ -14,6 +15,10 @@ from open_lm.serve.state import State
 
 OPEN = {"/", "/page.js", "/page.css", "/health", "/ready"}
 """Paths that need no key: they tell nothing of models or texts."""
+
+
+DRAIN_BYTES, DRAIN_SECONDS = 64 << 20, 2.0
+"""Of a refused body, what is read before the refusal is sent."""
 
 
 class Limits:
@@ -31,6 +36,7 @@ class Limits:
             self._check(scope)
             await self.app(scope, exchange.receive, exchange.send)
         except Refused as refused:
+            await exchange.drain()
             await _answer(exchange.send, refused)
         finally:
             route = getattr(scope.get("route"), "path", "none")
@@ -59,14 +65,27 @@ class _Exchange:
 
     def __init__(self, receive: Any, send: Any, max_bytes: int):
         self._receive, self._send, self.max_bytes = receive, send, max_bytes
-        self.n_bytes, self.status, self.started = 0, 0, time.monotonic()
+        self.n_bytes, self.status, self.started, self.is_whole = 0, 0, time.monotonic(), False
 
     async def receive(self) -> Any:
         message = await self._receive()
+        self.is_whole = not message.get("more_body", False)
         self.n_bytes += len(message.get("body", b""))
         if self.n_bytes > self.max_bytes:
             raise _too_large(self.max_bytes)
         return message
+
+    async def drain(self) -> None:
+        """Read what the client still sends, within bounds: a connection that is closed over unread bytes is reset, and
+        the client never sees its answer."""
+        n_bytes, end = 0, time.monotonic() + DRAIN_SECONDS
+        while not self.is_whole and n_bytes < DRAIN_BYTES:
+            try:
+                message = await asyncio.wait_for(self._receive(), max(0.0, end - time.monotonic()))
+            except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
+                return
+            n_bytes += len(message.get("body", b""))
+            self.is_whole = not message.get("more_body", False)
 
     async def send(self, message: Any) -> None:
         if message["type"] == "http.response.start":

@@ -111,6 +111,9 @@ class Part(Body):
     text: Text
 
 
+Nothing = Annotated[list[Any], Field(max_length=0)] | None
+
+
 class Message(Body):
     """One message of a conversation."""
 
@@ -118,6 +121,10 @@ class Message(Body):
     content: Text | Annotated[list[Part], Field(min_length=1)]
     name: str | None = None
     refusal: Any = None
+    annotations: Nothing = None  # empty fields of answers, which clients send back as they came
+    audio: Nothing = None
+    function_call: Nothing = None
+    tool_calls: Nothing = None
 
     def plain(self) -> dict[str, str]:
         """The message as chat templates take it."""
@@ -157,7 +164,7 @@ class EasyBody(Body):
 
     prefix_text: Annotated[list[Text], Field(max_length=1024)] | None = None
     text: Annotated[list[Text], Field(max_length=1024)] | None = None
-    until: Annotated[list[Stop | list[Stop]], Field(max_length=1024)] | None = None
+    until: Annotated[list[Stop | Annotated[list[Stop], Field(max_length=16)]], Field(max_length=1024)] | None = None
     temperature: float | None = Field(None, ge=0, le=100)
 
 

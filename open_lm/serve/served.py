@@ -61,25 +61,35 @@ class Served:
         """`n` texts to be written after each prompt, as its `asked` says.
 
         Raises:
-            Refused: the model cannot read a prompt.
+            Refused: the model cannot read a prompt, or there are too many texts.
         """
+        self.service.require_room(len(prompts) * n)
+        for prompt, one in zip(prompts, asked, strict=True):
+            self._require_readable(prompt, one)
         events: Events = asyncio.Queue()
         jobs = [(prompt, one, copy) for prompt, one in zip(prompts, asked, strict=True) for copy in range(n)]
         return [self._ticket(prompt, one, copy, events, index) for index, (prompt, one, copy) in enumerate(jobs)]
 
-    def _ticket(self, prompt: Sequence[int], asked: EncodedPrompt, copy: int, events: Events, index: int) -> Ticket:
-        """One text to be written.
+    def _require_readable(self, prompt: Sequence[int], asked: EncodedPrompt) -> None:
+        """See that the model can read a prompt.
 
         Raises:
-            Refused: the model cannot read the prompt.
+            Refused: it cannot.
         """
-        wanted = asked.max_tokens
-        context = self.context + 2 if wanted == 0 else self.context  # where nothing is written, all may be prompt
+        only_read = asked.max_tokens == 0  # all of the context may be prompt, and one token more is only scored
+        if only_read and len(prompt) > self.context + 1:
+            words = f"prompt has {len(prompt)} tokens; the model's context of {self.context} is too short."
+            raise Refused(400, words, "prompt", "context_length_exceeded")
+        context = self.context + 2 if only_read else self.context
         try:
             check_prompt(prompt, self.service.model.config.vocab_size, context, "prompt")
         except ConfigError as error:
             code = "context_length_exceeded" if len(prompt) >= context else None
             raise Refused(400, str(error), "prompt", code) from None
+
+    def _ticket(self, prompt: Sequence[int], asked: EncodedPrompt, copy: int, events: Events, index: int) -> Ticket:
+        """One text to be written."""
+        wanted = asked.max_tokens
         room = max(0, self.context - len(prompt))
         n_new = room if wanted is None else min(wanted, room)
         stop_ids = {self.tokenizer.eot_id, *asked.stop_ids}

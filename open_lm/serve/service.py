@@ -99,17 +99,24 @@ class Service:
         if not self.alive or not self._thread.is_alive():
             raise Refused(503, f"{self.name} is not served any more.")
 
+    def require_room(self, n_texts: int) -> None:
+        """See that a request of so many texts could ever be taken, before anything is made of it.
+
+        Raises:
+            Refused: it could not.
+        """
+        room = self.n_slots + self.max_queue
+        if n_texts > room:
+            raise Refused(400, f"{n_texts} texts in one request; this server takes {room} at once. Send fewer.", "n")
+
     def submit(self, tickets: Sequence[Ticket]) -> None:
         """Let texts wait for their turn.
 
         Raises:
             Refused: the queue is full, or could never take so many.
         """
+        self.require_room(len(tickets))
         room = self.n_slots + self.max_queue
-        if len(tickets) > room:
-            raise Refused(
-                400, f"{len(tickets)} texts in one request; this server takes {room} at once. Send fewer.", "n"
-            )
         if self._n_open + len(tickets) > room:
             wait = max(1, math.ceil(self._seconds * (self._n_open - self.n_slots + 1) / self.n_slots))
             raise Refused(429, "The server is busy: too many texts wait. Try again later.", retry_after=str(wait))

@@ -232,3 +232,27 @@ def test_prompts_and_texts_are_in_the_log_only_when_asked_for(folder, caplog, lo
         text = httpx.post(f"{url}/v1/completions", json={**BODY, "prompt": "private words"}, timeout=60).json()
         assert text["choices"]
     assert ("private words" in caplog.text) == log_prompts
+
+
+def test_a_request_for_too_many_texts_is_refused_before_any_is_made(client, server, monkeypatch):
+    state = server[1] if isinstance(server, tuple) else server
+    made = []
+    for served in state.models.values():
+        monkeypatch.setattr(type(served), "_ticket", lambda *args: made.append(args))
+    answer = client.post("/v1/completions", json={"prompt": ["a"] * 1024, "n": 128, "max_tokens": 1})
+    assert answer.status_code == 400 and "131072 texts in one request" in answer.text and not made
+
+
+def test_stops_of_easylm_are_bounded(client):
+    answer = client.post("/greedy-until", json={"prefix_text": ["a"], "until": [["x"] * 17]})
+    assert answer.status_code == 400
+
+
+def test_an_answer_goes_back_as_the_official_client_dumps_it(client):
+    empty = {"annotations": None, "audio": None, "function_call": None, "tool_calls": None, "refusal": None}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **empty}]
+    body = {"messages": [*turns, {"role": "user", "content": "c"}], "max_tokens": 1}
+    assert client.post("/v1/chat/completions", json=body).status_code in (200, 400)
+    calls = {**turns[1], "tool_calls": [{"id": "x"}]}
+    refused = client.post("/v1/chat/completions", json={"messages": [turns[0], calls], "max_tokens": 1})
+    assert refused.status_code == 400 and "tool_calls" in refused.text

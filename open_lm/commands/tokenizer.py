@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from open_lm import storage
 from open_lm.errors import ConfigError, DataError
 from open_lm.flags import Parser, add_group, flag, read_group
-from open_lm.preprocess.input import document_of, read_documents
 from open_lm.preprocess.jsonl import BAD_LINE_REASONS, JSON_ENDINGS, WHOLE, Rejected, expand_inputs
 
 if TYPE_CHECKING:
@@ -93,6 +92,8 @@ def documents(url: str, key: str) -> Iterator[str]:
     Raises:
         DataError: a line is no JSON object with a text under `key`.
     """
+    from open_lm.preprocess.input import document_of, read_documents  # with numpy, which --help does without
+
     for number, line in enumerate(read_documents(url, key, max_bytes=MAX_LINE_BYTES), 1):
         content = document_of(url, line, key) if line.content is not None else None
         if isinstance(content, Rejected) and content.reason in BAD_LINE_REASONS:

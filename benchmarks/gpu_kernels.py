@@ -9,7 +9,7 @@ import time
 import torch
 
 from open_lm.kernels import linear_cross_entropy as loss
-from open_lm.kernels.loss_chunks import Chunk, rows_per_chunk, sums_in_chunks
+from open_lm.kernels.loss_chunks import LossChunk, rows_per_chunk, sums_in_chunks
 from open_lm.model import attend_masked
 from open_lm.model.mask import Mask
 
@@ -41,7 +41,7 @@ def of_loss(args):
     weight = torch.randn(args.vocab, args.dim, device=DEVICE, dtype=torch.bfloat16)
     targets = torch.randint(0, args.vocab, (args.tokens,), device=DEVICE)
     n_rows = rows_per_chunk(args.tokens, args.dim, args.vocab)
-    kinds = {"chunks": Chunk, "chunks, rows in Triton": loss._fused_chunk() if DEVICE.type == "cuda" else None}
+    kinds = {"chunks": LossChunk, "chunks, rows in Triton": loss._fused_chunk() if DEVICE.type == "cuda" else None}
     for name, kind in kinds.items():
         if kind is not None:
             yield (

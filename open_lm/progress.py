@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from tqdm import tqdm
 
 Progress = tqdm
+CountDone = Callable[[int], None]
+"""Called with how many more are done."""
 
 
 def progress(

@@ -12,7 +12,7 @@ from open_lm.checkpoint import commit as commits
 from open_lm.checkpoint.commit import Commit
 from open_lm.checkpoint.read import local_shards, read_sharded
 from open_lm.checkpoint.resolve import Found, Name, resolve
-from open_lm.checkpoint.save_policy import Kind
+from open_lm.checkpoint.save_policy import SaveKind
 from open_lm.checkpoint.sharded import STATS, read_tensors
 from open_lm.checkpoint.snapshot import Snapshot
 from open_lm.checkpoint.tree import nested
@@ -81,7 +81,7 @@ def snapshot_of(found: Found, commit: Commit) -> tuple[Snapshot, str, dict[str, 
     with local_shards(found) as folder:
         stats, tensors = load_file(str(folder / STATS)), read_tensors(folder)
     tree = {"weights": {}, "companions": {}, **nested(tensors | stats["values"])}
-    kind: Kind = commit.facts.get("kind", "interval")
+    kind: SaveKind = commit.facts.get("kind", "interval")
     plain = {key: value for key, value in stats.items() if key not in EXTRA}
     snapshot = Snapshot(commit.label, kind, commit.step, stats["tokens"], tree, stats["scaler"], plain)
     return snapshot, stats["name"], stats["config"]

@@ -17,7 +17,7 @@ from open_lm.checkpoint import sharded
 from open_lm.checkpoint.background import Background
 from open_lm.checkpoint.config import CONSOLIDATED_UP_TO, CheckpointConfig
 from open_lm.checkpoint.retention import Retention, free_label
-from open_lm.checkpoint.save_policy import Kind, kind_of
+from open_lm.checkpoint.save_policy import SaveKind, kind_of
 from open_lm.checkpoint.snapshot import Saved, Snapshot, in_file_order, live, n_bytes, take
 from open_lm.checkpoint.tree import Staging
 from open_lm.checkpoint.writing import WRITE_ERRORS, Target, write_consolidated, write_sharded
@@ -72,7 +72,7 @@ class Checkpoints:
         *,
         label: str,
         stats: Mapping[str, Any],
-        kind: Kind = "interval",
+        kind: SaveKind = "interval",
         wait: bool = False,
     ) -> bool:
         """Write one checkpoint, then drop those that retention allows to go; False when it could not be written.
@@ -167,7 +167,7 @@ class Checkpoints:
             return self.flags.checkpoint_format == "sharded"
         return sum(tensor.numel() for tensor in tree["weights"].values()) > CONSOLIDATED_UP_TO
 
-    def _free_label(self, label: str, step: int, kind: Kind) -> str:
+    def _free_label(self, label: str, step: int, kind: SaveKind) -> str:
         """`label`, or another if files of that label are here: none is ever written over. "": it is there already."""
         self.require_owner()
         self.retention.sweep()

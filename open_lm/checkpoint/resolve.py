@@ -22,7 +22,7 @@ from open_lm.weights.hub import download, is_hub
 SUFFIXES = (".pt", ".safetensors", ".bin")
 WILD = re.compile(r"[*?\[]")
 
-Kind = Literal["file", "shards", "folder"]
+Form = Literal["file", "shards", "folder"]
 """A file of weights; a folder that every rank wrote its shards to; a folder of transformers, with a config.json."""
 Checked = Literal["nothing", "weights", "all"]
 """Files whose checksums are compared with the commit file: none, those that weights are in, or the optimizer's too."""
@@ -34,7 +34,7 @@ class Found:
 
     name: str
     path: str
-    kind: Kind
+    kind: Form
     commit: Commit | None = None
     checked: Checked = "nothing"
 

@@ -10,7 +10,7 @@ from typing import Literal
 from open_lm.checkpoint.commit import Commit
 from open_lm.checkpoint.config import CheckpointConfig
 
-Kind = Literal["interval", "step", "fixed", "ephemeral"]
+SaveKind = Literal["interval", "step", "fixed", "ephemeral"]
 """`interval` and `step` (between the ends of intervals) stay as --keep-last says, each counted by itself; `fixed` ones
 stay for ever; an `ephemeral` one goes as soon as another checkpoint is there."""
 
@@ -23,7 +23,7 @@ class SaveSteps:
     interval_ends: tuple[int, ...]
     last: int
 
-    def kind_at(self, step: int, *, time_is_up: bool = False) -> Kind | None:
+    def kind_at(self, step: int, *, time_is_up: bool = False) -> SaveKind | None:
         """What to write after `step` steps, if anything; of several that are due the one that stays longest.
 
         `time_is_up`: --save-every-minutes have passed since the last one.
@@ -87,7 +87,7 @@ def _divides(every: int | None, count: int) -> bool:
     return bool(every) and count % (every or 1) == 0
 
 
-def kind_of(commit: Commit) -> Kind:
+def kind_of(commit: Commit) -> SaveKind:
     """How long a checkpoint was meant to stay; older commit files only record kept or not."""
     if not commit.facts.get("kept", True):
         return "ephemeral"

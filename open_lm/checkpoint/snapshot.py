@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from open_lm.checkpoint.save_policy import Kind
+from open_lm.checkpoint.save_policy import SaveKind
 from open_lm.checkpoint.tree import Staging, map_tensors, tensors_of
 from open_lm.distributed import World
 from open_lm.precision import Precision
@@ -62,7 +62,7 @@ class Snapshot:
     """
 
     label: str
-    kind: Kind
+    kind: SaveKind
     step: int
     tokens: int
     tree: dict[str, Any]

@@ -61,7 +61,7 @@ class CorpusConfig:
 
 
 @dataclass(frozen=True)
-class Document:
+class SourceFile:
     """A file that may become a document. `id` holds no absolute path, so it is the same on every machine."""
 
     id: str
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     return report
 
 
-def find(stdlib: str, site_packages: str) -> list[Document]:
+def find(stdlib: str, site_packages: str) -> list[SourceFile]:
     """Every text file of the standard library and the installed packages, in the order of their ids."""
     found = [*_in_stdlib(Path(stdlib)), *_in_packages(site_packages)]
     if not found:
@@ -114,16 +114,16 @@ def find(stdlib: str, site_packages: str) -> list[Document]:
     return sorted(found, key=lambda document: document.id)
 
 
-def _in_stdlib(root: Path) -> Iterator[Document]:
+def _in_stdlib(root: Path) -> Iterator[SourceFile]:
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in ("site-packages", "dist-packages", "__pycache__")]
         for name in names:
             path = Path(folder, name)
             if path.suffix in SUFFIXES:
-                yield Document(f"{STDLIB}/{path.relative_to(root).as_posix()}", STDLIB, str(path))
+                yield SourceFile(f"{STDLIB}/{path.relative_to(root).as_posix()}", STDLIB, str(path))
 
 
-def _in_packages(site_packages: str) -> Iterator[Document]:
+def _in_packages(site_packages: str) -> Iterator[SourceFile]:
     """What each package says it installed; a package in development (`pip install -e`) is left out."""
     for package in importlib.metadata.distributions(path=[site_packages]):
         source = package.metadata["Name"].lower().replace("_", "-")
@@ -133,13 +133,13 @@ def _in_packages(site_packages: str) -> Iterator[Document]:
             path, is_readme = str(package.locate_file(file)), file.name == "METADATA"
             if ".." not in file.parts and (file.suffix in SUFFIXES or is_readme) and os.path.isfile(path):
                 relative = "README" if is_readme else file.as_posix()
-                yield Document(f"{source}/{relative}", source, path)
+                yield SourceFile(f"{source}/{relative}", source, path)
 
 
-def judge(documents: Sequence[Document]) -> tuple[dict[Document, int], Counter[str]]:
+def judge(documents: Sequence[SourceFile]) -> tuple[dict[SourceFile, int], Counter[str]]:
     """The size in bytes of each document worth reading, and how many were rejected for which reason."""
 
-    sizes: dict[Document, int] = {}
+    sizes: dict[SourceFile, int] = {}
     rejected: Counter[str] = Counter()
     seen: set[bytes] = set()
     for document in progress(documents, unit="file", label="reading"):
@@ -160,7 +160,7 @@ def judge(documents: Sequence[Document]) -> tuple[dict[Document, int], Counter[s
     return sizes, rejected
 
 
-def flaw_of_name(document: Document) -> str | None:
+def flaw_of_name(document: SourceFile) -> str | None:
     """Why the file's name alone says it should not be read; None: nothing speaks against it."""
     *folders, name = document.id.lower().split("/")[1:]
     if _TEST_FOLDERS.intersection(folders) or name.startswith(("test_", "conftest")) or name.endswith("_test.py"):
@@ -191,7 +191,7 @@ def flaw_of_text(content: str) -> str | None:
     return "table" if letters < 0.4 * (len(content) - sum(map(str.isspace, content))) else None
 
 
-def fit(sizes: dict[Document, int], limit_bytes: int) -> list[Document]:
+def fit(sizes: dict[SourceFile, int], limit_bytes: int) -> list[SourceFile]:
     """The documents that fit `limit_bytes`: of each package a part drawn by hash, none larger than one common level.
 
     The level is as high as the limit allows, so packages below it stay whole.
@@ -225,7 +225,7 @@ def clear(folder: str) -> None:
             storage.remove(path)
 
 
-def write(documents: Sequence[Document], config: CorpusConfig) -> dict:
+def write(documents: Sequence[SourceFile], config: CorpusConfig) -> dict:
     """Write the documents, one object with id, text and source a line; returns their counts by split and source."""
     held_out = [document for document in documents if document.draw("split") < config.held_out]
     training = [document for document in documents if document.draw("split") >= config.held_out]
@@ -248,7 +248,7 @@ def write(documents: Sequence[Document], config: CorpusConfig) -> dict:
     }
 
 
-def _write_file(path: str, documents: Iterable[Document]) -> Counter[str]:
+def _write_file(path: str, documents: Iterable[SourceFile]) -> Counter[str]:
     """Write one file and return the bytes of text in it by source."""
     import zstandard
 

@@ -13,7 +13,7 @@ from open_lm import storage
 from open_lm.errors import ConfigError
 from open_lm.flags import Parser, add_group, flag, read_group
 from open_lm.generation.config import GenerateConfig
-from open_lm.generation.stream import Stream
+from open_lm.generation.stream import TextStream
 from open_lm.model.config import ModelFlags
 
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
     asked, config = read_group(args, PromptConfig), read_group(args, GenerateConfig)
     if (asked.stream or asked.interactive) and config.num_beams > 1:
         raise ConfigError("--num-beams knows the text only at its end: leave out --stream and --interactive.")
-    writer = Writer(asked, config, read_group(args, ModelFlags))
+    writer = TextWriter(asked, config, read_group(args, ModelFlags))
     if asked.interactive:
         texts = [(prompt, writer.shown(prompt)) for prompt in typed()]
     elif asked.stream:
@@ -75,7 +75,7 @@ def typed() -> Iterator[str]:
             yield input("> " if sys.stdin.isatty() else "")
 
 
-class Writer:
+class TextWriter:
     """A model and its tokenizer, ready to continue texts."""
 
     def __init__(self, asked: PromptConfig, config: GenerateConfig, flags: ModelFlags):
@@ -95,7 +95,7 @@ class Writer:
     def together(self, prompts: Sequence[str]) -> list[str]:
         """What the model writes after each prompt, all in one batch."""
         ids = self._encoded(prompts)
-        streams = [Stream(self.tokenizer, self.stops, before=one) for one in ids]
+        streams = [TextStream(self.tokenizer, self.stops, before=one) for one in ids]
         watch = (lambda row, tokens: streams[row].watch(row, tokens)) if self.stops else None
         rows = self._generate(ids, watch)
         return [stream.finish(tokens) for stream, tokens in zip(streams, rows, strict=True)]
@@ -104,7 +104,7 @@ class Writer:
         """What the model writes after one prompt, printed while it is written."""
         print(prompt, end="", flush=True)
         ids = self._encoded([prompt])
-        stream = Stream(self.tokenizer, self.stops, lambda text: print(text, end="", flush=True), ids[0])
+        stream = TextStream(self.tokenizer, self.stops, lambda text: print(text, end="", flush=True), ids[0])
         (tokens,) = self._generate(ids, stream.watch)
         text = stream.finish(tokens)
         print("\n", flush=True)

@@ -18,7 +18,7 @@ Lines = dict[str, list[tuple[float, Record]]]
 
 
 @dataclass(frozen=True)
-class PlotConfig:
+class ScorePlotConfig:
     """Scores against tokens"""
 
     output: str = flag("scores.png", "The picture to write: .png, .svg or .pdf.")
@@ -37,9 +37,9 @@ def main(argv: Sequence[str] | None = None) -> str:
     """Draw the picture and return its path."""
     parser = Parser(description=__doc__)
     parser.add_argument("results", nargs="+", help="results.json files, or folders that hold one.")
-    add_group(parser, PlotConfig)
+    add_group(parser, ScorePlotConfig)
     args = parser.parse_args(argv)
-    config = read_group(args, PlotConfig)
+    config = read_group(args, ScorePlotConfig)
     paths = [_file(path) for path in args.results]
     if config.table:
         runs = [checkpoint for path in paths for checkpoint in read_results(path).runs]
@@ -71,7 +71,7 @@ def gather(paths: Sequence[str], only: Sequence[str]) -> dict[str, Lines]:
     return {name: dict(lines) for name, lines in panels.items()}
 
 
-def draw(panels: dict[str, Lines], config: PlotConfig) -> None:
+def draw(panels: dict[str, Lines], config: ScorePlotConfig) -> None:
     """Write the picture."""
     import matplotlib
 

@@ -13,7 +13,7 @@ IGNORED = -100
 """Target of a position that is not trained on: padding, prompts, holes. torch's cross_entropy skips it by default."""
 
 
-class SequencePart(Protocol):
+class HeldPositions(Protocol):
     """The positions of each sequence that one rank holds."""
 
     def take(self, x_BS: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class Batch:
     documents_BT: Tensor | None = None  # noqa: N815
     group: int = 1
     extras: Mapping[str, Tensor] = field(default_factory=dict)
-    part: SequencePart | None = None
+    part: HeldPositions | None = None
 
     @classmethod
     def from_samples(cls, samples_BS: Tensor) -> Batch:
@@ -92,7 +92,7 @@ class Batch:
         batch = self.pin_memory() if torch.device(device).type == "cuda" and self.device.type == "cpu" else self
         return batch._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def of_part(self, part: SequencePart) -> Batch:
+    def of_part(self, part: HeldPositions) -> Batch:
         """This rank's positions of the sequences, where ranks share them out."""
         return replace(self, inputs_BT=part.take(self.inputs_BT), targets_BT=part.take(self.targets_BT), part=part)
 

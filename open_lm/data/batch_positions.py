@@ -13,7 +13,7 @@ from open_lm.data.plan import (
     DEFAULT_BLOCK,
     DEFAULT_STRIPES,
     ResampledStream,
-    Stream,
+    SampleStream,
     StripedStream,
     choose_stripes,
 )
@@ -105,7 +105,7 @@ def _stream(
     columns: int,
     least: int,
     shapes: Sequence[tuple[int, int]] | None,
-) -> Stream:
+) -> SampleStream:
     names, counts = [shard.name for shard in source.shards], [shard.n_sequences for shard in source.shards]
     stripes, block = choose_stripes(source.n_sequences, columns, least)
     kind: type[StripedStream | ResampledStream] = StripedStream

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from open_lm.data.plan import Stream, StripedStream, StripedStreams
+from open_lm.data.plan import SampleStream, StripedStream, StripedStreams
 
 MOST_ERROR = 0.01
 """A source's share of the stream differs from what was asked for by less than this part of it."""
@@ -155,7 +155,7 @@ def share_columns(weights: Sequence[float], period: int) -> np.ndarray:
 class Plan:
     """The training stream of all sources: `locate` says which samples stand at given positions."""
 
-    streams: tuple[Stream, ...]
+    streams: tuple[SampleStream, ...]
     mixture: Mixture = field(default_factory=lambda: Pattern(np.zeros(1, np.int64), 1))
 
     @cached_property

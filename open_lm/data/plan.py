@@ -50,7 +50,7 @@ def identity(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
-class Stream(Protocol):
+class SampleStream(Protocol):
     """An endless order of one source's samples."""
 
     def stripe_of(self, positions: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ def gauntlet_averages(gauntlet: Mapping[str, Any], found: Mapping[str, float]) -
     """
     scores = {}
     for category in gauntlet["categories"]:
-        benchmarks = [_Benchmark(benchmark, gauntlet) for benchmark in category.get("benchmarks", [])]
+        benchmarks = [_GauntletEntry(benchmark, gauntlet) for benchmark in category.get("benchmarks", [])]
         if missing := [b.key for b in benchmarks if b.key not in found]:
             logging.warning("no score for gauntlet category %s: %s not run", category["name"], ", ".join(missing))
             continue
@@ -55,7 +55,7 @@ def means_of_categories(values: Iterable[tuple[str, float]]) -> dict[str, float]
     return {key: sum(found) / len(found) for key, found in parts.items()}
 
 
-class _Benchmark:
+class _GauntletEntry:
     """One benchmark of a gauntlet category."""
 
     def __init__(self, entry: Mapping[str, Any], gauntlet: Mapping[str, Any]):

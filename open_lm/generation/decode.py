@@ -18,7 +18,7 @@ from open_lm.generation.prompts import check_prompts, rooms, up_to_stop
 from open_lm.generation.text import Text, copy_numbers
 from open_lm.model.transformer import Transformer
 
-Watch = Callable[[int, list[int]], bool]
+RowWatch = Callable[[int, list[int]], bool]
 """Called with a row and all it has written, after each of its tokens; true ends the row."""
 
 
@@ -28,7 +28,7 @@ def generate(
     config: GenerateConfig | None = None,
     *,
     stop_ids: Collection[int] = (),
-    watch: Watch | None = None,
+    watch: RowWatch | None = None,
     **settings: Any,
 ) -> list[list[int]]:
     """The tokens that `model` writes after each prompt, prompt and stop token left out.
@@ -61,7 +61,7 @@ def _written(
     prompts: Sequence[Sequence[int]],
     config: GenerateConfig,
     stop_ids: Collection[int],
-    watch: Watch | None,
+    watch: RowWatch | None,
 ) -> list[list[int]]:
     n_new = rooms(model, prompts, config.max_gen_len)
     texts = [
@@ -79,7 +79,7 @@ def _written(
     return [text.written() for text in texts]
 
 
-def _watching(watch: Watch, row: int) -> Callable[[Text], bool]:
+def _watching(watch: RowWatch, row: int) -> Callable[[Text], bool]:
     return lambda text: watch(row, text.tokens)
 
 

@@ -19,7 +19,7 @@ class Decodes(Protocol):
         ...
 
 
-class Stream:
+class TextStream:
     """One text being written; pass `watch` to `generate`: it ends the text when one of `stops` is complete.
 
     `before` are the tokens of the prompt. Each token is decoded once or twice, with a few before it, however long the

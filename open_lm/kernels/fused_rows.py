@@ -15,13 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from open_lm.kernels.loss_chunks import Chunk
+from open_lm.kernels.loss_chunks import LossChunk
 
 LARGEST_BLOCK = 1 << 14
 """Logits of a row that one program holds at once."""
 
 
-class FusedChunk(Chunk):
+class FusedChunk(LossChunk):
     """A chunk whose rows are reduced by the kernel."""
 
     def _allocate(self, shape: tuple[int, int], weight_VD: Tensor) -> None:

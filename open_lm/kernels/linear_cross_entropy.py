@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from open_lm.kernels import native
-from open_lm.kernels.loss_chunks import Chunk, Computed, LossSums, rows_per_chunk, scale_of, sums_in_chunks
+from open_lm.kernels.loss_chunks import Computed, LossChunk, LossSums, rows_per_chunk, scale_of, sums_in_chunks
 from open_lm.kernels.vocabulary_parallel import vocabulary_parallel_loss
 
 
@@ -88,11 +88,11 @@ def _in_chunks(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_loss: 
     """By torch, a chunk of positions at a time."""
     n_rows = rows_per_chunk(hidden_ND.shape[0], hidden_ND.shape[1], weight_VD.shape[0])
     kind = _fused_chunk() if weight_VD.is_cuda else None
-    return sums_in_chunks((kind or Chunk)(n_rows, weight_VD, z_loss), hidden_ND, weight_VD, targets_N, needs_grad)
+    return sums_in_chunks((kind or LossChunk)(n_rows, weight_VD, z_loss), hidden_ND, weight_VD, targets_N, needs_grad)
 
 
 @cache
-def _fused_chunk() -> type[Chunk] | None:
+def _fused_chunk() -> type[LossChunk] | None:
     """The chunk that a Triton kernel reduces; None where Triton, which CUDA builds of torch bring, is not installed."""
     try:
         from open_lm.kernels.fused_rows import FusedChunk

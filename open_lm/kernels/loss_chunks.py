@@ -35,7 +35,9 @@ def scale_of(dtype: torch.dtype) -> float:
     return 1024.0 if dtype == torch.float16 else 1.0
 
 
-def sums_in_chunks(chunk: Chunk, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, needs_grad: bool) -> Computed:
+def sums_in_chunks(
+    chunk: LossChunk, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, needs_grad: bool
+) -> Computed:
     """The sums over all positions, and the gradients, by way of `chunk`."""
     grad_hidden = torch.empty_like(hidden_ND) if needs_grad else None
     grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_grad else None
@@ -57,7 +59,7 @@ def rows_per_chunk(n_positions: int, dim: int, vocab_size: int) -> int:
     return max(1, min(rows, n_positions, MAX_CHUNK_LOGITS // vocab_size))
 
 
-class Chunk:
+class LossChunk:
     """The working memory of one chunk, used again for each, and the sums over all of them."""
 
     def __init__(self, n_rows: int, weight_VD: Tensor, z_loss: float):

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from open_lm.kernels.loss_chunks import Chunk, LossSums, rows_per_chunk, scale_of, sums_in_chunks
+from open_lm.kernels.loss_chunks import LossChunk, LossSums, rows_per_chunk, scale_of, sums_in_chunks
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class _Loss(torch.autograd.Function):
         return grad_hidden * (grad_total / ctx.scale), grad_weight * grad_total, None, None, None, None
 
 
-class _PartChunk(Chunk):
+class _PartChunk(LossChunk):
     """A chunk whose logits are those of a part of the vocabulary."""
 
     def __init__(self, n_rows: int, weight_VD: Tensor, z_loss: float, part: VocabularyPart):

@@ -12,7 +12,7 @@ from open_lm.flags import Parser, add_group, flag, read_group
 from open_lm.ladder.fit_command import FitFlags, FitResult, as_text, fit_table, write_fit
 from open_lm.ladder.ladder import ModelLadder, run_all
 from open_lm.ladder.plots import plot_lr_schedule, plot_sweep
-from open_lm.ladder.points import Columns, points_of, read_table, where
+from open_lm.ladder.points import TableColumns, points_of, read_table, where
 from open_lm.ladder.records import FoundCheckpoint
 from open_lm.ladder.status import status as status_text
 from open_lm.ladder.tables import discovered, frame_of, write_table
@@ -205,7 +205,7 @@ def plot(argv: Sequence[str]) -> list[str]:
     flags, own = _read("plot", argv, LadderFlags, PlotFlags)
     if own.data is not None:
         frame = where(read_table(own.data), own.where)
-        columns = Columns(params=own.group_column, loss=own.loss_column, tokens=own.lr_column)
+        columns = TableColumns(params=own.group_column, loss=own.loss_column, tokens=own.lr_column)
         points = points_of(frame, columns)  # checks that all three are there and positive
         triples = zip(points.n, points.d, points.loss, strict=True)
         rows = [{"group": float(n), "lr": float(lr), "loss": float(loss)} for n, lr, loss in triples]

@@ -19,7 +19,7 @@ from open_lm.ladder.laws import LAWS, law_named
 from open_lm.ladder.minimise import OBJECTIVES
 from open_lm.ladder.optimum import SAME_BUDGET, IsoFlopFit, compute_optimal, isoflop
 from open_lm.ladder.plots import plot_fit, plot_isoflop
-from open_lm.ladder.points import Columns, Points, points_of, where
+from open_lm.ladder.points import Points, TableColumns, points_of, where
 from open_lm.ladder.task_error import FORMS, ErrorFit, fit_error
 
 
@@ -68,8 +68,8 @@ class FitFlags:
                 raise ConfigError(f"--budget {budget} must be a positive number of FLOPs.")
 
     @property
-    def columns(self) -> Columns:
-        return Columns(
+    def columns(self) -> TableColumns:
+        return TableColumns(
             params=self.params_column,
             loss=self.loss_column,
             tokens=self.tokens_column,

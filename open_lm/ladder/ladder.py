@@ -28,7 +28,7 @@ BENCHMARKS = "benchmarks"
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class SizeSpeed:
     """Speed of a size, measured over a few steps."""
 
     size: str
@@ -135,7 +135,7 @@ class ModelLadder:
         if not self.is_complete(size):
             raise OpenLMError(f"{', '.join(self._missing(size))} missing after the run; see {folder}/out.log.")
 
-    def run_benchmark(self, size: str, steps: int = 20) -> Benchmark:
+    def run_benchmark(self, size: str, steps: int = 20) -> SizeSpeed:
         """Speed and memory of a size over `steps` steps, measured apart from its run and kept for dry runs.
 
         Raises:
@@ -226,14 +226,14 @@ class ModelLadder:
         """The last step that a size's run has logged."""
         return max(records.metrics_by_step(self._run_folder(size)), default=0)
 
-    def _speed_of(self, size: str, folder: str) -> Benchmark:
+    def _speed_of(self, size: str, folder: str) -> SizeSpeed:
         rows = records.metrics_by_step(folder)
         later = [row for step, row in sorted(rows.items()) if "train/tokens_per_second" in row]
         later = later[len(later) // 3 :]  # the first steps warm up
         if not later:
             raise OpenLMError(f"the benchmark logged no speed; see {folder}/out.log.")
         speed = statistics.median(row["train/tokens_per_second"] for row in later)
-        return Benchmark(size, max(rows), speed, max(row.get("train/peak_memory_gib", 0.0) for row in later))
+        return SizeSpeed(size, max(rows), speed, max(row.get("train/peak_memory_gib", 0.0) for row in later))
 
 
 def differing(kept: dict[str, Any], now: dict[str, Any]) -> list[str]:

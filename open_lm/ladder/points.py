@@ -52,7 +52,7 @@ class Points:
 
 
 @dataclass(frozen=True)
-class Columns:
+class TableColumns:
     """Names of a table's columns; of `tokens`, `flops` and `ratio` (tokens per parameter) one is enough."""
 
     params: str = "num_params"
@@ -128,7 +128,7 @@ def require_column(frame: Any, column: str, flag: str) -> None:
         raise ConfigError(f"{flag} {column}: no such column. There are: {', '.join(map(str, frame.columns))}.")
 
 
-def points_of(frame: Any, columns: Columns, *, drop_first: int = 0) -> Points:
+def points_of(frame: Any, columns: TableColumns, *, drop_first: int = 0) -> Points:
     """The points in `frame`, without its first `drop_first` rows and without rows that miss a value.
 
     Raises:
@@ -160,7 +160,7 @@ def points_of(frame: Any, columns: Columns, *, drop_first: int = 0) -> Points:
     return points
 
 
-def _errors(frame: Any, columns: Columns) -> Array:
+def _errors(frame: Any, columns: TableColumns) -> Array:
     if not columns.error:
         return np.full(len(frame), np.nan)
     scores = np.stack([_numbers(frame, column, "--score-columns") for column in columns.error]).mean(axis=0)

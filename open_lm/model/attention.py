@@ -16,7 +16,7 @@ from open_lm.model.mask import Mask
 from open_lm.model.norms import build_norm
 from open_lm.model.parametrization import branch_divisor
 from open_lm.model.rotary import Angles
-from open_lm.model.split import Columns, Features, Plan, Rows
+from open_lm.model.split import Features, SplitColumns, SplitRows, TensorPlan
 from open_lm.model.variants import POSITIONS
 
 
@@ -38,9 +38,9 @@ class Attention(nn.Module):
         self.attend = build_attend(config)
         self.is_softmax = config.attn_name != "custom_attn"
 
-    def tensor_plan(self) -> Plan:
+    def tensor_plan(self) -> TensorPlan:
         """Whole heads for each rank, with the keys and values that they read."""
-        plan: Plan = {"in_proj": Rows(tuple(self.widths)), "out_proj": Columns()}
+        plan: TensorPlan = {"in_proj": SplitRows(tuple(self.widths)), "out_proj": SplitColumns()}
         return plan | ({"q_norm": Features(), "k_norm": Features()} if self.qk_norm else {})
 
     @property

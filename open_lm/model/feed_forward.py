@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_lm.model.init import scaled_normal_
-from open_lm.model.split import Columns, Plan, Rows
+from open_lm.model.split import SplitColumns, SplitRows, TensorPlan
 
 
 def gated_width(dim: int) -> int:
@@ -31,9 +31,9 @@ class SwiGLU(nn.Module):
         self.w12 = nn.Linear(dim, 2 * self.width, bias=False)
         self.w3 = nn.Linear(self.width, dim, bias=False)
 
-    def tensor_plan(self) -> Plan:
+    def tensor_plan(self) -> TensorPlan:
         """A part of the hidden width for each rank: the same of gate and of value."""
-        return {"w12": Rows((self.width, self.width)), "w3": Columns()}
+        return {"w12": SplitRows((self.width, self.width)), "w3": SplitColumns()}
 
     def fused_rows(self) -> dict[str, tuple[int, ...]]:
         """The rows of each matrix that a parameter packs, for optimizers that work on matrices."""
@@ -57,9 +57,9 @@ class Gelu(nn.Sequential):
         super().__init__(nn.Linear(dim, width, bias=False), nn.GELU(), nn.Linear(width, dim, bias=False))
         self.dim, self.branch_divisor, self.width = dim, branch_divisor, width
 
-    def tensor_plan(self) -> Plan:
+    def tensor_plan(self) -> TensorPlan:
         """A part of the hidden width for each rank."""
-        return {"0": Rows(), "2": Columns()}
+        return {"0": SplitRows(), "2": SplitColumns()}
 
     def reset_parameters(self) -> None:
         """w1: 1/sqrt(D); w2: 1/sqrt(F) / branch_divisor."""
@@ -79,9 +79,9 @@ class GemmaGeGLU(nn.Module):
         self.up_proj = nn.Linear(dim, self.width)
         self.down_proj = nn.Linear(self.width, dim)
 
-    def tensor_plan(self) -> Plan:
+    def tensor_plan(self) -> TensorPlan:
         """A part of the hidden width for each rank."""
-        return {"gate_proj": Rows(), "up_proj": Rows(), "down_proj": Columns()}
+        return {"gate_proj": SplitRows(), "up_proj": SplitRows(), "down_proj": SplitColumns()}
 
     def reset_parameters(self) -> None:
         """gate, up: 1/sqrt(D); down: 1/sqrt(F) / branch_divisor; biases 0."""

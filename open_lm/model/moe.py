@@ -19,8 +19,7 @@ from open_lm.model.config import ModelConfig
 from open_lm.model.feed_forward import default_width
 from open_lm.model.grouped_mm import build_grouped_product
 from open_lm.model.init import scaled_normal_
-from open_lm.model.split import Experts as HiddenWidth
-from open_lm.model.split import Plan, Tokens
+from open_lm.model.split import HiddenWidth, TensorPlan, Tokens
 
 
 class Routing(NamedTuple):
@@ -111,7 +110,7 @@ class MixtureOfExperts(nn.Module):
         self.router = nn.Linear(self.dim, self.n_experts, bias=False)
         self.experts = Experts(config, layer)
 
-    def tensor_plan(self) -> Plan:
+    def tensor_plan(self) -> TensorPlan:
         """A part of every expert's hidden width for each rank; all ranks route alike."""
         return {"router": Tokens(), "experts": HiddenWidth()}
 

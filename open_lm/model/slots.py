@@ -16,7 +16,7 @@ from open_lm.model.cache import KeyValue, LayerCache, StaticCache
 from open_lm.model.mask import Mask
 
 
-class Rows:
+class SlotRows:
     """The rows of one forward pass: their slots and how many positions each of them has already."""
 
     def __init__(self, slots: Sequence[int], lengths: Sequence[int], n_new: int, device: torch.device):
@@ -31,7 +31,7 @@ class Rows:
 class RowsMask(Mask):
     """What one new position of each row sees: the keys up to its own, which stand at the end of each row's."""
 
-    def __init__(self, rows: Rows, device: torch.device, window: int | None):
+    def __init__(self, rows: SlotRows, device: torch.device, window: int | None):
         super().__init__(1, rows.longest + 1, device, window=window)
         self.rows = rows
 
@@ -60,7 +60,7 @@ class SlotLayerCache(LayerCache):
     def __init__(self, k_NSGK: Tensor, v_NSGK: Tensor):
         super().__init__()
         self.k_NSGK, self.v_NSGK = k_NSGK, v_NSGK
-        self.rows: Rows
+        self.rows: SlotRows
 
     def append(self, k_BTGK: Tensor, v_BTGK: Tensor) -> KeyValue:
         """Write new positions behind those of each row; returns all positions of the rows, up to the longest's end."""
@@ -105,14 +105,14 @@ class SlotCache(StaticCache):
             SlotLayerCache(*(_zeros(shape, device, dtype) for _ in "kv")) for _ in range(n_layers)
         ]
         self.lengths = [0] * n_slots
-        self._rows: Rows
+        self._rows: SlotRows
 
     def continue_rows(self, slots: Sequence[int], n_new: int) -> None:
         """Let row i of the next forward pass continue the text in `slots[i]` by `n_new` positions."""
         assert n_new == 1 or len(slots) == 1, "several rows grow by one position at a time"
         lengths = [self.lengths[slot] for slot in slots]
         assert max(lengths) + n_new <= self.max_len, f"{max(lengths) + n_new} positions in slots of {self.max_len}"
-        self._rows = Rows(slots, lengths, n_new, self.device)
+        self._rows = SlotRows(slots, lengths, n_new, self.device)
         for layer in self.layers:
             layer.rows = self._rows
 

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Rows:
+class SplitRows:
     """Output features are divided; of a matrix that packs several, each of `blocks` rows by itself."""
 
     blocks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
-class Columns:
+class SplitColumns:
     """Input features are divided, and the partial products summed."""
 
 
@@ -37,9 +37,9 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class Experts:
+class HiddenWidth:
     """Stacked experts: the hidden width of each is divided."""
 
 
-Split = Rows | Columns | Features | Tokens | Vocabulary | Experts
-Plan = dict[str, Split]
+Split = SplitRows | SplitColumns | Features | Tokens | Vocabulary | HiddenWidth
+TensorPlan = dict[str, Split]

@@ -22,7 +22,7 @@ from open_lm.model.norms import build_norm
 from open_lm.model.parametrization import branch_divisor, embedding_std, output_std
 from open_lm.model.rotary import Angles
 from open_lm.model.slots import SlotCache
-from open_lm.model.split import Plan, Tokens, Vocabulary
+from open_lm.model.split import TensorPlan, Tokens, Vocabulary
 from open_lm.model.variants import FEED_FORWARDS
 
 Placed = tuple[Tensor, Mask, Sequence[LayerCache | None]]
@@ -46,7 +46,7 @@ class Block(nn.Module):
         self.attention_norm = build_norm(config, config.hidden_dim)
         self.ffn_norm = build_norm(config, config.hidden_dim)
 
-    def tensor_plan(self) -> Plan:
+    def tensor_plan(self) -> TensorPlan:
         """Norms act on each position by itself; attention and feed-forward have plans of their own."""
         return {"attention_norm": Tokens(), "ffn_norm": Tokens()}
 
@@ -82,9 +82,9 @@ class Transformer(nn.Module):
         self.tie_weights()
         self.register_load_state_dict_post_hook(lambda model, _: model.tie_weights())
 
-    def tensor_plan(self) -> Plan:
+    def tensor_plan(self) -> TensorPlan:
         """A part of the vocabulary for each rank."""
-        plan: Plan = {"tok_embeddings": Vocabulary(), "norm": Tokens(), "output": Vocabulary()}
+        plan: TensorPlan = {"tok_embeddings": Vocabulary(), "norm": Tokens(), "output": Vocabulary()}
         return plan | ({"post_embed_norm": Tokens()} if self.config.post_embed_norm else {})
 
     def tie_weights(self) -> None:

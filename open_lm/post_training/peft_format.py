@@ -38,7 +38,7 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class Rows:
+class LayerRows:
     """Where the rows of one of their layers are in one of ours."""
 
     layer: str
@@ -110,13 +110,13 @@ def to_ours(theirs: Mapping[str, Adapter], config: Any, model: nn.Module) -> dic
     places = their_rows(config, model)
     if unknown := [name for name in theirs if name not in places]:
         raise CheckpointError(f"the adapter is of another model: {unknown[0]} is none of its linear layers.")
-    parts: dict[str, list[tuple[Rows, Adapter]]] = {}
+    parts: dict[str, list[tuple[LayerRows, Adapter]]] = {}
     for name, adapter in theirs.items():
         parts.setdefault(places[name].layer, []).append((places[name], adapter))
     return {layer: _packed(layer, found, model) for layer, found in parts.items()}
 
 
-def _packed(layer: str, parts: list[tuple[Rows, Adapter]], model: nn.Module) -> Adapter:
+def _packed(layer: str, parts: list[tuple[LayerRows, Adapter]], model: nn.Module) -> Adapter:
     """One adapter that does what those of the parts of `layer` do."""
     weight: Any = model.get_submodule(layer).weight
     scales, total = {adapter.scale for _, adapter in parts}, sum(len(adapter.a) for _, adapter in parts)
@@ -133,13 +133,13 @@ def _packed(layer: str, parts: list[tuple[Rows, Adapter]], model: nn.Module) -> 
     return Adapter(torch.cat([adapter.a.float() for _, adapter in parts]), b, scales.pop(), magnitude)
 
 
-def their_rows(config: Any, model: nn.Module) -> dict[str, Rows]:
+def their_rows(config: Any, model: nn.Module) -> dict[str, LayerRows]:
     """For each linear layer of transformers' class, the layer of ours and the rows of it that it is made of."""
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if isinstance(config, HFConfig):
-        return {name.removeprefix("model."): Rows(name, _all_rows(module)) for name, module in linear.items()}
+        return {name.removeprefix("model."): LayerRows(name, _all_rows(module)) for name, module in linear.items()}
     if not isinstance(config, MambaConfig) and native_family(config) is None:
-        return {f"model.{name}": Rows(name, _all_rows(module)) for name, module in linear.items()}
+        return {f"model.{name}": LayerRows(name, _all_rows(module)) for name, module in linear.items()}
     numbers = {name: number for number, name in enumerate(linear)}
     marked = {}
     for name, tensor in model.state_dict().items():
@@ -152,7 +152,7 @@ def their_rows(config: Any, model: nn.Module) -> dict[str, Rows]:
     names, places = list(linear), {}
     for name, tensor in to_native(config, marked)[1].items():
         if name.endswith(".weight") and tensor.ndim == 2 and tensor.shape[1] == 2 and tensor[0, 0] >= 0:
-            places[name.removesuffix(".weight")] = Rows(names[int(tensor[0, 0])], tensor[:, 1])
+            places[name.removesuffix(".weight")] = LayerRows(names[int(tensor[0, 0])], tensor[:, 1])
     return places
 
 

@@ -30,10 +30,10 @@ class Answer:
     """Whether it ended by itself, and was not cut off."""
 
 
-Score = Callable[[Sequence[Answer]], list[float]]
+Reward = Callable[[Sequence[Answer]], list[float]]
 
 
-def build_rewards(names: Sequence[str], tokenizer: Tokenizer, device: str, dtype: torch.dtype) -> list[Score]:
+def build_rewards(names: Sequence[str], tokenizer: Tokenizer, device: str, dtype: torch.dtype) -> list[Reward]:
     """What --reward names.
 
     Raises:
@@ -43,7 +43,7 @@ def build_rewards(names: Sequence[str], tokenizer: Tokenizer, device: str, dtype
     return [_by_model(name, tokenizer, device, dtype) if _is_model(name) else _by_function(name) for name in names]
 
 
-def total(scores: Sequence[Score], answers: Sequence[Answer]) -> list[float]:
+def total(scores: Sequence[Reward], answers: Sequence[Answer]) -> list[float]:
     """The sum of all rewards of each answer.
 
     Raises:
@@ -56,7 +56,7 @@ def _is_model(name: str) -> bool:
     return ":" not in name or "://" in name or os.path.exists(name)
 
 
-def _by_function(name: str) -> Score:
+def _by_function(name: str) -> Reward:
     module, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -83,7 +83,7 @@ def _checked(name: str, function: Callable[[str, dict[str, Any]], Any], answer: 
     return value
 
 
-def _by_model(path: str, tokenizer: Tokenizer, device: str, dtype: torch.dtype) -> Score:
+def _by_model(path: str, tokenizer: Tokenizer, device: str, dtype: torch.dtype) -> Reward:
     model: Any = load_reward_model(path, device, dtype)
     if model.config.vocab_size < tokenizer.vocab_size:
         raise ConfigError(

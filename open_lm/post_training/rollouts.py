@@ -35,7 +35,7 @@ from open_lm.post_training.log_probs import token_log_probs
 from open_lm.post_training.prompts import Prompts
 from open_lm.post_training.reference import Reference
 from open_lm.post_training.reward_model import values_of
-from open_lm.post_training.rewards import Answer, Score, batch_of_answers, total
+from open_lm.post_training.rewards import Answer, Reward, batch_of_answers, total
 
 TOGETHER = 256
 """Answers written at once."""
@@ -52,7 +52,7 @@ class Rollouts:
     state: Any
     prompts: Prompts
     tokenizer: Tokenizer
-    scores: Sequence[Score]
+    scores: Sequence[Reward]
     reference: Reference | None
     folder: str
     accum: int

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from open_lm.errors import ConfigError, DataError, OpenLMError, StorageError
-from open_lm.preprocess.workers import Task
+from open_lm.preprocess.workers import WorkerTask
 from open_lm.progress import progress
 
 _ROOT = str(Path(__file__).resolve().parents[2])
@@ -60,7 +60,7 @@ class RayTasks:
     def __init__(self, ray: Any, *, follow: bool = False, memory_bytes: int | None = None):
         self._ray, self._follow, self._memory_bytes = ray, follow, memory_bytes
 
-    def __call__(self, tasks: Sequence[Task], n_workers: int, /, *, label: str, total_bytes: int) -> None:
+    def __call__(self, tasks: Sequence[WorkerTask], n_workers: int, /, *, label: str, total_bytes: int) -> None:
         """Run all tasks, at most `n_workers` at a time unless the cluster is followed.
 
         The first error of a task ends the others and is raised; a StorageError is tried again first. A task whose
@@ -70,8 +70,8 @@ class RayTasks:
             DataError: tasks were set aside.
         """
         start, at_once = self._starter(), _IN_FLIGHT if self._follow else n_workers
-        waiting: list[Task] = list(reversed(tasks))
-        running: dict[Any, Task] = {}
+        waiting: list[WorkerTask] = list(reversed(tasks))
+        running: dict[Any, WorkerTask] = {}
         poisoned: list[str] = []
         with progress(total=total_bytes, unit="B", label=label) as bar:
             try:
@@ -95,7 +95,7 @@ class RayTasks:
                 "done. Go on with --resume, and --ray_task_memory_gb or a smaller --force_parallelism."
             )
 
-    def _result(self, reference: Any, task: Task, label: str, poisoned: list[str]) -> int:
+    def _result(self, reference: Any, task: WorkerTask, label: str, poisoned: list[str]) -> int:
         try:
             return self._ray.get(reference)
         except self._ray.exceptions.RayTaskError:
@@ -126,7 +126,7 @@ class RayTasks:
             options["memory"] = self._memory_bytes
         remote, known = self._ray.remote(**options)(run_pickled), {}
 
-        def start(task: Task) -> Any:
+        def start(task: WorkerTask) -> Any:
             call = cast("partial[Any]", task)
             for value in (call.func, *call.args):
                 if id(value) not in known:

@@ -31,7 +31,7 @@ _BATCH_CHARACTERS = 2 << 20
 _BATCH_DOCUMENTS = 1024
 
 
-Document = tuple[str, Line]
+FileLine = tuple[str, Line]
 """The file a line or member is of, and itself."""
 
 
@@ -94,7 +94,7 @@ def tokenize(folder: str, job_fingerprint: str, encoder: str, task: TextTask) ->
     work.record(task.name, {"blocks": blocks, "bytes": n_bytes})
 
 
-def _blocks(job: Job, task: TextTask) -> Iterator[tuple[int, Iterator[Document]]]:
+def _blocks(job: Job, task: TextTask) -> Iterator[tuple[int, Iterator[FileLine]]]:
     """The task's blocks and the lines that begin in them. A packed file is read once; others only where needed."""
     step, limit = job.block_bytes, job.max_document_bytes
     url, size = job.inputs[task.first]
@@ -128,7 +128,7 @@ def _lines_until(lines: Iterator[Line], state: list[Line | None], stop: int) -> 
 
 
 def _tokenize_block(
-    job: Job, work: Workplace, name: str, lines: Iterable[Document], documents: DocumentEncoder
+    job: Job, work: Workplace, name: str, lines: Iterable[FileLine], documents: DocumentEncoder
 ) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
@@ -177,7 +177,7 @@ def _ended(job: Job, documents: list[Any]) -> np.ndarray:
     return np.concatenate(parts).astype(job.dtype)
 
 
-def _documents(job: Job, lines: Iterable[Document], counts: Counter[str], rejected: Counter[str]) -> Iterator[Any]:
+def _documents(job: Job, lines: Iterable[FileLine], counts: Counter[str], rejected: Counter[str]) -> Iterator[Any]:
     """The texts, or vectors of ids, of the lines that hold one; all others are counted."""
     for url, line in lines:
         counts["lines"] += 1

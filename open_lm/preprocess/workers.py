@@ -16,20 +16,20 @@ from typing import Any, Protocol
 from open_lm.errors import DataError
 from open_lm.progress import Progress, progress
 
-Task = Callable[[], Iterator[int]]
+WorkerTask = Callable[[], Iterator[int]]
 """A picklable piece of work that yields its progress in bytes."""
 
 
 class RunTasks(Protocol):
     """Who runs tasks: every one to its end, on at most `n_workers` workers at a time; the first error is raised."""
 
-    def __call__(self, tasks: Sequence[Task], n_workers: int, /, *, label: str, total_bytes: int) -> None: ...
+    def __call__(self, tasks: Sequence[WorkerTask], n_workers: int, /, *, label: str, total_bytes: int) -> None: ...
 
 
 _progress: Any = None
 
 
-def run_tasks(tasks: Sequence[Task], n_workers: int, *, label: str, total_bytes: int) -> None:
+def run_tasks(tasks: Sequence[WorkerTask], n_workers: int, *, label: str, total_bytes: int) -> None:
     """Run all tasks on `n_workers` processes (1: in this one), with a progress bar when it takes more than 5 s.
 
     The first error of a task ends the others and is raised.
@@ -47,7 +47,7 @@ def run_tasks(tasks: Sequence[Task], n_workers: int, *, label: str, total_bytes:
         _run_in_processes(tasks, min(n_workers, len(tasks)), bar, label)
 
 
-def _run_in_processes(tasks: Sequence[Task], n_workers: int, bar: Progress, label: str) -> None:
+def _run_in_processes(tasks: Sequence[WorkerTask], n_workers: int, bar: Progress, label: str) -> None:
     context = multiprocessing.get_context("spawn")  # a fork would copy the tokenizer's threads in an unknown state
     progress = context.Value("q", 0)
     pool = ProcessPoolExecutor(n_workers, mp_context=context, initializer=_start, initargs=(progress, os.getpid()))
@@ -85,7 +85,7 @@ def _start(progress: Any, parent: int) -> None:
     os.environ["RAYON_NUM_THREADS"] = "1"
 
 
-def _run(task: Task) -> None:
+def _run(task: WorkerTask) -> None:
     for n_bytes in task():
         with _progress.get_lock():
             _progress.value += n_bytes

@@ -76,7 +76,7 @@ def line_chart(
     heights = [y for _, y in points] + [rule.y for rule in rules if rule.y is not None]
     x_range = (0.0, max(x for x, _ in points))
     y_range = _padded(0.0 if from_zero else min(heights), max(heights))
-    scale = _Scale(x_range, y_range, width, height)
+    scale = _Axes(x_range, y_range, width, height)
     parts = [
         *_grid(scale, x_name, write_x, write_y),
         *(_rule(rule, scale) for rule in rules),
@@ -87,7 +87,7 @@ def line_chart(
 
 
 @dataclass(frozen=True)
-class _Scale:
+class _Axes:
     """From the ranges of the figures to places in the picture."""
 
     x_range: Point
@@ -120,7 +120,7 @@ def ticks(low: float, high: float, n_wanted: int) -> list[float]:
     return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _grid(scale: _Scale, x_name: str, write_x: Callable[[float], str], write_y: Callable[[float], str]) -> list[str]:
+def _grid(scale: _Axes, x_name: str, write_x: Callable[[float], str], write_y: Callable[[float], str]) -> list[str]:
     left, right, bottom = LEFT, scale.width - RIGHT, scale.height - BOTTOM
     lines = [f'<line class="axis" x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}"/>']
     for value in ticks(*scale.y_range, n_wanted=scale.height // 55):
@@ -141,7 +141,7 @@ def _grid(scale: _Scale, x_name: str, write_x: Callable[[float], str], write_y: 
     return lines
 
 
-def _rule(rule: Rule, scale: _Scale) -> str:
+def _rule(rule: Rule, scale: _Axes) -> str:
     right, bottom = scale.width - RIGHT, scale.height - BOTTOM
     name = escape(rule.name)
     if rule.y is not None:
@@ -153,7 +153,7 @@ def _rule(rule: Rule, scale: _Scale) -> str:
     return f'{line}<text class="rule-name" x="{x + 6:.1f}" y="{bottom - 8}">{name}</text>'
 
 
-def _series(one: Series, scale: _Scale) -> str:
+def _series(one: Series, scale: _Axes) -> str:
     drawn = []
     for segment in one.segments():
         places = [(scale.x(x), scale.y(y)) for x, y in segment]
@@ -182,7 +182,7 @@ def _height(place: Point) -> float:
 
 
 def _hover(
-    series: Sequence[Series], scale: _Scale, write_x: Callable[[float], str], write_y: Callable[[float], str]
+    series: Sequence[Series], scale: _Axes, write_x: Callable[[float], str], write_y: Callable[[float], str]
 ) -> list[str]:
     """Transparent bands side by side; the one under the mouse shows its line, and each series' value nearest to it."""
     shown = [(one, one.finite) for one in series if one.hovered and one.finite]
@@ -201,7 +201,7 @@ def _nearest(points: Sequence[Point], x: float) -> float:
     return min(points[max(at - 1, 0) : at + 2], key=lambda point: abs(point[0] - x))[1]
 
 
-def _band(scale: _Scale, x: float, edges: Point, lines: Sequence[str]) -> str:
+def _band(scale: _Axes, x: float, edges: Point, lines: Sequence[str]) -> str:
     left, right = edges
     height, width = 20 * len(lines) + 12, 8.8 * max(map(len, lines)) + 20
     box_x = x + 10 if x + 10 + width < scale.width else x - 10 - width

@@ -12,7 +12,7 @@ from typing import Any
 from open_lm import storage
 from open_lm.errors import DataError
 
-Points = list[tuple[float, float]]
+Curve = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class RunSummary:
         tokens = self.metrics.get("train/tokens", {})
         return tokens[max(tokens)] / max(tokens) if tokens else 1.0
 
-    def over_tokens(self, metric: str) -> Points:
+    def over_tokens(self, metric: str) -> Curve:
         """The metric as (tokens trained, value), in order."""
         return [(step * self.tokens_per_step, value) for step, value in sorted(self.metrics.get(metric, {}).items())]
 
@@ -104,7 +104,7 @@ def read_json(path: str, flag_name: str) -> Any:
         raise DataError(f"{flag_name} {path}: not JSON ({error}). Make the file again.") from error
 
 
-def smoothed(points: Points, n_points: int) -> Points:
+def smoothed(points: Curve, n_points: int) -> Curve:
     """The running mean over `n_points` points, centred; near the ends over as many as there are on both sides, and of
     finite values only."""
     values = [value for _, value in points]

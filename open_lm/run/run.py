@@ -12,7 +12,7 @@ from functools import partial
 from open_lm import storage
 from open_lm.checkpoint.manager import Checkpoints, DataOrder
 from open_lm.checkpoint.remote_sync import RemoteSync
-from open_lm.checkpoint.save_policy import Kind, SaveClock, SaveSteps
+from open_lm.checkpoint.save_policy import SaveClock, SaveKind, SaveSteps
 from open_lm.data.batch import Batch
 from open_lm.distributed import World, start_world
 from open_lm.errors import DeviceError, Preempted, StorageError, TrainingDiverged
@@ -95,8 +95,8 @@ class Run:
         self._loader: DataOrder | None = None
         self.evaluations = Evaluations(config, world, os.path.join(self.checkpoints.folder, "results.jsonl"))
         self._saved_at: int | None = None
-        self._due: tuple[int, Kind | None] = (-1, None)
-        self._late: Kind | None = None
+        self._due: tuple[int, SaveKind | None] = (-1, None)
+        self._late: SaveKind | None = None
         """What was due inside an iteration of reinforcement learning."""
         self._save_clock = SaveClock(config.checkpoint.save_every_minutes)
 
@@ -182,7 +182,7 @@ class Run:
         if kind is not None:
             self._save(state, kind)
 
-    def _save_due(self, state: TrainState) -> Kind | None:
+    def _save_due(self, state: TrainState) -> SaveKind | None:
         """What is to be saved after this step; the same on every rank, however often it is asked."""
         if self._due[0] != state.step:
             clock = self._save_clock
@@ -202,7 +202,7 @@ class Run:
     def _save_steps(self, state: TrainState) -> SaveSteps:
         return SaveSteps(self.config.checkpoint, state.run_length.interval_ends, state.run_length.last_step)
 
-    def _save(self, state: TrainState, kind: Kind, *, wait: bool = False) -> bool:
+    def _save(self, state: TrainState, kind: SaveKind, *, wait: bool = False) -> bool:
         loader, is_last = self._loader, state.step == state.run_length.last_step
         assert loader is not None
         stats = {

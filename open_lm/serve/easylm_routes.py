@@ -11,7 +11,7 @@ from fastapi.responses import PlainTextResponse
 from open_lm.serve.openai_routes import encoded
 from open_lm.serve.refused import Refused
 from open_lm.serve.schemas import EasyBody, EasyChatBody
-from open_lm.serve.served import EncodedPrompt, Served, config_of
+from open_lm.serve.served import Served, TextSettings, config_of
 from open_lm.serve.service import Ticket
 from open_lm.serve.state import state_of
 from open_lm.serve.waiting import until_written
@@ -69,7 +69,7 @@ async def generate(body: EasyBody, request: Request) -> Any:
     served = state_of(request).first
     prefixes = _given(body.prefix_text, "prefix_text")
     temperature = 1.0 if body.temperature is None else body.temperature
-    asked = [EncodedPrompt(config_of(temperature=temperature))] * len(prefixes)
+    asked = [TextSettings(config_of(temperature=temperature))] * len(prefixes)
     return {
         "prefix_text": prefixes,
         "output_text": await _written(request, served, prefixes, asked),
@@ -84,7 +84,7 @@ async def greedy_until(body: EasyBody, request: Request) -> Any:
     prefixes, until = _given(body.prefix_text, "prefix_text"), _given(body.until, "until")
     if len(prefixes) != len(until):
         raise Refused(400, f"{len(prefixes)} prefix_text and {len(until)} until: give one each.", "until")
-    asked = [EncodedPrompt(GREEDY, stops=(one,) if isinstance(one, str) else tuple(one)) for one in until]
+    asked = [TextSettings(GREEDY, stops=(one,) if isinstance(one, str) else tuple(one)) for one in until]
     texts = await _written(request, served, prefixes, asked)
     return {"prefix_text": prefixes, "until": until, "output_text": texts}
 
@@ -101,7 +101,7 @@ async def chat(body: EasyChatBody, request: Request) -> Any:
         asked_text = asked_text[len(begin) :]
     context = body.context + asked_text
     end_ids, end_strings = served.turn_end
-    asked = EncodedPrompt(config_of(temperature=temperature), None, end_strings, end_ids)
+    asked = TextSettings(config_of(temperature=temperature), None, end_strings, end_ids)
     tickets = served.tickets([await encoded(served, context, special=False)], [asked])
     state.log_prompts(served, tickets)
     await until_written(request, served.service, tickets, state.config.max_seconds)
@@ -152,7 +152,7 @@ async def _sums(
     """Log-likelihood of each second part after the first, and whether greedy decoding writes it."""
     scored = [index for index, (_, after) in enumerate(pairs) if after]
     prompts = [[*pairs[index][0], *pairs[index][1]] for index in scored]
-    asked = [EncodedPrompt(GREEDY, max_tokens=0, score_from=len(pairs[index][0])) for index in scored]
+    asked = [TextSettings(GREEDY, max_tokens=0, score_from=len(pairs[index][0])) for index in scored]
     tickets = served.tickets(prompts, asked)
     if tickets:
         await until_written(request, served.service, tickets, state_of(request).config.max_seconds)
@@ -166,7 +166,7 @@ def _sum(ticket: Ticket) -> tuple[float, bool]:
 
 
 async def _written(
-    request: Request, served: Served, prefixes: Sequence[str], asked: Sequence[EncodedPrompt]
+    request: Request, served: Served, prefixes: Sequence[str], asked: Sequence[TextSettings]
 ) -> list[str]:
     state = state_of(request)
     tickets = served.tickets([await encoded(served, prefix) for prefix in prefixes], asked)

@@ -15,8 +15,8 @@ from fastapi.responses import StreamingResponse
 from open_lm.serve.openai_format import chat_logprobs, completion_logprobs, usage
 from open_lm.serve.refused import Refused
 from open_lm.serve.schemas import ChatBody, CompletionBody, SamplingBody
-from open_lm.serve.served import EncodedPrompt, Served, config_of
-from open_lm.serve.service import Progress, Ticket
+from open_lm.serve.served import Served, TextSettings, config_of
+from open_lm.serve.service import TextProgress, Ticket
 from open_lm.serve.state import State, state_of
 from open_lm.serve.waiting import progress_of, until_written
 
@@ -81,7 +81,7 @@ def _asked(
     score_from: int | None,
     stop_ids: Sequence[int] = (),
     stops: Sequence[str] = (),
-) -> EncodedPrompt:
+) -> TextSettings:
     config = config_of(
         temperature=body.temperature,
         top_p=body.top_p,
@@ -90,7 +90,7 @@ def _asked(
         repetition_penalty=body.repetition_penalty,
         seed=body.seed,
     )
-    return EncodedPrompt(
+    return TextSettings(
         config, max_tokens, (*body.stops, *stops), tuple(stop_ids), n_top, score_from, is_streamed=bool(body.stream)
     )
 
@@ -133,7 +133,7 @@ class _Completions:
             return None
         return {"index": ticket.index, "text": self._prompt_text(ticket), "logprobs": None, "finish_reason": None}
 
-    def piece(self, ticket: Ticket, progress: Progress) -> dict[str, Any]:
+    def piece(self, ticket: Ticket, progress: TextProgress) -> dict[str, Any]:
         logprobs = None
         if self.body.logprobs is not None:
             scores = progress.scores
@@ -166,7 +166,7 @@ class _Chat:
         delta = {"role": "assistant", "content": ""}
         return {"index": ticket.index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def piece(self, ticket: Ticket, progress: Progress) -> dict[str, Any]:
+    def piece(self, ticket: Ticket, progress: TextProgress) -> dict[str, Any]:
         return {
             "index": ticket.index,
             "delta": {"content": progress.piece} if progress.piece else {},

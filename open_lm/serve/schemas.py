@@ -15,9 +15,9 @@ def _sendable(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_sendable)]
+Utf8Text = Annotated[str, AfterValidator(_sendable)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
-Stop = Annotated[Text, Field(min_length=1, max_length=1000)]
+Stop = Annotated[Utf8Text, Field(min_length=1, max_length=1000)]
 
 
 class Body(BaseModel):
@@ -78,7 +78,7 @@ class SamplingBody(Body):
 class CompletionBody(SamplingBody):
     """POST /v1/completions"""
 
-    prompt: Text | TokenIds | Annotated[list[Text] | list[TokenIds], Field(min_length=1, max_length=1024)]
+    prompt: Utf8Text | TokenIds | Annotated[list[Utf8Text] | list[TokenIds], Field(min_length=1, max_length=1024)]
     max_tokens: int | None = Field(None, ge=0, lt=2**31)
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
@@ -108,17 +108,17 @@ class Part(Body):
     """A part of a message's content; only text is taken."""
 
     type: Literal["text"]
-    text: Text
+    text: Utf8Text
 
 
 Nothing = Annotated[list[Any], Field(max_length=0)] | None
 
 
-class Message(Body):
+class ChatMessage(Body):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[Part], Field(min_length=1)]
+    content: Utf8Text | Annotated[list[Part], Field(min_length=1)]
     name: str | None = None
     refusal: Any = None
     annotations: Nothing = None  # empty fields of answers, which clients send back as they came
@@ -142,7 +142,7 @@ class ResponseFormat(Body):
 class ChatBody(SamplingBody):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)]
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool | None = None
@@ -162,8 +162,8 @@ class ChatBody(SamplingBody):
 class EasyBody(Body):
     """POST /generate, /greedy-until, /loglikelihood and /loglikelihood-rolling, as EasyLM's client sends them."""
 
-    prefix_text: Annotated[list[Text], Field(max_length=1024)] | None = None
-    text: Annotated[list[Text], Field(max_length=1024)] | None = None
+    prefix_text: Annotated[list[Utf8Text], Field(max_length=1024)] | None = None
+    text: Annotated[list[Utf8Text], Field(max_length=1024)] | None = None
     until: Annotated[list[Stop | Annotated[list[Stop], Field(max_length=16)]], Field(max_length=1024)] | None = None
     temperature: float | None = Field(None, ge=0, le=100)
 
@@ -171,6 +171,6 @@ class EasyBody(Body):
 class EasyChatBody(Body):
     """POST /chat, as EasyLM's client sends it."""
 
-    prompt: Text
-    context: Text = ""
+    prompt: Utf8Text
+    context: Utf8Text = ""
     temperature: float | None = Field(None, ge=0, le=100)

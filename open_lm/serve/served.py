@@ -12,7 +12,7 @@ from typing import Any
 from open_lm.errors import ConfigError
 from open_lm.generation.config import GenerateConfig
 from open_lm.generation.prompts import check_prompt
-from open_lm.generation.stream import Stream
+from open_lm.generation.stream import TextStream
 from open_lm.generation.text import Text
 from open_lm.serve.refused import Refused
 from open_lm.serve.service import Events, Service, Ticket
@@ -20,7 +20,7 @@ from open_lm.serve.token_texts import TokenTexts
 
 
 @dataclass(frozen=True)
-class EncodedPrompt:
+class TextSettings:
     """Settings of the texts of one request."""
 
     config: GenerateConfig
@@ -57,7 +57,7 @@ class Served:
         """Single tokens as clients see them."""
         return TokenTexts(self.tokenizer)
 
-    def tickets(self, prompts: Sequence[Sequence[int]], asked: Sequence[EncodedPrompt], n: int = 1) -> list[Ticket]:
+    def tickets(self, prompts: Sequence[Sequence[int]], asked: Sequence[TextSettings], n: int = 1) -> list[Ticket]:
         """`n` texts to be written after each prompt, as its `asked` says.
 
         Raises:
@@ -70,7 +70,7 @@ class Served:
         jobs = [(prompt, one, copy) for prompt, one in zip(prompts, asked, strict=True) for copy in range(n)]
         return [self._ticket(prompt, one, copy, events, index) for index, (prompt, one, copy) in enumerate(jobs)]
 
-    def _require_readable(self, prompt: Sequence[int], asked: EncodedPrompt) -> None:
+    def _require_readable(self, prompt: Sequence[int], asked: TextSettings) -> None:
         """See that the model can read a prompt.
 
         Raises:
@@ -87,14 +87,14 @@ class Served:
             code = "context_length_exceeded" if len(prompt) >= context else None
             raise Refused(400, str(error), "prompt", code) from None
 
-    def _ticket(self, prompt: Sequence[int], asked: EncodedPrompt, copy: int, events: Events, index: int) -> Ticket:
+    def _ticket(self, prompt: Sequence[int], asked: TextSettings, copy: int, events: Events, index: int) -> Ticket:
         """One text to be written."""
         wanted = asked.max_tokens
         room = max(0, self.context - len(prompt))
         n_new = room if wanted is None else min(wanted, room)
         stop_ids = {self.tokenizer.eot_id, *asked.stop_ids}
         text = Text(prompt, asked.config, n_new, stop_ids, None, copy, asked.n_top, asked.score_from)
-        stream = Stream(self.tokenizer, asked.stops, before=prompt)
+        stream = TextStream(self.tokenizer, asked.stops, before=prompt)
         return Ticket(text, stream, events, index, is_streamed=asked.is_streamed)
 
     def chat_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:

@@ -18,14 +18,14 @@ import torch
 
 from open_lm.generation.cpu_decode import cpu_decode
 from open_lm.generation.engine import Engine
-from open_lm.generation.stream import Stream
+from open_lm.generation.stream import TextStream
 from open_lm.generation.text import Text, TokenScore
 from open_lm.serve.metrics import Metrics
 from open_lm.serve.refused import Refused
 
 
 @dataclass(frozen=True)
-class Progress:
+class TextProgress:
     """What has come to a text since the last one: final characters, scores of tokens, and how it ended, if it did."""
 
     piece: str
@@ -37,7 +37,7 @@ class Ticket:
     """Text number `index` of a request: written by the engine, followed on the event loop through `events`, a queue
     that the texts of a request share."""
 
-    def __init__(self, text: Text, stream: Stream, events: Events, index: int, *, is_streamed: bool):
+    def __init__(self, text: Text, stream: TextStream, events: Events, index: int, *, is_streamed: bool):
         self.text, self.stream, self.events, self.index = text, stream, events, index
         self.is_streamed = is_streamed
         self.asked, self.first_token = time.monotonic(), math.nan
@@ -45,7 +45,7 @@ class Ticket:
         if is_streamed or stream.has_stops:
             text.watch = lambda text: stream.take(text.tokens)
 
-    def progress(self) -> Progress | None:
+    def progress(self) -> TextProgress | None:
         """What is new, for the event loop; None while there is nothing to tell. Called by the engine's thread."""
         if self.text.tokens and math.isnan(self.first_token):
             self.first_token = time.monotonic()
@@ -56,10 +56,10 @@ class Ticket:
         piece = self.stream.text[self._n_shown : self.stream.n_certain]
         scores = tuple(self.text.scores[self._n_scores :])
         self._n_shown, self._n_scores = self.stream.n_certain, len(self.text.scores)
-        return Progress(piece, scores, self.text.finish) if piece or scores or self.text.finish else None
+        return TextProgress(piece, scores, self.text.finish) if piece or scores or self.text.finish else None
 
 
-Events: TypeAlias = "asyncio.Queue[tuple[Ticket, Progress]]"
+Events: TypeAlias = "asyncio.Queue[tuple[Ticket, TextProgress]]"
 
 
 class Service:
@@ -174,7 +174,7 @@ class Service:
         self.metrics.gauge("openlm_texts_running", len(engine.reading) + len(engine.writing), model=self.name)
         self.metrics.gauge("openlm_texts_waiting", len(engine.waiting), model=self.name)
 
-    def _deliver(self, news: Sequence[tuple[Ticket, Progress]]) -> None:
+    def _deliver(self, news: Sequence[tuple[Ticket, TextProgress]]) -> None:
         for ticket, progress in news:
             ticket.events.put_nowait((ticket, progress))
             if progress.finish is not None:

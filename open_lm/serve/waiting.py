@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from open_lm.serve.refused import Refused
-from open_lm.serve.service import Progress, Service, Ticket
+from open_lm.serve.service import Service, TextProgress, Ticket
 
 
 class ClientGone(Exception):
@@ -38,7 +38,7 @@ async def until_written(request: Any, service: Service, tickets: Sequence[Ticket
 
 async def progress_of(
     service: Service, tickets: Sequence[Ticket], seconds: float
-) -> AsyncIterator[tuple[Ticket, Progress]]:
+) -> AsyncIterator[tuple[Ticket, TextProgress]]:
     """What comes to texts that have been submitted, until all have ended; whoever stops listening cancels them.
 
     Raises:

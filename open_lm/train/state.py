@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from open_lm.data.batch import SequencePart
+from open_lm.data.batch import HeldPositions
 from open_lm.distributed import World
 from open_lm.precision import Precision
 from open_lm.train.averaging import WeightAverage
@@ -31,7 +31,7 @@ class TrainState:
     run_length: RunLength
     task: Task
     world: World
-    part: SequencePart | None = None
+    part: HeldPositions | None = None
     """The positions of each sequence that this rank trains on; None: all."""
     averages: list[WeightAverage] = field(default_factory=list)
     guard: SpikeGuard | None = None

@@ -25,8 +25,7 @@ from open_lm.errors import ConfigError
 from open_lm.model.attention import Attention
 from open_lm.model.moe import Experts, MixtureOfExperts, Routing
 from open_lm.model.norms import RMSNorm
-from open_lm.model.split import Columns, Features, Rows, Split, Tokens, Vocabulary
-from open_lm.model.split import Experts as HiddenWidth
+from open_lm.model.split import Features, HiddenWidth, Split, SplitColumns, SplitRows, Tokens, Vocabulary
 from open_lm.train.row_order import RowOrder
 
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # on gathering over two dimensions
@@ -102,7 +101,7 @@ def _divide(module: nn.Module, split: Split, parallel: TensorParallel, name: str
     if isinstance(module, nn.Linear):
         kind = {Tokens: RouterOf, Vocabulary: OutputOf}.get(type(split), kind)
     dims = {n: placements.get(n, Replicate()) for n, _ in module.named_parameters(recurse=False)}
-    blocks = split.blocks if isinstance(split, Rows) else ()
+    blocks = split.blocks if isinstance(split, SplitRows) else ()
     if isinstance(split, HiddenWidth):
         blocks = (module.width, module.width) if module.gated else ()  # type: ignore[assignment]
     for parameter_name, placement in dims.items():
@@ -278,8 +277,8 @@ class _Scaled(torch.autograd.Function):
 
 
 _KINDS: dict[type, tuple[type[nn.Module], dict[str, Placement]]] = {
-    Rows: (RowsOf, {"weight": Shard(0), "bias": Shard(0)}),
-    Columns: (ColumnsOf, {"weight": Shard(1)}),
+    SplitRows: (RowsOf, {"weight": Shard(0), "bias": Shard(0)}),
+    SplitColumns: (ColumnsOf, {"weight": Shard(1)}),
     Features: (WithFeatures, {"weight": Shard(0), "bias": Shard(0)}),
     Tokens: (WithTokens, {}),
     Vocabulary: (EmbeddingOf, {"weight": Shard(0)}),

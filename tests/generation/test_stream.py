@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from open_lm.generation.stream import Stream, until_stop
+from open_lm.generation.stream import TextStream, until_stop
 
 
 class Bytes:
@@ -15,7 +15,7 @@ class Bytes:
 
 def run(text, stops):
     shown, tokens, stream = [], [], None
-    stream = Stream(Bytes(), stops, shown.append)
+    stream = TextStream(Bytes(), stops, shown.append)
     for byte in text.encode():
         tokens.append(byte)
         if stream.watch(0, tokens):

@@ -7,7 +7,7 @@ import torch
 from runs import flags, metrics, run, run_command, write_data
 
 from open_lm.kernels import linear_cross_entropy as loss
-from open_lm.kernels.loss_chunks import Chunk, rows_per_chunk, sums_in_chunks
+from open_lm.kernels.loss_chunks import LossChunk, rows_per_chunk, sums_in_chunks
 from open_lm.model import attend_masked
 from open_lm.model.mask import Mask
 
@@ -52,7 +52,7 @@ def test_the_fused_loss_equals_the_chunked_one(dtype):
     targets = torch.randint(0, 50_432, (300,), device=DEVICE)
     targets[7] = -100
     n_rows = rows_per_chunk(300, 256, 50_432)
-    plain, fused = (sums_in_chunks(c(n_rows, weight, 1e-3), hidden, weight, targets, True) for c in (Chunk, kind))
+    plain, fused = (sums_in_chunks(c(n_rows, weight, 1e-3), hidden, weight, targets, True) for c in (LossChunk, kind))
     torch.testing.assert_close(fused[0], plain[0], rtol=1e-3, atol=1e-2)
     for one, other in zip(fused[1], plain[1], strict=True):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2 * other.abs().max().item())

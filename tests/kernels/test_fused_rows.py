@@ -14,7 +14,7 @@ PROGRAM = """
 import json, torch
 from open_lm.kernels import fused_rows
 from open_lm.kernels.linear_cross_entropy import linear_cross_entropy_reference
-from open_lm.kernels.loss_chunks import Chunk, sums_in_chunks
+from open_lm.kernels.loss_chunks import LossChunk, sums_in_chunks
 
 fused_rows.LARGEST_BLOCK = 32
 found = []
@@ -25,7 +25,7 @@ for n, dim, vocab, z_loss, dtype in [(11, 8, 37, 1e-2, torch.float32), (5, 8, 32
     targets = torch.randint(0, vocab, (n,)); targets[1] = -100; targets[-1] = vocab - 1
     exact = [x.double().requires_grad_() for x in (hidden, weight)]
     sums = linear_cross_entropy_reference(*exact, targets, z_loss); sums.total.backward()
-    plain = sums_in_chunks(Chunk(4, weight, z_loss), hidden, weight, targets, True)
+    plain = sums_in_chunks(LossChunk(4, weight, z_loss), hidden, weight, targets, True)
     got, gradients = sums_in_chunks(fused_rows.FusedChunk(4, weight, z_loss), hidden, weight, targets, True)
     alone, none = sums_in_chunks(fused_rows.FusedChunk(4, weight, z_loss), hidden, weight, targets, False)
     assert none is None and torch.equal(alone, got)

@@ -12,7 +12,7 @@ from open_lm.ladder.fitting import draw_weights, fit
 from open_lm.ladder.laws import LAWS
 from open_lm.ladder.minimise import Problem, huber
 from open_lm.ladder.optimum import compute_optimal, isoflop
-from open_lm.ladder.points import Columns, Points, points_of, where
+from open_lm.ladder.points import Points, TableColumns, points_of, where
 from open_lm.ladder.task_error import fit_error, sigmoid
 
 TRUE = {
@@ -151,21 +151,21 @@ def test_rows_are_chosen_by_conditions_and_bad_ones_are_named():
 
 def test_tokens_come_from_compute_or_from_a_ratio():
     frame = pd.DataFrame({"N": [1e6], "C": [6e14], "M": [100.0], "loss": [3.0], "tokens": [7.0]})
-    assert points_of(frame, Columns(params="N", flops="C")).d[0] == pytest.approx(1e8)
-    assert points_of(frame, Columns(params="N", ratio="M")).d[0] == pytest.approx(1e8)
-    assert points_of(frame, Columns(params="N")).d[0] == 7
+    assert points_of(frame, TableColumns(params="N", flops="C")).d[0] == pytest.approx(1e8)
+    assert points_of(frame, TableColumns(params="N", ratio="M")).d[0] == pytest.approx(1e8)
+    assert points_of(frame, TableColumns(params="N")).d[0] == 7
 
 
 def test_a_loss_that_is_no_positive_number_is_refused_and_a_missing_one_left_out():
     frame = pd.DataFrame({"num_params": [1.0, 1.0], "tokens": [1.0, 1.0], "loss": [-1.0, np.nan]})
     with pytest.raises(DataError, match="not positive"):
-        points_of(frame, Columns())
-    assert len(points_of(frame.iloc[1:], Columns())) == 0
+        points_of(frame, TableColumns())
+    assert len(points_of(frame.iloc[1:], TableColumns())) == 0
 
 
 def test_rows_that_are_left_out_are_counted_in_the_log(caplog):
     frame = pd.DataFrame({"num_params": [1.0, 2.0, 3.0], "tokens": [1.0, np.inf, 1.0], "loss": [3.0, 3.0, np.nan]})
-    assert len(points_of(frame, Columns())) == 1
+    assert len(points_of(frame, TableColumns())) == 1
     assert "2 of 3 rows lack a finite loss, N or D and are left out: 1, 2" in caplog.text
 
 

@@ -8,7 +8,7 @@ import pytest
 from open_lm.ladder.fitting import fit
 from open_lm.ladder.laws import LAWS
 from open_lm.ladder.minimise import Problem
-from open_lm.ladder.points import Columns, points_of, read_table
+from open_lm.ladder.points import TableColumns, points_of, read_table
 from open_lm.ladder.task_error import fit_error, tasks_above_chance
 
 DATA = Path(__file__).resolve().parents[3] / "shared/data/scaling"
@@ -20,13 +20,14 @@ SMALL = ("d=96_l=8_h=4-1.0", "d=512_l=8_h=4-1.0", "d=576_l=24_h=8-1.0", "d=1024_
 
 def chinchilla_points(drop):
     table = read_table(str(DATA / "chinchilla_besiroglu.csv"))
-    return points_of(table, Columns(params="Model Size", flops="Training FLOP"), drop_first=drop)
+    return points_of(table, TableColumns(params="Model Size", flops="Training FLOP"), drop_first=drop)
 
 
 def overtraining_points(names, dataset, error=()):
     runs = read_table(str(DATA / "openlm_overtraining/runs.csv")).set_index("name")
     return points_of(
-        runs.loc[[f"{dataset}-{name}" for name in names]], Columns(params="params", loss="loss_c4_val", error=error)
+        runs.loc[[f"{dataset}-{name}" for name in names]],
+        TableColumns(params="params", loss="loss_c4_val", error=error),
     )
 
 
@@ -98,5 +99,5 @@ def test_error_law_of_openlms_study_and_its_two_predictions():
 def test_counting_embeddings_or_not_visibly_moves_the_law():
     runs = read_table(str(DATA / "openlm_overtraining/runs.csv")).set_index("name")
     chosen = runs.loc[[f"rpj-{name}" for name in SMALL]]
-    without = points_of(chosen, Columns(params="params_no_embed", loss="loss_c4_val"))
+    without = points_of(chosen, TableColumns(params="params_no_embed", loss="loss_c4_val"))
     assert fit(LAWS["overtraining"], without).parameters["E"] == pytest.approx(1.8879, abs=1e-3)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from open_lm.data.tokenizer import Tokenizer
 from open_lm.errors import DataError
-from open_lm.evaluate.tasks.kinds import Prompt
+from open_lm.evaluate.tasks.kinds import TaskPrompt
 
 
 class PromptEncoder:
@@ -59,7 +59,7 @@ class Question:
 
 
 def encode_questions(
-    asked: Sequence[Prompt], encoder: PromptEncoder, max_seq_len: int, names: Sequence[str]
+    asked: Sequence[TaskPrompt], encoder: PromptEncoder, max_seq_len: int, names: Sequence[str]
 ) -> list[Question]:
     """Every prompt as ids; `names` say where each came from, for messages.
 

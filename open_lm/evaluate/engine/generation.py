@@ -20,7 +20,7 @@ from open_lm.errors import DataError
 from open_lm.evaluate.engine.encode import PromptEncoder
 from open_lm.evaluate.engine.sampling import Sampling
 from open_lm.evaluate.engine.scoring import ContextCache, Scorer
-from open_lm.evaluate.tasks.kinds import Prompt
+from open_lm.evaluate.tasks.kinds import TaskPrompt
 from open_lm.evaluate.tasks.task import EvalTask
 
 COT_ROOM = 10
@@ -49,7 +49,7 @@ def longest_answer(task: EvalTask, rows: Sequence[dict[str, Any]], encoder: Prom
 
 
 def encode_prompts(
-    asked: Sequence[Prompt], encoder: PromptEncoder, max_seq_len: int, n_new: int, names: Sequence[str]
+    asked: Sequence[TaskPrompt], encoder: PromptEncoder, max_seq_len: int, n_new: int, names: Sequence[str]
 ) -> list[EncodedPrompt]:
     """Every prompt as ids, cut on the left to leave room for `n_new` tokens; `names` say where each came from.
 
@@ -82,7 +82,7 @@ def plan_generation(prompts: Sequence[EncodedPrompt], n_new: int, budget_tokens:
     return batches
 
 
-class Writer:
+class AnswerWriter:
     """Writes with one model, greedily unless `sampling` says otherwise; ranks keep step, so it may be sharded."""
 
     def __init__(self, scorer: Scorer, encoder: PromptEncoder, world: World, sampling: Sampling | None = None):

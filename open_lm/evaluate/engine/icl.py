@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -14,8 +14,8 @@ from open_lm.distributed import World
 from open_lm.evaluate.engine.batching import ScoringBatch, plan_batches
 from open_lm.evaluate.engine.encode import PromptEncoder, Question, encode_questions
 from open_lm.evaluate.engine.generation import (
+    AnswerWriter,
     EncodedPrompt,
-    Writer,
     encode_prompts,
     is_right,
     longest_answer,
@@ -25,16 +25,15 @@ from open_lm.evaluate.engine.metrics import Metric, mean_of, measure
 from open_lm.evaluate.engine.sampling import Sampling, sampling_of
 from open_lm.evaluate.engine.scoring import Score, Scorer
 from open_lm.evaluate.tasks.jobs import EvalJob, JobBook
-from open_lm.evaluate.tasks.kinds import Prompt, kind_of
+from open_lm.evaluate.tasks.kinds import TaskPrompt, kind_of
 from open_lm.evaluate.tasks.prompts import prompts
 from open_lm.evaluate.tasks.task import EXACT_MATCH, EvalTask
 from open_lm.precision import Precision
+from open_lm.progress import CountDone
 
 CPU_BATCH_TOKENS = 4096
 GPU_BATCH_TOKENS = 65536
 BATCHES_PER_RANK = 8
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class IclEngine:
         on_gpu = self.world.device.type == "cuda"
         self.batch_tokens = batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS)
 
-    def run(self, job: EvalJob, book: JobBook, progress: Progress = lambda n_questions: None) -> JobResult:
+    def run(self, job: EvalJob, book: JobBook, progress: CountDone = lambda n_questions: None) -> JobResult:
         """Score `job`; `progress` is told of questions as they are done on this rank."""
         began = time.perf_counter()
         result = self.ask(self.prepare(job, book), progress)
@@ -125,7 +124,7 @@ class IclEngine:
         )
 
     def ask(
-        self, prepared: LoglikelihoodRequest | GenerationRequest, progress: Progress = lambda n_questions: None
+        self, prepared: LoglikelihoodRequest | GenerationRequest, progress: CountDone = lambda n_questions: None
     ) -> JobResult:
         """Score what `prepare` gave, with the current weights; the model is in eval mode meanwhile."""
         began = time.perf_counter()
@@ -140,19 +139,19 @@ class IclEngine:
             self.model.train(was_training)
         return JobResult(prepared.job, metrics, prepared.n_truncated, time.perf_counter() - began)
 
-    def _scored(self, prepared: LoglikelihoodRequest, progress: Progress) -> dict[str, Metric]:
+    def _scored(self, prepared: LoglikelihoodRequest, progress: CountDone) -> dict[str, Metric]:
         scores = self._score(prepared.questions, progress)
         return measure(prepared.job.task.metric_names, prepared.questions, scores)
 
-    def _written(self, prepared: GenerationRequest, progress: Progress) -> dict[str, Metric]:
+    def _written(self, prepared: GenerationRequest, progress: CountDone) -> dict[str, Metric]:
         task = prepared.job.task
         batches = plan_generation(prepared.asked, prepared.n_new, self.batch_tokens)
-        writer = Writer(self.scorer, self.encoder, self.world, prepared.sampling)
+        writer = AnswerWriter(self.scorer, self.encoder, self.world, prepared.sampling)
         texts = writer.write(batches, prepared.n_new, task.early_stopping_criteria, progress)
         right = [is_right(texts[prompt.number], prepared.aliases[prompt.number], task) for prompt in prepared.asked]
         return {EXACT_MATCH: mean_of(right)}
 
-    def _prompts(self, job: EvalJob, book: JobBook) -> list[Prompt]:
+    def _prompts(self, job: EvalJob, book: JobBook) -> list[TaskPrompt]:
         """The questions `job` asks, as text."""
         asked = prompts(job.task, book.rows(job), job.n_shots, prefix_space=self.encoder.prefix_space)
         return list(itertools.islice(asked, book.n_questions(job)))
@@ -164,7 +163,7 @@ class IclEngine:
         total = sum(len(c.context) + len(c.continuation) for question in questions for c in question.choices)
         return min(self.batch_tokens, max(1, total // (BATCHES_PER_RANK * self.world.shape.n_shares)))
 
-    def _score(self, questions: Sequence[Question], progress: Progress) -> dict[tuple[int, int], Score]:
+    def _score(self, questions: Sequence[Question], progress: CountDone) -> dict[tuple[int, int], Score]:
         batches = plan_batches(questions, self._budget_tokens(questions), share_contexts=self.scorer.shares_contexts)
         mine = batches[self.world.share_rank :: self.world.shape.n_shares]
         scores: dict[tuple[int, int], Score] = {}

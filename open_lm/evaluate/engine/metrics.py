@@ -38,14 +38,14 @@ def mean_of(correct: Sequence[bool]) -> Metric:
     return Metric(share, math.sqrt(share * (1 - share) / max(1, len(correct) - 1)), len(correct))
 
 
-EncodedPrompt = Sequence[tuple[Question, Sequence[Score]]]
+ScoredQuestions = Sequence[tuple[Question, Sequence[Score]]]
 
 
-def _lm_accuracy(asked: EncodedPrompt) -> Metric:
+def _lm_accuracy(asked: ScoredQuestions) -> Metric:
     return mean_of([scores[0].all_greedy for _, scores in asked])
 
 
-def _mc_accuracy(asked: EncodedPrompt) -> Metric:
+def _mc_accuracy(asked: ScoredQuestions) -> Metric:
     return mean_of([_least_perplexity(scores) == question.gold for question, scores in asked])
 
 
@@ -55,11 +55,11 @@ def _least_perplexity(scores: Sequence[Score]) -> int:
         return int(np.argmin(np.exp(np.array([score.cross_entropy for score in scores], dtype=np.float32))))
 
 
-def _lm_calibration(asked: EncodedPrompt) -> Metric:
+def _lm_calibration(asked: ScoredQuestions) -> Metric:
     return _calibration([(scores[0].least_confidence, scores[0].all_greedy) for _, scores in asked])
 
 
-def _mc_calibration(asked: EncodedPrompt) -> Metric:
+def _mc_calibration(asked: ScoredQuestions) -> Metric:
     judged = []
     for question, scores in asked:
         likely = np.array([score.mean_probability for score in scores], dtype=np.float32)

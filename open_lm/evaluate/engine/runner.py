@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from open_lm.distributed import World
@@ -12,8 +12,7 @@ from open_lm.evaluate.eval_model import EvalModel
 from open_lm.evaluate.records import Record, identity_of
 from open_lm.evaluate.tasks.jobs import EvalJob, JobBook
 from open_lm.evaluate.tasks.suite import Suite
-
-Progress = Callable[[int], None]
+from open_lm.progress import CountDone
 
 
 class Runner:
@@ -45,7 +44,7 @@ class Runner:
         fingerprint = self.eval_model.tokenizer.fingerprint
         return identity_of(self.engine_name, task, job.n_shots, job.category, data, fingerprint, settings)
 
-    def run(self, key: str, progress: Progress) -> list[Record]:
+    def run(self, key: str, progress: CountDone) -> list[Record]:
         """Score job `key`; every rank must call this and gets the same records."""
         raise NotImplementedError
 
@@ -86,7 +85,7 @@ class NativeRunner(Runner):
             batch_tokens=batch_tokens,
         )
 
-    def run(self, key: str, progress: Progress) -> list[Record]:
+    def run(self, key: str, progress: CountDone) -> list[Record]:
         """Score job `key`."""
         result = self.engine.run(self.jobs[key], self.book, progress)
         return self.records(result.job, result.metrics, truncated=result.n_truncated, seconds=result.seconds)

@@ -19,7 +19,7 @@ GPU_LOGITS = 1 << 25
 
 
 @dataclass
-class _Chunk:
+class _TileStats:
     """What is known of R positions and the tokens asked of them after some tiles of the vocabulary."""
 
     top_R: Tensor  # noqa: N815
@@ -83,10 +83,10 @@ def token_stats(hidden_MD: Tensor, weight_VD: Tensor, row_N: Tensor, target_N: T
     return torch.cat(parts)
 
 
-def _empty_chunk(n_rows: int, row_N: Tensor, target_N: Tensor) -> _Chunk:
+def _empty_chunk(n_rows: int, row_N: Tensor, target_N: Tensor) -> _TileStats:
     of_rows = torch.zeros(n_rows, device=row_N.device)
     of_tokens = torch.zeros(len(row_N), device=row_N.device)
-    return _Chunk(
+    return _TileStats(
         top_R=of_rows - torch.inf,
         sum_R=of_rows,
         top_tile_R=of_rows.long(),

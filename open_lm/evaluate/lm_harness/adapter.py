@@ -18,14 +18,14 @@ from open_lm.distributed import World
 from open_lm.errors import ConfigError
 from open_lm.evaluate.engine.batching import plan_batches
 from open_lm.evaluate.engine.encode import Choice, PromptEncoder, Question
-from open_lm.evaluate.engine.generation import EncodedPrompt, Writer, plan_generation
+from open_lm.evaluate.engine.generation import AnswerWriter, EncodedPrompt, plan_generation
 from open_lm.evaluate.engine.icl import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
 from open_lm.evaluate.engine.scoring import Scorer
 from open_lm.evaluate.eval_model import EvalModel, load_eval_model
 from open_lm.precision import Precision
 from open_lm.progress import progress
 
-Pair = tuple[Sequence[int], Sequence[int]]
+TokenPair = tuple[Sequence[int], Sequence[int]]
 
 
 @register_model("openlm")
@@ -86,7 +86,7 @@ class OpenLMHarness(TemplateLM):
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of whole texts, in windows where they are longer than the context."""
-        windows: list[Pair] = []
+        windows: list[TokenPair] = []
         counts = []
         for request in requests:
             ids = self.tok_encode(request.args[0])
@@ -100,7 +100,7 @@ class OpenLMHarness(TemplateLM):
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """The greedy continuation of each context up to the first of its stop texts."""
         texts = {}
-        writer = Writer(self.scorer, self.encoder, World(device=self._device))
+        writer = AnswerWriter(self.scorer, self.encoder, World(device=self._device))
         for number, request in enumerate(progress(requests, unit="request", shown=not disable_tqdm)):
             context, settings = request.args
             asked = normalize_gen_kwargs(dict(settings), 256)
@@ -114,7 +114,7 @@ class OpenLMHarness(TemplateLM):
             texts[number] = min((text.split(stop)[0] for stop in stops), key=len, default=text)
         return [texts[number] for number in range(len(texts))]
 
-    def _sums(self, pairs: Sequence[Pair], names: Sequence[str]) -> list[tuple[float, bool]]:
+    def _sums(self, pairs: Sequence[TokenPair], names: Sequence[str]) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation and whether greedy decoding writes it; long contexts lose their start."""
         choices = [
             self._fitted(context, continuation, name)

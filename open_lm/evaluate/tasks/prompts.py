@@ -6,11 +6,13 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from open_lm.evaluate.tasks.kinds import Prompt, kind_of
+from open_lm.evaluate.tasks.kinds import TaskPrompt, kind_of
 from open_lm.evaluate.tasks.task import EvalTask
 
 
-def prompts(task: EvalTask, rows: Sequence[dict[str, Any]], n_shots: int, *, prefix_space: bool) -> Iterator[Prompt]:
+def prompts(
+    task: EvalTask, rows: Sequence[dict[str, Any]], n_shots: int, *, prefix_space: bool
+) -> Iterator[TaskPrompt]:
     """The prompt of every row, in order.
 
     The examples of a row are drawn with one generator that runs through the rows in order, so all rows must be asked.

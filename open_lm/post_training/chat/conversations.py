@@ -26,7 +26,7 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Pair:
+class ConversationPair:
     """Two continuations of one prompt, and by how much the first is better, where the data say so."""
 
     chosen: Conversation
@@ -35,7 +35,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class ConversationPrompt:
     """Messages that the model is to answer, and the row they come from: what a reward may look at."""
 
     messages: list[Message]
@@ -58,7 +58,7 @@ def conversation_of(row: dict[str, Any]) -> Conversation | Rejected:
     return Conversation(messages, n_given)
 
 
-def pair_of(row: dict[str, Any]) -> Pair | Rejected:
+def pair_of(row: dict[str, Any]) -> ConversationPair | Rejected:
     """The preference pair of one row: `chosen` and `rejected`, texts after a `prompt` or whole conversations.
 
     The messages that both sides begin with are the prompt. `margin`, or the difference of `score_chosen` and
@@ -78,10 +78,10 @@ def pair_of(row: dict[str, Any]) -> Pair | Rejected:
     if n_given == 0 or not all(any(m["role"] == ANSWERING and _speaks(m) for m in part) for part in answers):
         return Rejected("no_common_prompt" if n_given == 0 else "no_answer")
     margin = _margin(row)
-    return Pair(Conversation(chosen, n_given), Conversation(rejected, n_given), margin)
+    return ConversationPair(Conversation(chosen, n_given), Conversation(rejected, n_given), margin)
 
 
-def prompt_of(row: dict[str, Any]) -> Prompt | Rejected:
+def prompt_of(row: dict[str, Any]) -> ConversationPrompt | Rejected:
     """The prompt of one row: `prompt`, `question` or `instruction`, or messages up to the last that is no answer."""
     if "question" in row and "prompt" not in row and "messages" not in row:
         found: Any = row["question"]
@@ -94,7 +94,7 @@ def prompt_of(row: dict[str, Any]) -> Prompt | Rejected:
         return messages
     while messages and messages[-1]["role"] == ANSWERING:
         messages = messages[:-1]
-    return Prompt(messages, row) if messages else Rejected("no_prompt")
+    return ConversationPrompt(messages, row) if messages else Rejected("no_prompt")
 
 
 READERS: dict[str, Callable[[dict[str, Any]], Any]] = {

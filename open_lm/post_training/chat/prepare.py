@@ -20,7 +20,7 @@ from open_lm.data.marks import ID_BITS, IDS, PADDING, marked_dtype
 from open_lm.data.shards import describe_shard, write_shard
 from open_lm.data.tokenizer import Tokenizer
 from open_lm.errors import DataError
-from open_lm.post_training.chat.conversations import READERS, Conversation, Pair, Prompt
+from open_lm.post_training.chat.conversations import READERS, Conversation, ConversationPair, ConversationPrompt
 from open_lm.post_training.chat.labels import Labelled, label_all, n_targets
 from open_lm.post_training.chat.packing import pack, padded
 from open_lm.post_training.chat.rows import read_rows
@@ -152,7 +152,7 @@ def _reject(found: Rejected, where: str, job: ChatJob, books: Books) -> None:
 
 
 def _add_labelled(
-    chunk: list[tuple[str, Conversation | Pair]],
+    chunk: list[tuple[str, Conversation | ConversationPair]],
     records: Records,
     job: ChatJob,
     template: ChatTemplate,
@@ -160,14 +160,16 @@ def _add_labelled(
     books: Books,
 ) -> None:
     """Label one chunk of rows and keep what fits."""
-    sides = [[one.chosen, one.rejected] if isinstance(one, Pair) else [one] for _, one in chunk]
+    sides = [[one.chosen, one.rejected] if isinstance(one, ConversationPair) else [one] for _, one in chunk]
     labelled = iter(label_all([side for pair in sides for side in pair], template, tokenizer))
     for (where, one), pair in zip(chunk, sides, strict=True):
         found = [next(labelled) for _ in pair]
         if bad := next((side for side in found if isinstance(side, Rejected)), None):
             _reject(bad, where, job, books)
             continue
-        _keep(cast("list[Labelled]", found), one.margin if isinstance(one, Pair) else 0.0, records, job, books)
+        _keep(
+            cast("list[Labelled]", found), one.margin if isinstance(one, ConversationPair) else 0.0, records, job, books
+        )
 
 
 def _keep(found: list[Labelled], margin: float, records: Records, job: ChatJob, books: Books) -> None:
@@ -254,7 +256,7 @@ def _write_prompts(
     return []
 
 
-def _prompt_ids(prompt: Prompt, template: ChatTemplate, tokenizer: Tokenizer) -> list[int] | Rejected:
+def _prompt_ids(prompt: ConversationPrompt, template: ChatTemplate, tokenizer: Tokenizer) -> list[int] | Rejected:
     try:
         ids = tokenizer.encode(template.prompt(prompt.messages))
     except TemplateRefusal:

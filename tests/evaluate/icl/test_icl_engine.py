@@ -90,12 +90,14 @@ def test_a_subset_is_counted_in_batches_as_llm_foundry_counts_them(model, tokeni
 
 
 def test_generation_equals_greedy_decoding_of_the_whole_text(model, tokenizer):
-    from open_lm.evaluate.engine.generation import EncodedPrompt, Writer, plan_generation
+    from open_lm.evaluate.engine.generation import AnswerWriter, EncodedPrompt, plan_generation
 
     engine = IclEngine(model, tokenizer, max_seq_len=128)
     texts = ["def f", "the list", "a"]
     prompts = [EncodedPrompt(n, tuple(tokenizer.encode(text)), False) for n, text in enumerate(texts)]
-    texts = Writer(engine.scorer, engine.encoder, World()).write(plan_generation(prompts, 6, 64), 6, (), lambda n: None)
+    texts = AnswerWriter(engine.scorer, engine.encoder, World()).write(
+        plan_generation(prompts, 6, 64), 6, (), lambda n: None
+    )
     for asked in prompts:
         ids = list(asked.ids)
         for _ in range(6):

@@ -6,7 +6,7 @@ from icl_setup import sample, task_of
 
 from open_lm.distributed import World
 from open_lm.errors import ConfigError
-from open_lm.evaluate.engine.generation import EncodedPrompt, Writer, plan_generation
+from open_lm.evaluate.engine.generation import AnswerWriter, EncodedPrompt, plan_generation
 from open_lm.evaluate.engine.icl import IclEngine
 from open_lm.evaluate.engine.sampling import Sampling, sampling_of
 from open_lm.evaluate.tasks.jobs import JobBook
@@ -54,13 +54,13 @@ def test_answers_of_a_task_are_repeatable_and_as_long_as_asked(model, tokenizer)
     prepared = engine.prepare(book.jobs[0], book)
     assert prepared.n_new == 3
     written = [
-        Writer(engine.scorer, engine.encoder, World(), prepared.sampling).write(
+        AnswerWriter(engine.scorer, engine.encoder, World(), prepared.sampling).write(
             plan_generation(prepared.asked, 3, budget), 3, (), lambda n: None
         )
         for budget in (16, 4096)
     ]
     assert written[0] == written[1]
-    greedy = Writer(engine.scorer, engine.encoder, World()).write(
+    greedy = AnswerWriter(engine.scorer, engine.encoder, World()).write(
         plan_generation(prepared.asked, 3, 4096), 3, (), lambda n: None
     )
     assert greedy != written[0]

@@ -8,8 +8,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "open_lm"
 OTHERS_NAMES = ("hf", "compat", "utils")
-"""Rooms whose names are not ours to choose: hf/ is copied beside exported weights, where it runs without the package and
-has the model's own names; the others keep the names that people's code imports from OpenLM."""
+"""Rooms whose names are not ours to choose: hf/ is copied beside exported weights, runs without the package and
+has the model's names; the others keep the names that people's code imports from OpenLM."""
 
 
 def named_types(source: str) -> list[str]:

@@ -23,7 +23,7 @@ from open_lm.checkpoint.config import CheckpointConfig
 from open_lm.checkpoint.manager import Checkpoints
 from open_lm.distributed import World
 from open_lm.model import create_model
-from open_lm.model.config import ModelFlags, resolve
+from open_lm.model.config import ModelFlags, resolve_architecture
 from open_lm.precision import Precision
 from open_lm.train.config import OptimizerConfig
 from open_lm.train.optim import build_optimizers
@@ -41,7 +41,7 @@ class NoData:
 
 
 def build(name):
-    config = resolve(ModelFlags(model=name))
+    config = resolve_architecture(ModelFlags(model=name))
     model = create_model(config)
     (optimizer,) = build_optimizers(model, OptimizerConfig(), lr=1e-4)
     for parameter in model.parameters():

@@ -23,7 +23,7 @@ import torch
 from open_lm.generation import generate
 from open_lm.hf.classes import save, to_transformers
 from open_lm.model import create_model
-from open_lm.model.config import ModelFlags, resolve
+from open_lm.model.config import ModelFlags, resolve_architecture
 
 
 def seconds(call):
@@ -67,7 +67,7 @@ def main():
     torch.set_num_threads(args.threads or torch.get_num_threads())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    config = replace(resolve(ModelFlags(model=args.model)), model_norm="rms_norm")
+    config = replace(resolve_architecture(ModelFlags(model=args.model)), model_norm="rms_norm")
     model = create_model(config).to(device, getattr(torch, args.dtype)).eval()
     reference = transformers_model(model, device)
     print(f"{args.model}, {args.dtype}, {device}, {torch.get_num_threads()} threads, {args.prompt} + {args.new} tokens")

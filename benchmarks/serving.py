@@ -25,7 +25,7 @@ import torch
 
 from open_lm.hf.classes import save, to_transformers
 from open_lm.model import create_model
-from open_lm.model.config import ModelFlags, resolve
+from open_lm.model.config import ModelFlags, resolve_architecture
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = [f"w{n}" for n in range(50_000)]
@@ -41,7 +41,7 @@ def made(folder, name):
     )
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     torch.manual_seed(0)
-    config = replace(resolve(ModelFlags(model=name)), model_norm="rms_norm")
+    config = replace(resolve_architecture(ModelFlags(model=name)), model_norm="rms_norm")
     model = create_model(config).eval()
     with torch.no_grad():
         model.output.weight[0] = 0  # seldom the end of a text

@@ -20,9 +20,9 @@ DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device(
 
 def shape_of(model):
     """The architecture by name, and the width of its feed-forward layers."""
-    from open_lm.model.config import ModelFlags, resolve
+    from open_lm.model.config import ModelFlags, resolve_architecture
 
-    config = resolve(ModelFlags(model=model))
+    config = resolve_architecture(ModelFlags(model=model))
     return config, 256 * -(-int(8 * config.hidden_dim / 3) // 256)
 
 

@@ -24,7 +24,7 @@ from open_lm.data.batch import Batch
 from open_lm.kernels import linear_cross_entropy as loss
 from open_lm.kernels.linear_divergence import linear_divergence
 from open_lm.model import attend_masked
-from open_lm.model.config import ModelFlags, resolve
+from open_lm.model.config import ModelFlags, resolve_architecture
 from open_lm.model.context import SequencePart
 from open_lm.model.mask import Mask
 from open_lm.model.transformer import Transformer
@@ -32,7 +32,7 @@ from open_lm.train.optim import Lion
 from open_lm.train.tasks import NextToken
 
 CUDA = torch.device("cuda", 0)
-BASE = dataclasses.replace(resolve(ModelFlags(model="open_lm_11m")), seq_len=128)
+BASE = dataclasses.replace(resolve_architecture(ModelFlags(model="open_lm_11m")), seq_len=128)
 CUSTOM = {"attn_name": "custom_attn", "attn_activation": "relu_squared"}
 EXPERTS = {"moe_freq": 2, "moe_num_experts": 4, "moe_top_k": 2}
 VARIANTS = {

@@ -42,7 +42,7 @@ def load_model(
     dtype = torch_dtype(dtype)
     found = resolve(path, "weights")
     content = read_checkpoint(found)
-    config = checked(stored_config(content, found.name), found.name, model, architecture)
+    config = checked(config_in(content, found.name), found.name, model, architecture)
     return build(with_experts_of(config, content), clean_state_dict(content), found.name, device, dtype).eval()
 
 
@@ -61,7 +61,7 @@ def stored_tokenizer(name: Name) -> str:
     return tokenizer_near(named, found.path)
 
 
-def stored_config(content: dict[str, Any], path: str) -> ModelConfig | None:
+def config_in(content: dict[str, Any], path: str) -> ModelConfig | None:
     """The architecture that a checkpoint states, if it does."""
     stored = (content.get("config") or {}).get("model")
     return ModelConfig.from_dict(stored, path) if stored else None

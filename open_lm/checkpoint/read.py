@@ -15,8 +15,7 @@ from open_lm.checkpoint.resolve import Found, Name, is_transformers_folder, reso
 from open_lm.checkpoint.sharded import INDEX, STATS, read_tensors
 from open_lm.checkpoint.tree import SEPARATOR
 from open_lm.errors import CheckpointError
-from open_lm.model.config import ModelConfig, ModelFlags
-from open_lm.model.config import resolve as resolve_architecture
+from open_lm.model.config import ModelConfig, ModelFlags, resolve_architecture
 from open_lm.weights.file import load_file
 from open_lm.weights.hf_folder import from_transformers
 from open_lm.weights.hub import is_hub

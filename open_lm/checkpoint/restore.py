@@ -17,7 +17,7 @@ from open_lm.checkpoint.mean import read_mean
 from open_lm.checkpoint.read import local_shards, read_checkpoint
 from open_lm.checkpoint.resolve import Found, newest_in, resolve
 from open_lm.checkpoint.retention import labels_in, leave_behind
-from open_lm.checkpoint.sharded import STATS, load_into, read_index
+from open_lm.checkpoint.sharded import STATS, load_into, read_tensor_index
 from open_lm.checkpoint.snapshot import Saved, in_file_order, live
 from open_lm.checkpoint.state_dicts import (
     by_name,
@@ -109,7 +109,9 @@ def _load_sharded(facts: Mapping[str, Any], state: Saved, *, whole_state: bool) 
             parts["companions"][name] = tree["companions"][name]
     tensors, _ = flat(parts)
     with local_shards(facts["found"]) as folder:
-        held = {name for name in read_index(folder).state_dict_metadata if name.startswith(f"weights{SEPARATOR}")}
+        held = {
+            name for name in read_tensor_index(folder).state_dict_metadata if name.startswith(f"weights{SEPARATOR}")
+        }
         if not whole_state:  # a base model has no adapters; they stay as they are here
             tensors = {name: t for name, t in tensors.items() if name in held or not is_addition(_bare(name))}
         if held != {name for name in tensors if name.startswith(f"weights{SEPARATOR}")}:

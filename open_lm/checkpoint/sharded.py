@@ -60,7 +60,7 @@ class _Reader(dcp.FileSystemReader):
 
     def __init__(self, folder: Path):
         super().__init__(folder)
-        self._index = read_index(folder)
+        self._index = read_tensor_index(folder)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self._index
@@ -71,7 +71,7 @@ def is_sharded(path: str) -> bool:
     return MARK in path.rstrip("/").rpartition("/")[2]
 
 
-def read_index(folder: Path) -> Metadata:
+def read_tensor_index(folder: Path) -> Metadata:
     """What is where in `folder`.
 
     Raises:
@@ -147,7 +147,7 @@ def require_complete(folder: Path) -> None:
     Raises:
         StorageError: one does not.
     """
-    index = read_index(folder)
+    index = read_tensor_index(folder)
     sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
     for name, kind in index.state_dict_metadata.items():
         assert isinstance(kind, TensorStorageMetadata)
@@ -174,7 +174,7 @@ def load_into(folder: Path, tensors: dict[str, Tensor], *, alone: bool = True) -
 
 def read_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
     """The whole tensors in `folder` whose names begin with `prefix`, on the CPU, without it; needs no other ranks."""
-    kinds = read_index(folder).state_dict_metadata
+    kinds = read_tensor_index(folder).state_dict_metadata
     wanted: Mapping[str, Any] = {name: kind for name, kind in kinds.items() if name.startswith(prefix)}
     tensors = {name: torch.empty(kind.size, dtype=kind.properties.dtype) for name, kind in wanted.items()}
     load_into(folder, tensors)

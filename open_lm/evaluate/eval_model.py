@@ -17,8 +17,7 @@ from open_lm.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_near
 from open_lm.errors import CheckpointError, ConfigError
 from open_lm.evaluate.records import CheckpointRecords
 from open_lm.model import create_model
-from open_lm.model.config import ModelFlags
-from open_lm.model.config import resolve as resolve_architecture
+from open_lm.model.config import ModelFlags, resolve_architecture
 
 
 @dataclass(frozen=True)

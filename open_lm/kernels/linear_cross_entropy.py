@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from open_lm.kernels import native
-from open_lm.kernels.loss_chunks import Computed, LossChunk, LossSums, rows_per_chunk, scale_of, sums_in_chunks
+from open_lm.kernels.loss_chunks import Computed, LossChunk, LossSums, gradient_scale, rows_per_chunk, sums_in_chunks
 from open_lm.kernels.vocabulary_parallel import vocabulary_parallel_loss
 
 
@@ -60,7 +60,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         sums, gradients = compute(hidden, weight, targets_N, z_loss, any(ctx.needs_input_grad[:2]))
         if gradients is not None:
             ctx.save_for_backward(gradients[0].to(hidden_ND.dtype), gradients[1].to(weight_VD.dtype))
-            ctx.scale = scale_of(dtype)
+            ctx.scale = gradient_scale(dtype)
         cross_entropy, squared_log_z = sums
         return cross_entropy + z_loss * squared_log_z, cross_entropy.clone(), squared_log_z.clone()
 

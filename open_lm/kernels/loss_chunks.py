@@ -25,11 +25,11 @@ class LossSums(NamedTuple):
 
 
 Computed = tuple[Tensor, tuple[Tensor, Tensor] | None]
-"""The sums of the cross-entropy and of squared log Z; the gradients of hidden (times `scale_of` its type) and of
+"""The sums of the cross-entropy and of squared log Z; the gradients of hidden (times `gradient_scale` of its type) and of
 weight, the latter in fp32."""
 
 
-def scale_of(dtype: torch.dtype) -> float:
+def gradient_scale(dtype: torch.dtype) -> float:
     """What the gradients of logits are multiplied by while they are in `dtype`: they are formed before the loss is
     scaled, and below 6e-8 fp16 has only 0. They never exceed 1 by much, so there is room above."""
     return 1024.0 if dtype == torch.float16 else 1.0
@@ -48,7 +48,7 @@ def sums_in_chunks(
             torch.mm(grad_CV, weight_VD, out=grad_hidden[rows])
             _accumulate(grad_weight, grad_CV, hidden_ND[rows])
     if grad_weight is not None:
-        grad_weight /= scale_of(weight_VD.dtype)
+        grad_weight /= gradient_scale(weight_VD.dtype)
     return chunk.sums, (grad_hidden, grad_weight) if grad_hidden is not None and grad_weight is not None else None
 
 
@@ -85,7 +85,7 @@ class LossChunk:
         self.sums[1] += (log_z_C.square() * counted_C).sum()
         if not needs_grad:
             return None
-        scaled_C = counted_C * scale_of(logits_CV.dtype)
+        scaled_C = counted_C * gradient_scale(logits_CV.dtype)
         exp_CV.mul_((scaled_C * (1 + 2 * self._z_loss * log_z_C) / sum_C)[:, None])
         exp_CV.scatter_add_(1, index_C1, -(scaled_C if is_here_C is None else scaled_C * is_here_C)[:, None])
         return logits_CV.copy_(exp_CV)

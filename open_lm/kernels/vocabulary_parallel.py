@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from open_lm.kernels.loss_chunks import LossChunk, LossSums, rows_per_chunk, scale_of, sums_in_chunks
+from open_lm.kernels.loss_chunks import LossChunk, LossSums, gradient_scale, rows_per_chunk, sums_in_chunks
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class _Loss(torch.autograd.Function):
         sums, gradients = sums_in_chunks(chunk, hidden, weight, targets_N, any(ctx.needs_input_grad[:2]))
         if gradients is not None:
             ctx.save_for_backward(gradients[0].to(hidden_ND.dtype), gradients[1].to(weight_VD.dtype))
-            ctx.scale = scale_of(dtype)
+            ctx.scale = gradient_scale(dtype)
         cross_entropy, squared_log_z = sums
         return cross_entropy + z_loss * squared_log_z, cross_entropy.clone(), squared_log_z.clone()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from open_lm.errors import ConfigError
 from open_lm.ladder.batches import DeviceMeshSpec
-from open_lm.model.config import ModelConfig, ModelFlags, resolve
+from open_lm.model.config import ModelConfig, ModelFlags, resolve_architecture
 from open_lm.model.describe import model_size
 
 COUNTINGS = {
@@ -163,6 +163,6 @@ class ModelConfigurator:
             heads = values.get("n_heads") or max(1, width // 64)
             multiplier = values.get("ffn_multiplier", 1.5)
             return self.configure(width, values["n_layers"], heads, multiplier, values.get("ffn_dim"))
-        stored = resolve(ModelFlags(model=values.get("model", name))).to_dict()
+        stored = resolve_architecture(ModelFlags(model=values.get("model", name))).to_dict()
         own = {"seq_len": self.sequence_length, "vocab_size": self.vocab_size, **self.model}
         return ModelConfig.from_dict({**stored, **own}, f"sizes.{name} in the ladder file")

@@ -85,7 +85,7 @@ def relu_squared(scores: Tensor) -> Tensor:
     return F.relu(scores).square()
 
 
-def identity(scores: Tensor) -> Tensor:
+def unchanged(scores: Tensor) -> Tensor:
     """The scores themselves: linear attention."""
     return scores
 

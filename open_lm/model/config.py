@@ -138,7 +138,7 @@ def model_names() -> list[str]:
     return sorted(path.stem for path in CONFIGS.glob("*.json"))
 
 
-def resolve(flags: ModelFlags) -> ModelConfig:
+def resolve_architecture(flags: ModelFlags) -> ModelConfig:
     """The architecture that the flags name; a key of the JSON wins over its flag.
 
     Raises:
@@ -166,9 +166,9 @@ def config_of(config_or_args: ModelConfig | ModelFlags | Namespace) -> ModelConf
     if isinstance(config_or_args, ModelConfig | MambaConfig | HFConfig):
         return config_or_args
     if isinstance(config_or_args, ModelFlags):
-        return resolve(config_or_args)
+        return resolve_architecture(config_or_args)
     names = [f.name for f in fields(ModelFlags) if hasattr(config_or_args, f.name)]
-    return resolve(ModelFlags(**{name: getattr(config_or_args, name) for name in names}))
+    return resolve_architecture(ModelFlags(**{name: getattr(config_or_args, name) for name in names}))
 
 
 def _config_path(name: str) -> Path:

@@ -13,7 +13,7 @@ from open_lm import text
 from open_lm.flags import Parser, add_group, flag, read_group
 from open_lm.model import create_model
 from open_lm.model.architecture import Architecture, ModelConfig
-from open_lm.model.config import ALIASES, ModelFlags, model_names, resolve
+from open_lm.model.config import ALIASES, ModelFlags, model_names, resolve_architecture
 from open_lm.model.moe import MixtureOfExperts
 
 TRAINING_BYTES_PER_PARAMETER = 16
@@ -114,7 +114,7 @@ def as_text(name: str, config: ModelConfig) -> str:
 
 def registered() -> dict[str, ModelConfig]:
     """Every registered architecture by name, smallest first."""
-    configs = {name: resolve(ModelFlags(model=name)) for name in model_names()}
+    configs = {name: resolve_architecture(ModelFlags(model=name)) for name in model_names()}
     return dict(sorted(configs.items(), key=lambda item: (item[1].hidden_dim ** 2 * item[1].n_layers, item[0])))
 
 
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_group(parser, ModelFlags)
     args = parser.parse_args(argv)
     asked, flags = read_group(args, DescribeFlags), read_group(args, ModelFlags)
-    configs = registered() if asked.all else {flags.model or "open_lm_1b": resolve(flags)}
+    configs = registered() if asked.all else {flags.model or "open_lm_1b": resolve_architecture(flags)}
     if asked.markdown:
         print(as_markdown(configs))
         return

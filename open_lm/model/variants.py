@@ -67,7 +67,7 @@ ATTN_ACTIVATIONS = Registry(
         "relu": "torch.nn.functional:relu",
         "relu_squared": "open_lm.model.attention_core:relu_squared",
         "softplus": "torch.nn.functional:softplus",
-        "identity": "open_lm.model.attention_core:identity",
+        "identity": "open_lm.model.attention_core:unchanged",
         "relu6": "torch.nn.functional:relu6",
         "sigmoid": "torch:sigmoid",
         "softmax": "open_lm.model.attention_core:softmax",

@@ -54,13 +54,13 @@ def export(flags: ConvertAdapter) -> str:
 
 def adapted_model(path: str) -> tuple[Any, dict[str, Any]]:
     """The model of a checkpoint with its adapters apart, and the config that the checkpoint states."""
-    from open_lm.checkpoint.load_model import build, stored_config
+    from open_lm.checkpoint.load_model import build, config_in
     from open_lm.checkpoint.read import read_checkpoint
     from open_lm.model.lora import add_adapter, is_addition
     from open_lm.weights.file import clean_state_dict
 
     content = read_checkpoint(path)
-    weights, config = clean_state_dict(content, merge=False), stored_config(content, path)
+    weights, config = clean_state_dict(content, merge=False), config_in(content, path)
     if config is None:
         raise CheckpointError(f"{path} does not say which model it is of: give a checkpoint of a run.")
     model = build(config, {n: w for n, w in weights.items() if not is_addition(n)}, path, "cpu", None)

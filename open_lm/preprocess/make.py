@@ -25,7 +25,7 @@ from open_lm.preprocess.merge import merge_all, runs_of
 from open_lm.preprocess.shuffle import SortedRuns
 from open_lm.preprocess.tokenize import TextTask, join_tails, text_tasks, tokenize
 from open_lm.preprocess.workers import RunTasks, run_tasks
-from open_lm.preprocess.write_shard import make_shards, shard_name, shard_tasks, sound_shard
+from open_lm.preprocess.write_shard import make_shards, numbered_shard, shard_tasks, sound_shard
 
 log = logging.getLogger(__name__)
 
@@ -222,7 +222,7 @@ def _write_all(
     if not storage.is_remote(to.shards):
         os.makedirs(to.shards, exist_ok=True)
     prefix = _prefix(job, to)
-    names = [prefix + shard_name(number) for number in range(-(-n_samples // job.shard_size))]
+    names = [prefix + numbered_shard(number) for number in range(-(-n_samples // job.shard_size))]
     arguments = (work.folder, job.fingerprint, to.shards, prefix, runs)
     calls = [partial(make_shards, *arguments, first, end) for first, end in shard_tasks(job, n_samples)]
     for _ in range(_TRIES):

@@ -20,7 +20,7 @@ _TASK_BYTES = 256 << 20
 _LEAST_TASKS = 64
 
 
-def shard_name(number: int) -> str:
+def numbered_shard(number: int) -> str:
     """Eight digits, from 0."""
     return f"{number:08d}"
 
@@ -40,7 +40,7 @@ def make_shards(
     job, work = load_job(folder, job_fingerprint), Workplace(folder)
     missing = []
     for number in range(first, end):
-        done = sound_shard(work, target, prefix + shard_name(number))
+        done = sound_shard(work, target, prefix + numbered_shard(number))
         if done:
             yield done["bytes"]
         else:
@@ -67,7 +67,7 @@ def sound_shard(work: Workplace, target: str, name: str) -> dict[str, Any] | Non
 
 
 def _make_shard(job: Job, work: Workplace, target: str, prefix: str, number: int, samples: np.ndarray) -> int:
-    name, start = prefix + shard_name(number), number * job.shard_size
+    name, start = prefix + numbered_shard(number), number * job.shard_size
     with storage.open_atomic(storage.join(target, f"{name}.tar")) as file:
         counted = _Counted(file)
         write_shard(cast(IO[bytes], counted), samples, job.data_key, first_number=start)

@@ -16,7 +16,7 @@ from open_lm.data.loader import Loader, build_loader
 from open_lm.data.sources import Source, named_tokenizer
 from open_lm.distributed import World
 from open_lm.errors import ConfigError
-from open_lm.model.config import ModelConfig, resolve
+from open_lm.model.config import ModelConfig, resolve_architecture
 from open_lm.model.lora import adapt
 from open_lm.params import RunConfig
 from open_lm.post_training.chat.prepare import MARGINS
@@ -58,7 +58,7 @@ def architecture_of(config: RunConfig) -> ModelConfig:
     if path != "latest":
         return ModelConfig.from_dict(stored_config(path)["model"])
     newest = newest_commit(config)
-    return ModelConfig.from_dict(newest.facts["config"]["model"]) if newest else resolve(config.model)
+    return ModelConfig.from_dict(newest.facts["config"]["model"]) if newest else resolve_architecture(config.model)
 
 
 def build_loader_and_length(

@@ -11,13 +11,13 @@ from fastapi.responses import PlainTextResponse
 from open_lm.serve.openai_routes import encoded
 from open_lm.serve.refused import Refused
 from open_lm.serve.schemas import EasyBody, EasyChatBody
-from open_lm.serve.served import Served, TextSettings, config_of
+from open_lm.serve.served import Served, TextSettings, settings_of
 from open_lm.serve.service import Ticket
 from open_lm.serve.state import state_of
 from open_lm.serve.waiting import until_written
 
 router = APIRouter()
-GREEDY = config_of(temperature=0, seed=0)
+GREEDY = settings_of(temperature=0, seed=0)
 
 
 @router.get("/ready")
@@ -69,7 +69,7 @@ async def generate(body: EasyBody, request: Request) -> Any:
     served = state_of(request).first
     prefixes = _given(body.prefix_text, "prefix_text")
     temperature = 1.0 if body.temperature is None else body.temperature
-    asked = [TextSettings(config_of(temperature=temperature))] * len(prefixes)
+    asked = [TextSettings(settings_of(temperature=temperature))] * len(prefixes)
     return {
         "prefix_text": prefixes,
         "output_text": await _written(request, served, prefixes, asked),
@@ -101,7 +101,7 @@ async def chat(body: EasyChatBody, request: Request) -> Any:
         asked_text = asked_text[len(begin) :]
     context = body.context + asked_text
     end_ids, end_strings = served.turn_end
-    asked = TextSettings(config_of(temperature=temperature), None, end_strings, end_ids)
+    asked = TextSettings(settings_of(temperature=temperature), None, end_strings, end_ids)
     tickets = served.tickets([await encoded(served, context, special=False)], [asked])
     state.log_prompts(served, tickets)
     await until_written(request, served.service, tickets, state.config.max_seconds)

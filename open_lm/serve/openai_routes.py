@@ -15,7 +15,7 @@ from fastapi.responses import StreamingResponse
 from open_lm.serve.openai_format import chat_logprobs, completion_logprobs, usage
 from open_lm.serve.refused import Refused
 from open_lm.serve.schemas import ChatBody, CompletionBody, SamplingBody
-from open_lm.serve.served import Served, TextSettings, config_of
+from open_lm.serve.served import Served, TextSettings, settings_of
 from open_lm.serve.service import TextProgress, Ticket
 from open_lm.serve.state import State, state_of
 from open_lm.serve.waiting import progress_of, until_written
@@ -82,7 +82,7 @@ def _asked(
     stop_ids: Sequence[int] = (),
     stops: Sequence[str] = (),
 ) -> TextSettings:
-    config = config_of(
+    config = settings_of(
         temperature=body.temperature,
         top_p=body.top_p,
         top_k=body.top_k,

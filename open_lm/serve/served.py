@@ -128,7 +128,7 @@ class Served:
         return (), (end,) if end else ()
 
 
-def config_of(
+def settings_of(
     *,
     temperature: float | None,
     top_p: float | None = None,

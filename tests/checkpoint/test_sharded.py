@@ -15,7 +15,7 @@ from open_lm.checkpoint.consolidate import main as consolidate
 from open_lm.checkpoint.resolve import newest_in
 from open_lm.checkpoint.restore import restore
 from open_lm.checkpoint.retention import discard
-from open_lm.checkpoint.sharded import read_index
+from open_lm.checkpoint.sharded import read_tensor_index
 from open_lm.errors import CheckpointError, StorageError
 
 
@@ -130,7 +130,7 @@ def test_an_index_that_would_run_code_is_not_run_even_if_its_hash_fits(tmp_path)
     commit = commits.read_commit(str(tmp_path / "epoch_1.commit.json"))
     commit.files[f"{index.parent.name}/.metadata"] = record_of(str(index))
     commits.publish(str(tmp_path), commit)
-    for use in (lambda: open_lm.load_model(tmp_path), lambda: read_index(index.parent)):
+    for use in (lambda: open_lm.load_model(tmp_path), lambda: read_tensor_index(index.parent)):
         with pytest.raises(CheckpointError, match="mkdir"):
             use()
     assert not (tmp_path / "canary").exists()

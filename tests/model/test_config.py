@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from open_lm.errors import ConfigError
-from open_lm.model.config import ALIASES, ModelConfig, ModelFlags, model_names, resolve
+from open_lm.model.config import ALIASES, ModelConfig, ModelFlags, model_names, resolve_architecture
 
 TINY = {"hidden_dim": 16, "n_layers": 2, "n_heads": 2, "seq_len": 16, "vocab_size": 16}
 
@@ -31,7 +31,7 @@ ROWS = [cell.split() for cell in re.split(r"[|\n]", TABLE) if cell.strip()]
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
 def test_registered_names_mean_what_openlm_means_by_them(row):
-    config = resolve(ModelFlags(model=row[0]))
+    config = resolve_architecture(ModelFlags(model=row[0]))
     sizes = (config.hidden_dim, config.n_layers, config.n_heads, config.seq_len, config.vocab_size)
     assert sizes == tuple(map(int, row[1:]))
 
@@ -40,33 +40,33 @@ def test_every_registered_name_is_in_the_table():
     mambas = {"mamba_130m": (768, 12), "mamba_1b": (2048, 36), "mamba_7b": (4096, 64)}
     assert {*model_names(), *ALIASES} == {row[0] for row in ROWS} | set(mambas)
     for name, sizes in mambas.items():
-        config = resolve(ModelFlags(model=name, qk_norm=True))
+        config = resolve_architecture(ModelFlags(model=name, qk_norm=True))
         assert (config.d_model, config.n_layer, config.vocab_size, config.seq_len) == (*sizes, 50432, 2048)
         assert ModelConfig.from_dict(config.to_dict()) == config
 
 
 def test_a_key_of_the_json_wins_over_the_flag():
-    config = resolve(
+    config = resolve_architecture(
         ModelFlags(model="open_lm_1b_old", positional_embedding_type="rotary", qk_norm=True, ffn_type="gelu")
     )
     assert (config.positional_embedding_type, config.qk_norm, config.ffn_type) == ("head_rotary", False, "swiglu")
-    assert resolve(ModelFlags(model="open_lm_1b", qk_norm=True)).qk_norm
+    assert resolve_architecture(ModelFlags(model="open_lm_1b", qk_norm=True)).qk_norm
 
 
 def test_heads_that_do_not_divide_the_width_round_down():
-    assert resolve(ModelFlags(model="open_lm_87m")).head_dim == 40
+    assert resolve_architecture(ModelFlags(model="open_lm_87m")).head_dim == 40
 
 
 def test_a_config_comes_back_from_its_dict():
-    config = resolve(ModelFlags(model="llama2_7b"))
+    config = resolve_architecture(ModelFlags(model="llama2_7b"))
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_an_unknown_model_names_the_nearest(tmp_path):
     with pytest.raises(ConfigError, match=r"--model open_lm_160: no such model. Near: open_lm_160m"):
-        resolve(ModelFlags(model="open_lm_160"))
+        resolve_architecture(ModelFlags(model="open_lm_160"))
     with pytest.raises(ConfigError, match="no such file"):
-        resolve(ModelFlags(model=str(tmp_path / "missing.json")))
+        resolve_architecture(ModelFlags(model=str(tmp_path / "missing.json")))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_json_that_cannot_be_is_refused_with_the_reason(tmp_path, text, messag
     path = tmp_path / "model.json"
     path.write_text(text)
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
-        resolve(ModelFlags(model=str(path)))
+        resolve_architecture(ModelFlags(model=str(path)))
     assert str(path) in str(caught.value)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from open_lm.model import create_model
-from open_lm.model.config import ModelConfig, ModelFlags, resolve
+from open_lm.model.config import ModelConfig, ModelFlags, resolve_architecture
 from open_lm.model.describe import as_markdown, main, model_size, registered
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
@@ -24,19 +24,19 @@ def counted_by_hand(c):
 
 @pytest.mark.parametrize("name", [name for name in registered() if name.startswith("open_lm")])
 def test_parameters_equal_a_count_by_hand(name):
-    config = resolve(ModelFlags(model=name))
+    config = resolve_architecture(ModelFlags(model=name))
     assert model_size(config).parameters == counted_by_hand(config)
 
 
 def test_a_mamba_has_the_parameters_of_its_modules():
-    config = resolve(ModelFlags(model="mamba_130m"))
+    config = resolve_architecture(ModelFlags(model="mamba_130m"))
     inner, rank = 1536, 48
     mixer = 768 * 2 * inner + inner * 5 + inner * (rank + 32) + rank * inner + inner + inner * 16 + inner + inner * 768
     assert model_size(config).parameters == 12 * (mixer + 768) + 768 + 50432 * 768
 
 
 def test_llama_2_7b_has_the_parameters_its_authors_publish():
-    assert model_size(resolve(ModelFlags(model="llama2_7b"))).parameters == 6_738_415_616
+    assert model_size(resolve_architecture(ModelFlags(model="llama2_7b"))).parameters == 6_738_415_616
 
 
 def test_a_tied_matrix_counts_once():

@@ -7,7 +7,7 @@ import torch
 
 from open_lm.errors import ConfigError
 from open_lm.model import create_model
-from open_lm.model.config import ModelConfig, ModelFlags, resolve
+from open_lm.model.config import ModelConfig, ModelFlags, resolve_architecture
 from open_lm.model.describe import model_size
 
 transformers = pytest.importorskip("transformers")
@@ -53,7 +53,7 @@ def test_it_comes_back_from_its_config_and_weights_alone(published, tmp_path):
     _, folder, _ = published
     model = create_model(ModelFlags(hf_model=folder, hf_seq_len=16)).eval()
     config = ModelConfig.from_dict(json.loads(json.dumps(model.config.to_dict())))
-    assert config == model.config == resolve(ModelFlags(hf_model=folder, hf_seq_len=16))
+    assert config == model.config == resolve_architecture(ModelFlags(hf_model=folder, hf_seq_len=16))
     with torch.device("meta"):
         again = create_model(config)
     again.load_state_dict(model.state_dict(), assign=True)
@@ -81,7 +81,7 @@ def test_decoding_with_a_cache_and_left_padding_gives_the_same_logits(published)
 
 def test_its_size_is_counted_without_its_weights(published):
     _, folder, theirs = published
-    size = model_size(resolve(ModelFlags(hf_model=folder, hf_seq_len=16)))
+    size = model_size(resolve_architecture(ModelFlags(hf_model=folder, hf_seq_len=16)))
     assert size.parameters == theirs.num_parameters()
     assert size.embedding_parameters == 61 * 32 * (1 if theirs.config.tie_word_embeddings else 2)
 
@@ -123,11 +123,11 @@ def test_flags_that_cannot_be_honoured_are_refused(tmp_path):
         ModelFlags(hf_seq_len=5)
     CONFIGS["gpt2"]().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"needs --hf-seq-len.*found None"):
-        resolve(ModelFlags(hf_model=str(tmp_path)))
+        resolve_architecture(ModelFlags(hf_model=str(tmp_path)))
     with pytest.raises(ConfigError, match=r"--hf-seq-len 65: .* has positions for 64"):
-        resolve(ModelFlags(hf_model=str(tmp_path), hf_seq_len=65))
+        resolve_architecture(ModelFlags(hf_model=str(tmp_path), hf_seq_len=65))
     transformers.ViTConfig().save_pretrained(tmp_path / "vision")
     with pytest.raises(ConfigError, match="vit is no causal language model"):
-        resolve(ModelFlags(hf_model=str(tmp_path / "vision"), hf_seq_len=8))
+        resolve_architecture(ModelFlags(hf_model=str(tmp_path / "vision"), hf_seq_len=8))
     with pytest.raises(ConfigError, match=r"--hf-model .*nothing"):
-        resolve(ModelFlags(hf_model=str(tmp_path / "nothing"), hf_seq_len=8))
+        resolve_architecture(ModelFlags(hf_model=str(tmp_path / "nothing"), hf_seq_len=8))

@@ -7,7 +7,7 @@ import torch
 
 from open_lm.errors import ConfigError
 from open_lm.model import create_model
-from open_lm.model.config import ModelConfig, ModelFlags, resolve
+from open_lm.model.config import ModelConfig, ModelFlags, resolve_architecture
 from open_lm.model.describe import model_size
 from open_lm.model.moe import MixtureOfExperts
 
@@ -198,7 +198,7 @@ def test_experts_that_cannot_be_are_refused(changes, message):
 
 def test_the_flags_make_experts():
     flags = ModelFlags(model="open_lm_test_tiny", moe_freq=1, moe_num_experts=8, moe_top_k=3)
-    assert resolve(flags).moe_top_k == 3
+    assert resolve_architecture(flags).moe_top_k == 3
     assert isinstance(create_model(flags).layers[1].feed_forward, MixtureOfExperts)
 
 

@@ -14,7 +14,7 @@ from shared import SHARED, needs_shared
 
 import open_lm
 from open_lm.model import create_model
-from open_lm.model.config import ModelConfig, ModelFlags, resolve
+from open_lm.model.config import ModelConfig, ModelFlags, resolve_architecture
 
 SIZES = {"hidden_dim": 24, "n_layers": 2, "n_heads": 4, "seq_len": 20, "vocab_size": 41, "ffn_dim": None}
 KINDS = {
@@ -64,7 +64,7 @@ def test_a_file_in_openlms_format_computes_what_the_formulas_say(tmp_path, kind,
 def test_the_formulas_are_openlms(kind):
     folder = SHARED / "fixtures" / "openlm_checkpoints"
     expected = torch.load(folder / f"{kind}.logits.pt", weights_only=True)
-    config = resolve(ModelFlags(model=str(folder / f"{kind}.json"), **KINDS[kind]))
+    config = resolve_architecture(ModelFlags(model=str(folder / f"{kind}.json"), **KINDS[kind]))
     state = open_lm.load_model(folder / f"{kind}.pt", model=str(folder / f"{kind}.json"), **KINDS[kind]).state_dict()
     ids = expected["input_ids"][:1]
     assert (reference_logits(state, config, ids[0]) - expected["logits"][0]).abs().max() < 1e-4

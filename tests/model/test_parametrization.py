@@ -7,7 +7,7 @@ from open_lm.errors import ConfigError
 from open_lm.ladder.transfer import TransferSetup, coordinate_check, lr_sweep, spread
 from open_lm.model import create_model
 from open_lm.model.architecture import ModelConfig
-from open_lm.model.config import ModelFlags, resolve
+from open_lm.model.config import ModelFlags, resolve_architecture
 from open_lm.model.init import init_weights
 from open_lm.model.parametrization import role_of, scale_of
 from open_lm.train.config import OptimizerConfig
@@ -90,7 +90,7 @@ def test_shared_matrices_and_experts_are_refused(change):
 
 def test_other_models_and_optimizers_are_refused():
     with pytest.raises(ConfigError, match="--parametrization mup"):
-        resolve(ModelFlags(model="mamba_130m", parametrization="mup"))
+        resolve_architecture(ModelFlags(model="mamba_130m", parametrization="mup"))
     with pytest.raises(ConfigError, match="--optimizer muon"):
         build_optimizers(built(config("mup")), OptimizerConfig(optimizer="muon"), 1e-3, config("mup"))
     with pytest.raises(ConfigError, match="parametrization"):

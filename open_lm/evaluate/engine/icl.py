@@ -25,7 +25,7 @@ from open_lm.evaluate.engine.metrics import Metric, mean_of, measure
 from open_lm.evaluate.engine.sampling import Sampling, sampling_of
 from open_lm.evaluate.engine.scoring import Score, Scorer
 from open_lm.evaluate.tasks.jobs import EvalJob, JobBook
-from open_lm.evaluate.tasks.kinds import TaskPrompt, kind_of
+from open_lm.evaluate.tasks.kinds import TaskPrompt, type_of
 from open_lm.evaluate.tasks.prompts import prompts
 from open_lm.evaluate.tasks.task import EXACT_MATCH, EvalTask
 from open_lm.precision import Precision
@@ -114,7 +114,7 @@ class IclEngine:
         rows, names = book.rows(job), book.names(job)
         chosen = self._prompts(job, book)
         max_seq_len = job.task.max_seq_len or self.max_seq_len
-        if not kind_of(job.task).generates:
+        if not type_of(job.task).generates:
             return LoglikelihoodRequest(job, encode_questions(chosen, self.encoder, max_seq_len, names[: len(chosen)]))
         sampling = sampling_of(job.task)
         longest = longest_answer(job.task, rows, self.encoder)

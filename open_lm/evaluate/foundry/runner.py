@@ -15,7 +15,7 @@ from open_lm.evaluate.engine.runner import Runner
 from open_lm.evaluate.foundry.imports import require_llm_foundry
 from open_lm.evaluate.records import Record
 from open_lm.evaluate.tasks.jobs import EvalJob
-from open_lm.evaluate.tasks.kinds import kind_of
+from open_lm.evaluate.tasks.kinds import type_of
 from open_lm.evaluate.tasks.task import EvalTask
 
 COMPOSER_PRECISION = {"fp32": "fp32", "amp_bf16": "amp_bf16", "fp16": "amp_fp16", "bf16": "fp32"}
@@ -92,7 +92,7 @@ def task_entry(task: EvalTask, n_shots: int) -> dict[str, Any]:
     entry: dict[str, Any] = {key: getattr(task, key) for key in TASK_KEYS}
     entry |= {"dataset_uri": task.data_path or task.dataset_uri, "num_fewshot": [n_shots]}
     entry["metric_names"] = list(task.metric_names)
-    for key in kind_of(task).foundry_keys:
+    for key in type_of(task).foundry_keys:
         value = getattr(task, key)
         entry[key] = list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
     for key in ("max_seq_len", "batch_size"):

@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from open_lm.errors import ConfigError
-from open_lm.evaluate.tasks.kinds import KINDS, kind_of
+from open_lm.evaluate.tasks.kinds import KINDS, type_of
 from open_lm.evaluate.tasks.task import EvalTask
 
 OLD_TYPES = {"question_answering": "generation_task_with_answers"}
@@ -46,7 +46,7 @@ def read_task(entry: Any, origin: str) -> EvalTask:
 
 
 def _checked(task: EvalTask, origin: str) -> EvalTask:
-    possible = kind_of(task).metrics
+    possible = type_of(task).metrics
     names = task.metric_names or possible[:1]
     for name in names:
         if name not in possible:

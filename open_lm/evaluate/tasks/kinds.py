@@ -167,7 +167,7 @@ KINDS: dict[str, TaskType] = {
 }
 
 
-def kind_of(task: EvalTask) -> TaskType:
+def type_of(task: EvalTask) -> TaskType:
     """The type of a task that was read and checked."""
     return KINDS[task.icl_task_type]
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from open_lm.evaluate.tasks.kinds import TaskPrompt, kind_of
+from open_lm.evaluate.tasks.kinds import TaskPrompt, type_of
 from open_lm.evaluate.tasks.task import EvalTask
 
 
@@ -18,7 +18,7 @@ def prompts(
     The examples of a row are drawn with one generator that runs through the rows in order, so all rows must be asked.
     `prefix_space`: continuations start with a space (byte-level tokenizers: yes, SentencePiece: no).
     """
-    generator, kind = random.Random(task.fewshot_random_seed), kind_of(task)
+    generator, kind = random.Random(task.fewshot_random_seed), type_of(task)
     for index, row in enumerate(rows):
         preamble = task.prompt_string
         if n_shots > 0:

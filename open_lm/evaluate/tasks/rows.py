@@ -9,7 +9,7 @@ from typing import Any
 
 from open_lm import storage
 from open_lm.errors import DataError
-from open_lm.evaluate.tasks.kinds import kind_of, text_of
+from open_lm.evaluate.tasks.kinds import text_of, type_of
 from open_lm.evaluate.tasks.task import EvalTask
 
 
@@ -50,7 +50,7 @@ def _row(line: str, task: EvalTask, where: str) -> dict[str, Any]:
         raise DataError(f"{where}: not JSON ({error}). Repair or remove the line.") from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: holds a {type(row).__name__}, need an object. Repair or remove the line.")
-    row = kind_of(task).checked(row, task, where)
+    row = type_of(task).checked(row, task, where)
     if task.has_categories:
         text_of(row, "category", where)
     if task.strip_dataset:

@@ -23,7 +23,7 @@ from open_lm.errors import DataError
 from open_lm.post_training.chat.conversations import READERS, Conversation, ConversationPair, ConversationPrompt
 from open_lm.post_training.chat.labels import Labelled, label_all, n_targets
 from open_lm.post_training.chat.packing import pack, padded
-from open_lm.post_training.chat.rows import read_rows
+from open_lm.post_training.chat.rows import rows_in
 from open_lm.post_training.chat.template import ChatTemplate, TemplateRefusal, template_facts
 from open_lm.preprocess.jsonl import Rejected
 from open_lm.preprocess.packing import shuffle_keys
@@ -130,7 +130,7 @@ def _parsed(job: ChatJob, books: Books) -> Iterator[list[Any]]:
     """The rows in chunks, parsed; those that are none of the form are counted, or end the job."""
     chunk: list[Any] = []
     for url in job.files:
-        for where, fields in read_rows(url):
+        for where, fields in rows_in(url):
             books.counts["in"] += 1
             found = fields if isinstance(fields, Rejected) else READERS[job.form](fields)
             if isinstance(found, Rejected):

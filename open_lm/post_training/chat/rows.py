@@ -35,7 +35,7 @@ def files_named(inputs: tuple[str, ...], dataset: str | None, config: str | None
     return [file.url for file in select(dataset, config, split)]
 
 
-def read_rows(url: str) -> Iterator[Row]:
+def rows_in(url: str) -> Iterator[Row]:
     """All rows of one file; blank lines are none."""
     shown = storage.shown(url)
     if url.endswith(PARQUET):

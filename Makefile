@@ -36,14 +36,16 @@ house:  ## Count modules, floors and arrows
 	$(PYTHON) scripts/house.py
 
 smoke:  ## Train 20 steps on the CPU on synthetic data
-	rm -rf /tmp/open_lm_smoke trace-cuda
+	rm -rf /tmp/open_lm_smoke
 	$(PYTHON) -m open_lm.main --dataset-type synthetic --model open_lm_test_tiny --device cpu --precision fp32 \
-	  --global-batch-size 4 --train-tokens 1280 --warmup 5 --log-every-n-steps 5 --logs /tmp/open_lm_smoke --name smoke trace-cuda
+	  --global-batch-size 4 --train-tokens 1280 --warmup 5 --log-every-n-steps 5 --logs /tmp/open_lm_smoke --name smoke
 
-trace-cuda:  ## Forward passes on fake CUDA tensors: installs a CUDA build of torch into .venv-cuda, needs no GPU
-	test -x .venv-cuda/bin/python || { $(PYTHON) -m venv .venv-cuda && .venv-cuda/bin/pip install -q torch==2.11.0; }
+CUDA_VENV ?= .venv-cuda
+
+trace-cuda:  ## Steps on fake CUDA tensors: installs a CUDA build of torch (5 GB) into CUDA_VENV, .venv-cuda; needs no GPU
+	test -x $(CUDA_VENV)/bin/python || { $(PYTHON) -m venv $(CUDA_VENV) && $(CUDA_VENV)/bin/pip install -q torch==2.11.0; }
 	$(PYTHON) -c "import sysconfig; print(sysconfig.get_paths()['purelib'])" > \
-	  $$(echo .venv-cuda/lib/python3*/site-packages)/zz_project.pth
-	.venv-cuda/bin/python scripts/trace_cuda.py
+	  $$(echo $(CUDA_VENV)/lib/python3*/site-packages)/zz_project.pth
+	$(CUDA_VENV)/bin/python scripts/trace_cuda.py
 
 .PHONY: help install install-eval check test test-all docs dist flags house smoke trace-cuda

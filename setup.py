@@ -32,13 +32,14 @@ EXTRAS = {extra: named(names) for extra, names in EXTRA_NAMES.items()} | {
     "azure": ["adlfs>=2026.8"],
     "parquet": ["pyarrow>=20"],  # for data sets of the Hub
     "gpu": ["xformers>=0.0.30"],
+    "float8": ["torchao>=0.17,<0.20"],
     "eval": requirements("requirements-eval.txt"),  # LLM Foundry itself comes with `make install-eval`
     "serve": requirements("requirements-serve.txt"),
     "ladder": requirements("requirements-ladder.txt"),
     "test": ["pytest>=9", "pytest-xdist>=3.6", "hypothesis>=6.150"],
     "docs": requirements("requirements-docs.txt"),
 }
-FOR_USE = ("wandb", "s3", "ray", "parquet", "serve", "ladder", "gpu")
+FOR_USE = ("wandb", "s3", "ray", "parquet", "serve", "ladder", "gpu", "float8")
 EXTRAS["all"] = sorted({line for extra in FOR_USE for line in EXTRAS[extra]})
 IN_EXTRAS = {name for names in EXTRA_NAMES.values() for name in names}
 NEEDED = [line for line in requirements("requirements.txt") if package_of(line) not in IN_EXTRAS]

@@ -12,6 +12,11 @@ from open_lm.distributed import start_world
 
 def run_ranks(work, size, *arguments):
     """`work(world, *arguments)` on each of `size` ranks; what one raises, the test raises."""
+    launch(_in_world, size, work, arguments)
+
+
+def launch(work, size, *arguments):
+    """`work(rank, *arguments)` in each of `size` processes that are told to be ranks, as a launcher would."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -24,5 +29,9 @@ def _rank(rank, work, size, port, arguments):
     faulthandler.dump_traceback_later(100, exit=True)  # a rank that hangs says where, and ends
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    work(rank, *arguments)
+
+
+def _in_world(rank, work, arguments):
     with start_world("cpu", timeout_seconds=60) as world:
         work(world, *arguments)

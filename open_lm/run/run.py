@@ -22,6 +22,7 @@ from open_lm.flags import parse_steps
 from open_lm.model.config import ModelConfig
 from open_lm.model.describe import model_size
 from open_lm.params import RunConfig
+from open_lm.run.claims import Agreement, Claims
 from open_lm.run.evaluations import Evaluations
 from open_lm.run.folder import open_folder, remote_folder, run_folder
 from open_lm.run.lock import FolderLock
@@ -99,6 +100,7 @@ class Run:
         self._late: SaveKind | None = None
         """What was due inside an iteration of reinforcement learning."""
         self._save_clock = SaveClock(config.checkpoint.save_every_minutes)
+        self._agreement = Agreement(world)
 
     def begin(
         self,
@@ -145,12 +147,22 @@ class Run:
             sync = RemoteSync(self.folder, url, every, checkpoints.retention, flags.n_kept, grace)
             stack.enter_context(sync)
 
+    def claims(self) -> Claims:
+        """What this rank asks of all of them as the next step begins."""
+        self._agreement.step_begins()
+        return Claims(self._why_stop() is not None, self.world.is_master and self._save_clock.is_up())
+
+    def _why_stop(self) -> str | None:
+        """A signal, or a time limit that leaves just twice the time of a save, and that until all ranks know."""
+        return self.stop_requests.asked(2 * self.checkpoints.seconds + 1 + self._agreement.delay_seconds)
+
     def observe(self, state: TrainState) -> contextlib.AbstractContextManager[None]:
         """Around the step that comes next: the profile and the traces that were asked for."""
         return self._observer(state.model, state.step + 1)
 
     def record(self, report: StepReport, state: TrainState, timing: Timing) -> None:
         """Count one step; write the figures every --log-every-n-steps, before each save, and at the end."""
+        self._agreement.read(report.claims)
         self.recorder.add(report, timing)
         if not report.taken:
             self._note_skipped(report, state)
@@ -185,9 +197,8 @@ class Run:
     def _save_due(self, state: TrainState) -> SaveKind | None:
         """What is to be saved after this step; the same on every rank, however often it is asked."""
         if self._due[0] != state.step:
-            clock = self._save_clock
-            time_is_up = clock.runs and self.world.any(self.world.is_master and clock.is_up())
-            kind = self._save_steps(state).kind_at(state.step, time_is_up=time_is_up)
+            agreed = self._agreement.on(Claims(save=self._save_clock.is_up()))
+            kind = self._save_steps(state).kind_at(state.step, time_is_up=agreed.save)
             if not self._can_stop(state):  # saved at the end of the iteration
                 self._late, kind = self._late or kind, None
             else:
@@ -222,6 +233,7 @@ class Run:
         if is_last and not saved:
             raise StorageError(f"checkpoint {label} was not written: {self.checkpoints.problem} Then --resume latest.")
         self._save_clock.restart()
+        self._agreement.forget_save()
         self._saved_at = state.step if saved else self._saved_at
         return saved
 
@@ -236,11 +248,12 @@ class Run:
         if not self._can_stop(state):
             return
         self.checkpoints.wait_if_done()
-        asked = self.stop_requests.asked(2 * self.checkpoints.seconds + 1)
-        if not self.world.any(asked is not None) or state.step == state.run_length.last_step:
+        asked = self._why_stop()
+        agreed = self._agreement.on(Claims(stop=asked is not None))
+        if not agreed.stop or state.step == state.run_length.last_step:
             return
         self.recorder.write(state, state.lr_at(state.step - 1))
-        reason = next(why for why in self.world.gather(asked) if why)
+        reason = next((why for why in self.world.gather(asked) if why), "a time limit")
         is_saved = self._saved_at == state.step and self.checkpoints.wait()
         if not is_saved and not self._save(state, "ephemeral", wait=True):
             raise StorageError(

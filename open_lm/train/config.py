@@ -40,6 +40,8 @@ IGNORED = (
     "trace",
     "use_bnb_linear",
 )
+NEED_FSDP = ("fsdp_amp", "fsdp_pure_bf16", "fsdp_cpu_offload", "fsdp_hybrid", "fsdp_hybrid_o2",
+             "fsdp_forward_prefetch", "fsdp_whole_gradients", "experimental_meta_device")  # fmt: skip
 RECOMPUTED = r"full|selective|every-[1-9][0-9]*"
 DECAY_RULES = ("matrices", "all-but-embedding", "all")
 PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "fp32")
@@ -179,8 +181,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.train_tokens is not None and self.train_num_samples is not None:
             raise ConfigError(
-                "--train-tokens (tokens of the whole run) and --train-num-samples (tokens of one interval) "
-                "exclude each other."
+                "--train-tokens (of the whole run) and --train-num-samples (of one interval) exclude each other."
             )
         if self.train_steps is not None and (self.train_tokens or self.train_num_samples):
             raise ConfigError("--train-steps excludes --train-tokens and --train-num-samples: say the length once.")
@@ -223,6 +224,12 @@ class ParallelConfig:
         "amp_bf16 = bf16 autocast; bf16 = weights and moments too (updates below 1/256 of a weight, weight decay among "
         "them, are rounded away); fp16 = fp16 autocast; fp32.",
         choices=PRECISIONS,
+    )
+    float8: str | None = flag(
+        None,
+        "Multiply matrices of the blocks in 8 bits (torchao; from Ada and Hopper on; with --torchcompile): rowwise = a "
+        "scale for each row, tensorwise = one for a matrix: faster, less exact. Checkpoints stay the same. None: off.",
+        choices=("rowwise", "tensorwise"),
     )
     device: str = flag("auto", "Where to compute; auto takes a GPU when there is one.", choices=("auto", "cpu", "cuda"))
     grad_checkpointing: bool = flag(
@@ -309,6 +316,8 @@ class ParallelConfig:
             raise ConfigError(
                 "--fsdp-amp and --fsdp-pure-bf16 exclude each other: gradients are reduced in fp32 or in bf16."
             )
+        if self.float8 and self.precision not in ("amp_bf16", "amp_bfloat16", "bf16"):
+            raise ConfigError(f"--float8 {self.float8} computes the rest in bf16: give --precision amp_bf16 or bf16.")
         if self.grad_checkpointing_mode and not re.fullmatch(RECOMPUTED, self.grad_checkpointing_mode):
             found = self.grad_checkpointing_mode
             raise ConfigError(f"--grad-checkpointing-mode {found}: give full, selective, or every-K as in every-2.")
@@ -317,9 +326,7 @@ class ParallelConfig:
             raise ConfigError(
                 f"--mesh {self.mesh} says what --fsdp-hybrid and --fsdp-group-size say: give dp=…,fsdp=…."
             )
-        needing = ["fsdp_amp", "fsdp_pure_bf16", "fsdp_cpu_offload", "fsdp_hybrid", "fsdp_hybrid_o2"]
-        needing += ["fsdp_forward_prefetch", "fsdp_whole_gradients", "experimental_meta_device"]
-        for name in needing:
+        for name in NEED_FSDP:
             if getattr(self, name) and not (self.fsdp or set(sizes) - {"dp"}):
                 raise ConfigError(f"--{name.replace('_', '-')} says how --fsdp works: give that too.")
         for name in IGNORED:

@@ -12,12 +12,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from open_lm.distributed import World
 from open_lm.errors import ConfigError
-from open_lm.model import create_model
+from open_lm.model import create_model, random_weights
 from open_lm.model.hf_config import HFConfig
 from open_lm.model.init import initialises
 from open_lm.train.config import ParallelConfig
 from open_lm.train.parallel import shards, wrap
 from open_lm.train.row_order import RowOrder, row_orders
+from open_lm.train.weight_shares import fill_share
 
 
 def build_wrapped(
@@ -59,20 +60,44 @@ def _filled_in_parts(config: Any, world: World, parallel: ParallelConfig, dtype:
 
 
 def _fill(source: nn.Module, target: nn.Module, orders: Mapping[int, RowOrder]) -> None:
-    """Give `target` this rank's share of what `source`, on the meta device, starts with; the whole exists meanwhile."""
+    """Give `target` this rank's share of what `source`, on the meta device, starts with.
+
+    Of large weights of our own modules the share alone is made; others are whole meanwhile.
+    """
     places = list(_own_tensors(source, target))
+    random_state = torch.get_rng_state()
+    before = {id(getattr(holder, name)): getattr(holder, name)._version for holder, _, name in places}
+    ours = type(source).__module__.startswith("open_lm.")
+    _reset(source, places, lambda tensor: ours and tensor.numel() >= random_weights.LARGE)
+    if any(_is_unknown(getattr(holder, name), before) for holder, _, name in places):
+        torch.set_rng_state(random_state)
+        _reset(source, places, lambda tensor: False)
+    for holder, taker, name in places:
+        first, share = getattr(holder, name), getattr(taker, name)
+        order = orders.get(id(share))
+        if first.is_meta:
+            fill_share(first.first_values, tuple(first.shape), share, order)
+        else:
+            _copy(order.in_memory(first.detach()) if order else first.detach(), share)
+    for holder, _, name in places:
+        if not getattr(holder, name).is_meta:
+            getattr(holder, name).data = torch.empty(0)
+
+
+def _reset(source: nn.Module, places: list[tuple[nn.Module, nn.Module, str]], stays: Callable[[Tensor], bool]) -> None:
+    """Give `source` its first values; tensors that `stays` says stay on the meta device, where they are noted."""
     wholes: dict[int, Tensor] = {}
     for holder, _, name in places:
-        empty = holder._parameters.get(name, holder._buffers.get(name))
-        whole = wholes.setdefault(id(empty), _on_cpu(empty))  # tied weights are one
-        setattr(holder, name, whole)
+        empty: Any = holder._parameters.get(name, holder._buffers.get(name))
+        if empty.is_meta and not stays(empty):
+            setattr(holder, name, wholes.setdefault(id(empty), _on_cpu(empty)))  # tied weights are one
     reset: Any = source.reset_parameters
     reset()
-    for holder, taker, name in places:
-        whole, share = getattr(holder, name).detach(), getattr(taker, name)
-        _copy(orders[id(share)].in_memory(whole) if id(share) in orders else whole, share)
-    for whole in wholes.values():
-        whole.data = torch.empty(0)
+
+
+def _is_unknown(tensor: Tensor, before: Mapping[int, int]) -> bool:
+    """Whether a tensor on the meta device got other values than `scaled_normal_` notes: it writes nothing there."""
+    return tensor.is_meta and (not hasattr(tensor, "first_values") or tensor._version != before[id(tensor)])
 
 
 def _on_cpu(empty: Any) -> Any:

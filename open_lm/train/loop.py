@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -14,6 +14,8 @@ from open_lm.train.timing import Timing
 
 class RunHooks(Protocol):
     """The run around the loop; each method decides itself whether anything is due."""
+
+    def claims(self) -> Sequence[bool]: ...
 
     def observe(self, state: TrainState) -> AbstractContextManager[None]: ...
 
@@ -37,7 +39,7 @@ def train(state: TrainState, batches: Iterable[Batch], run: RunHooks, *, accum: 
         if state.part is not None:
             batch = batch.of_part(state.part)
         with run.observe(state):
-            report = train_step(state, batch, accum=accum, clip=clip, timing=timing)
+            report = train_step(state, batch, accum=accum, clip=clip, timing=timing, claims=run.claims())
         run.record(report, state, timing)
         run.score_averages_if_due(state, batch)
         run.validate_if_due(state)

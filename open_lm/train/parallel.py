@@ -26,6 +26,7 @@ from open_lm.model.moe import Experts
 from open_lm.train.activation_checkpointing import recompute
 from open_lm.train.config import ParallelConfig, mesh_shape
 from open_lm.train.expert_parallel import apply_expert_parallel
+from open_lm.train.float8 import convert_to_float8
 from open_lm.train.tensor_parallel import apply_tensor_parallel
 
 
@@ -37,6 +38,8 @@ def wrap(model: nn.Module, world: World, config: ParallelConfig) -> nn.Module:
         apply_tensor_parallel(model, world.meshes.tensor)
     if world.shape.ep > 1:
         apply_expert_parallel(model, world.meshes.experts)
+    if config.float8:
+        convert_to_float8(blocks(model), config.float8, world.device)
     recompute(list(blocks(model)), config)
     for block in blocks(model) if config.torchcompile else ():
         block.compile()

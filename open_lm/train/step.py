@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -31,6 +31,8 @@ class StepReport:
     lr: float
     taken: bool = True
     """Whether the weights were updated; an outlier loss or gradient norm may skip a step."""
+    claims: Tensor | None = None
+    """How many ranks made each of the `claims` of `train_step`; None with one process."""
 
     @property
     def loss(self) -> Tensor:
@@ -38,15 +40,18 @@ class StepReport:
         return self.parts[0]
 
 
-def train_step(state: TrainState, batch: Batch, *, accum: int, clip: float | None, timing: Timing) -> StepReport:
+def train_step(
+    state: TrainState, batch: Batch, *, accum: int, clip: float | None, timing: Timing, claims: Sequence[bool] = ()
+) -> StepReport:
     """Take one optimizer step on this rank's `batch`, computed in `accum` micro-batches.
 
     The loss is the mean over what the task counts (tokens, pairs, sequences) on all ranks and in all micro-batches, so
-    neither `accum` nor the world size changes it.
+    neither `accum` nor the world size changes it. `claims` are counted over the ranks along with it.
     """
     lr = set_lr(state.optimizers, state.lr_at(state.step))
     with timing("sync"):
-        count = state.world.sum(state.task.count(batch)).clamp(min=1)
+        count, claimed = state.world.sum_with_claims(state.task.count(batch), claims)
+    count = count.clamp(min=1)
     batch = state.task.prepare(state, batch, accum)
     parts = torch.zeros(len(state.task.names), device=batch.device)
     for micro, is_last in with_last(batch.split(accum)):
@@ -67,7 +72,7 @@ def train_step(state: TrainState, batch: Batch, *, accum: int, clip: float | Non
     state.tokens += state.run_length.tokens_per_step
     for average in state.averages:
         average.update(state.step)
-    return StepReport(parts / count, grad_norm, lr, taken)
+    return StepReport(parts / count, grad_norm, lr, taken, claimed)
 
 
 @torch.no_grad()

@@ -167,20 +167,22 @@ class RowsOf(nn.Linear):
     """A linear layer with a part of the output features."""
 
     parallel: TensorParallel
+    product: Any = staticmethod(F.linear)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         own = self.parallel.own
-        return F.linear(self.parallel.enter(x_BTD), own(self.weight), own(self.bias))
+        return self.product(self.parallel.enter(x_BTD), own(self.weight), own(self.bias))
 
 
 class ColumnsOf(nn.Linear):
     """A linear layer with a part of the input features."""
 
     parallel: TensorParallel
+    product: Any = staticmethod(F.linear)
 
     def forward(self, x_BTF: Tensor) -> Tensor:
         own = self.parallel.own
-        out = self.parallel.leave(F.linear(x_BTF, own(self.weight)))
+        out = self.parallel.leave(self.product(x_BTF, own(self.weight)))
         return out if self.bias is None else out + own(self.bias).type_as(out)
 
 

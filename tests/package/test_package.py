@@ -77,7 +77,22 @@ def test_the_metadata_say_what_the_package_is(metadata):
     assert "# OpenLM" in metadata.get_payload() and metadata.get_all("Project-URL")
     needed = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert not [line for line in needed if "==" in line.split(";")[0]], "ranges: what was tested is in constraints.txt"
-    extras = {"eval", "wandb", "ray", "parquet", "gpu", "s3", "gcs", "azure", "serve", "ladder", "test", "docs", "all"}
+    extras = {
+        "eval",
+        "wandb",
+        "ray",
+        "parquet",
+        "gpu",
+        "float8",
+        "s3",
+        "gcs",
+        "azure",
+        "serve",
+        "ladder",
+        "test",
+        "docs",
+        "all",
+    }
     assert set(metadata.get_all("Provides-Extra")) == extras
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from runs import ROOT
 
-from open_lm.model import create_model
+from open_lm.model import create_model, random_weights
 from open_lm.model.architecture import MambaConfig
 from open_lm.model.config import ModelConfig
 
@@ -24,10 +24,12 @@ GATHER = """
 import json, sys, torch
 from torch.distributed.tensor import DTensor
 from open_lm.distributed import start_world
+from open_lm.model import random_weights
 from open_lm.model.config import ModelConfig
 from open_lm.train.config import ParallelConfig
 from open_lm.train.init_model import build_wrapped
 
+random_weights.LARGE, random_weights.CHUNK = 300, 64  # so that these small weights are made as large ones are
 models, flags, out = json.loads(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
 with start_world("cpu", force_group=True) as world:
     parallel = ParallelConfig(fsdp=True, experimental_meta_device=True, force_distributed=True, **flags)
@@ -38,6 +40,12 @@ with start_world("cpu", force_group=True) as world:
         if world.is_master:
             torch.save(whole, f"{out}/{name}.pt")
 """
+
+
+@pytest.fixture(autouse=True)
+def as_large(monkeypatch):
+    monkeypatch.setattr(random_weights, "LARGE", 300)
+    monkeypatch.setattr(random_weights, "CHUNK", 64)
 
 
 def plain(architecture):
@@ -65,6 +73,58 @@ def test_any_number_of_ranks_starts_with_the_weights_of_one_process(tmp_path, ra
         assert got.keys() == expected.keys()
         for key, value in expected.items():
             assert torch.equal(got[key], value), f"{name}: {key}"
+
+
+def test_large_weights_are_normal_numbers_cut_at_three_deviations_and_any_part_of_them_is_the_same():
+    values = random_weights.NormalWeight(0.5, 7)
+    whole = torch.empty(200_000)
+    values.fill(whole)
+    assert whole.abs().max() <= 1.5 and abs(whole.mean().item()) < 0.005
+    assert whole.std().item() == pytest.approx(0.5 * 0.98658, rel=0.01)  # of a normal distribution cut at 3
+    exact = torch.distributions.Normal(0, 0.5).cdf(torch.tensor([-0.5, 0.25, 1.0]))
+    shares = torch.stack([(whole < x).float().mean() for x in (-0.5, 0.25, 1.0)])
+    torch.testing.assert_close(shares, exact, atol=0.006, rtol=0)
+    for first, n in ((0, 10), (63, 130), (12_345, 4_000)):
+        part = torch.empty(n)
+        values.fill(part, first)
+        assert torch.equal(part, whole[first : first + n])
+    other = torch.empty(200_000)
+    random_weights.NormalWeight(0.5, 8).fill(other)
+    assert abs((whole * other).mean()) < 0.003 and abs((whole[64:] * whole[:-64]).mean()) < 0.003
+
+
+def test_a_rank_makes_its_share_of_a_large_weight_and_no_more(tmp_path):
+    made = tmp_path / "made.py"
+    made.write_text(SHARE)
+    done = subprocess.run(
+        [sys.executable, str(made)], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    made, whole = map(int, done.stdout.split())
+    assert made < whole / 8 * 1.1
+
+
+SHARE = """
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from open_lm.distributed import World
+from open_lm.model import random_weights
+from open_lm.model.config import ModelConfig
+from open_lm.train.config import ParallelConfig, mesh_shape
+from open_lm.train.init_model import build_wrapped
+
+random_weights.LARGE = 1 << 18
+made, real = [], random_weights.NormalWeight.fill
+random_weights.NormalWeight.fill = lambda self, out, first=0: (made.append(len(out)), real(self, out, first))[1]
+dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=8)
+parallel = ParallelConfig(mesh="fsdp=8", experimental_meta_device=True)
+world = World(3, 8, 0, torch.device("cpu"), mesh_shape(parallel, 8))
+config = ModelConfig(hidden_dim=512, n_layers=2, n_heads=8, seq_len=64, vocab_size=4096)
+model = build_wrapped(config, world, parallel, 5, torch.float32)
+print(sum(made), sum(p.numel() for p in model.parameters() if p.ndim > 1))
+"""
 
 
 def test_models_are_of_the_kinds_they_should_be():

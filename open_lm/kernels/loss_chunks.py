@@ -25,8 +25,8 @@ class LossSums(NamedTuple):
 
 
 Computed = tuple[Tensor, tuple[Tensor, Tensor] | None]
-"""The sums of the cross-entropy and of squared log Z; the gradients of hidden (times `gradient_scale` of its type) and of
-weight, the latter in fp32."""
+"""The sums of the cross-entropy and of squared log Z; the gradients of hidden (times `gradient_scale` of its type) and
+of weight, the latter in fp32."""
 
 
 def gradient_scale(dtype: torch.dtype) -> float:

@@ -9,10 +9,12 @@ the server gave before. The servers are measured in turns. Memory is that of the
 
 import argparse
 import asyncio
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -56,10 +58,11 @@ def server(command, threads):
     """A server process and its url, once it answers."""
     process = subprocess.Popen(
         [sys.executable, *map(str, command)], stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        env={**__import__("os").environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     for line in process.stderr:
         if " on http://" in line:
+            threading.Thread(target=sys.stderr.writelines, args=[process.stderr], daemon=True).start()
             return process, line.split(" on ")[-1].split()[0]
     raise SystemExit(f"{command}: ended with {process.wait()}")
 

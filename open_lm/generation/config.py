@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from open_lm.errors import ConfigError
 from open_lm.flags import flag
 
+LEAST_PENALTY, MOST_PENALTY = 0.01, 1000.0
+"""Bounds of the repetition penalty: what divides logits by less makes them infinite."""
+
 
 @dataclass(frozen=True)
 class GenerateConfig:
@@ -40,8 +43,9 @@ class GenerateConfig:
             raise ConfigError(f"--top-p {self.top_p}: need a share above 0, at most 1.")
         if not 0 <= self.min_p <= 1:
             raise ConfigError(f"--min-p {self.min_p}: need a share of 0 to 1.")
-        if not self.repetition_penalty > 0:
-            raise ConfigError(f"--repetition-penalty {self.repetition_penalty}: need more than 0; 1 changes nothing.")
+        if not LEAST_PENALTY <= self.repetition_penalty <= MOST_PENALTY:
+            allowed = f"{LEAST_PENALTY:g} to {MOST_PENALTY:g}"
+            raise ConfigError(f"--repetition-penalty {self.repetition_penalty}: need {allowed}; 1 changes nothing.")
         if self.batch_size < 1:
             raise ConfigError(f"--batch-size {self.batch_size}: need at least 1.")
         if self.num_beams < 1:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from open_lm.generation.stops import StopSearch
+
 UNFINISHED = "\ufffd"
 """What decoding gives for the first bytes of a character that the next token completes."""
 CONTEXT = 4
@@ -33,21 +35,16 @@ class TextStream:
         show: Callable[[str], None] | None = None,
         before: Sequence[int] = (),
     ):
-        self._tokenizer, self._stops, self._show = tokenizer, stops, show
-        self._longest_stop = max(map(len, stops), default=0)
+        self._tokenizer, self._show, self.has_stops = tokenizer, show, bool(stops)
+        self._search = StopSearch(stops)  # in the certain text
         self._certain = ""  # the text of all tokens but those of the window
         self._window = list(before[-CONTEXT:])
         self._window_shown = tokenizer.decode(self._window) if self._window else ""
         self._n_context = len(self._window)
-        self._n_taken = self._n_searched = self._n_shown = 0
+        self._n_taken = self._n_searched = self._n_shown = self._n_uncertain = 0
         self.text = ""
         """All of the text so far, up to the stop string."""
         self.stopped = False
-
-    @property
-    def has_stops(self) -> bool:
-        """Whether any string ends the text."""
-        return bool(self._stops)
 
     @property
     def n_certain(self) -> int:
@@ -62,7 +59,7 @@ class TextStream:
         """Take the tokens written so far and show what is certain; true when the text holds a stop string."""
         if self._take(tokens):
             return True
-        self._show_up_to(len(self.text) - n_uncertain(self.text, self._stops))
+        self._show_up_to(len(self.text) - self._n_uncertain)
         return False
 
     def finish(self, tokens: Sequence[int]) -> str:
@@ -75,14 +72,23 @@ class TextStream:
         new, self._n_taken = tokens[self._n_taken :], max(self._n_taken, len(tokens))
         for token in new if not self.stopped else ():
             self._decode(token)
-            start = max(0, self._n_searched - self._longest_stop + 1)
-            kept = start + len(until_stop(self.text[start:], self._stops))
-            self._n_searched = len(self.text)
-            if kept < len(self.text):
-                self.text, self.stopped = self.text[:kept], True
-                self._show_up_to(kept)
+            begin = self._stop_begins()
+            if begin is not None:
+                self.text, self.stopped = self.text[:begin], True
+                self._show_up_to(begin)
                 break
         return self.stopped
+
+    def _stop_begins(self) -> int | None:
+        """Where a stop string begins in the text; None if the text holds none."""
+        n_certain, begin = len(self._certain), self._search.find(self._certain[self._n_searched :])
+        if begin is not None:
+            return self._n_searched + begin
+        self._n_searched, tail = n_certain, self.text[n_certain:]
+        ahead = self._search.copy() if tail else self._search
+        begin = ahead.find(tail)
+        self._n_uncertain = max(len(tail) - len(tail.rstrip(UNFINISHED)), ahead.n_begun)
+        return None if begin is None else n_certain + begin
 
     def _decode(self, token: int) -> None:
         self._window.append(token)
@@ -98,16 +104,3 @@ class TextStream:
         if self._show and end > self._n_shown:
             self._show(self.text[self._n_shown : end])
         self._n_shown = max(self._n_shown, end)
-
-
-def until_stop(text: str, stops: Sequence[str]) -> str:
-    """The text before the stop string that is the first to be complete in it."""
-    found = [(place + len(stop), place) for stop in stops if (place := text.find(stop)) >= 0]
-    return text[: min(found)[1]] if found else text
-
-
-def n_uncertain(text: str, stops: Sequence[str]) -> int:
-    """How many characters at the end may yet change: an unfinished character, or the beginning of a stop string."""
-    beginnings = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
-    unfinished = len(text) - len(text.rstrip(UNFINISHED))
-    return max([unfinished, *beginnings])

@@ -60,6 +60,13 @@ class Text:
         """Tokens of the prompt that the model must see: where nothing is to be written, the last is only predicted."""
         return len(self.prompt) - (self.n_new == 0)
 
+    @property
+    def n_wanted_scores(self) -> int:
+        """Log-probabilities that are asked for, those of the likeliest tokens included."""
+        of_prompt = 0 if self.score_from is None else len(self.prompt) - self.score_from
+        of_new = 0 if self.n_top is None else self.n_new
+        return (of_prompt + of_new) * (1 + (self.n_top or 0))
+
     def uniform(self) -> float:
         """The next number of [0, 1) of this text's own stream: a function of the seed, the prompt and `copy`."""
         if self._random is None:

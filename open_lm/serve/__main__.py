@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import os
 import socket
@@ -115,7 +116,7 @@ def _served(
     n_slots = slots_that_fit(model, config.slots)
     logging.info("%s: %s on %s, %d slots of %d tokens", name, adapter or path, device, n_slots, model.config.seq_len)
     service = Service(name, model, n_slots, config.max_queue, metrics)
-    return Served(name, service, tokenizer, template, int(time.time()))
+    return Served(name, service, tokenizer, template, int(time.time())).warmed()
 
 
 def _adapted(model: Any, adapter: str, device: str) -> Any:
@@ -158,6 +159,8 @@ def serve(state: State, listener: socket.socket) -> None:
         timeout_graceful_shutdown=max(1, round(state.config.grace_seconds)),
         server_header=False,
     )
+    gc.collect()
+    gc.freeze()  # later collections leave alone what is there for good: torch and the models
     Server(config).run(sockets=[listener])
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from open_lm.serve import easylm_routes, openai_routes
 from open_lm.serve.limits import Limits
 from open_lm.serve.refused import Refused
+from open_lm.serve.schemas import EITHER
 from open_lm.serve.state import State, state_of
 from open_lm.serve.waiting import ClientGone
 
@@ -31,9 +32,11 @@ def create_app(state: State) -> FastAPI:
     """The application over models that are ready."""
     app = FastAPI(title="OpenLM", lifespan=_lifespan, openapi_url=None, docs_url=None, redoc_url=None)
     app.state.serving = state
+    _add_plain_routes(app)
+    for router in (openai_routes.router, easylm_routes.router, app.router):
+        _let_ask_for_heads(router)
     app.include_router(openai_routes.router)
     app.include_router(easylm_routes.router)
-    _add_plain_routes(app)
     _add_error_handlers(app)
     app.add_middleware(Limits, state=state)
     return app
@@ -77,6 +80,14 @@ def _add_plain_routes(app: FastAPI) -> None:
         app.add_api_route(f"/{path}", page, methods=["GET"])
 
 
+def _let_ask_for_heads(router: APIRouter) -> None:
+    """HEAD wherever GET is: what monitors ask to see whether a server lives."""
+    for route in router.routes:
+        methods: set[str] = getattr(route, "methods", None) or set()
+        if "GET" in methods:
+            methods.add("HEAD")
+
+
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:
@@ -114,6 +125,8 @@ def _refusal_of(error: RequestValidationError) -> Refused:
     if found["type"] == "extra_forbidden":
         return Refused(400, f"Unknown field {where[-1][:100]!r}.", where[-1][:100])
     name = ".".join(fields)[:100]
+    if fields and fields[-1] in EITHER and found["type"] != "missing" and len(error.errors()) > 1:
+        message = EITHER[fields[-1]]
     return Refused(400, f"{name}: {message}" if name else message, name or None)
 
 

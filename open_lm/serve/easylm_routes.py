@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse
 
-from open_lm.serve.openai_routes import encoded
 from open_lm.serve.refused import Refused
 from open_lm.serve.schemas import EasyBody, EasyChatBody
 from open_lm.serve.served import Served, TextSettings, settings_of
 from open_lm.serve.service import Ticket
 from open_lm.serve.state import state_of
-from open_lm.serve.waiting import until_written
+from open_lm.serve.waiting import TimeLimit, in_turns, until_written
 
 router = APIRouter()
 GREEDY = settings_of(temperature=0, seed=0)
@@ -33,8 +33,8 @@ async def loglikelihood(body: EasyBody, request: Request) -> Any:
     prefixes, texts = body.prefix_text or [], _given(body.text, "text")
     if body.prefix_text is not None and len(prefixes) != len(texts):
         raise Refused(400, f"{len(prefixes)} prefix_text and {len(texts)} text: give one each.", "prefix_text")
-    before = [await encoded(served, prefix) for prefix in prefixes or [""] * len(texts)]
-    after = [await encoded(served, text, special=False) if text else [] for text in texts]
+    before = await served.encoded(prefixes or [""] * len(texts))
+    after = await _encoded_texts(served, texts)
     pairs = [_fitted(served, *pair) for pair in zip(before, after, strict=True)]
     sums = await _sums(request, served, pairs)
     return {
@@ -50,10 +50,7 @@ async def loglikelihood_rolling(body: EasyBody, request: Request) -> Any:
     """The log-likelihood of whole texts, in windows where they are longer than the context."""
     served = state_of(request).first
     texts = _given(body.text, "text")
-    windows = [
-        rolling_windows(await encoded(served, text, special=False) if text else [], _start(served), served.context)
-        for text in texts
-    ]
+    windows = [rolling_windows(ids, served.encode(""), served.context) for ids in await _encoded_texts(served, texts)]
     sums = iter(await _sums(request, served, [pair for parts in windows for pair in parts]))
     rows = [[next(sums) for _ in parts] for parts in windows]
     return {
@@ -69,7 +66,7 @@ async def generate(body: EasyBody, request: Request) -> Any:
     served = state_of(request).first
     prefixes = _given(body.prefix_text, "prefix_text")
     temperature = 1.0 if body.temperature is None else body.temperature
-    asked = [TextSettings(settings_of(temperature=temperature))] * len(prefixes)
+    asked = [EncodedPrompt(config_of(temperature=temperature)) for _ in prefixes]
     return {
         "prefix_text": prefixes,
         "output_text": await _written(request, served, prefixes, asked),
@@ -95,16 +92,16 @@ async def chat(body: EasyChatBody, request: Request) -> Any:
     state = state_of(request)
     served = state.first
     temperature = 1.0 if body.temperature is None else body.temperature
-    asked_text = served.template.prompt([{"role": "user", "content": body.prompt}])
+    asked_text = await asyncio.to_thread(served.chat_text, [{"role": "user", "content": body.prompt}])
     begin = served.template.tokens.get("bos_token")
     if body.context and begin and asked_text.startswith(begin):
         asked_text = asked_text[len(begin) :]
     context = body.context + asked_text
     end_ids, end_strings = served.turn_end
-    asked = TextSettings(settings_of(temperature=temperature), None, end_strings, end_ids)
-    tickets = served.tickets([await encoded(served, context, special=False)], [asked])
+    asked = EncodedPrompt(config_of(temperature=temperature), None, end_strings, end_ids)
+    tickets = served.tickets(await served.encoded([context], special=False), [asked])
     state.log_prompts(served, tickets)
-    await until_written(request, served.service, tickets, state.config.max_seconds)
+    await until_written(request, served.service, tickets, TimeLimit(state.config.max_seconds))
     state.log_texts(served, tickets)
     response = tickets[0].stream.text
     end = end_strings[0] if end_strings else served.tokenizer.decode(end_ids)
@@ -117,8 +114,10 @@ def _given(value: list[Any] | None, name: str) -> list[Any]:
     return value
 
 
-def _start(served: Served) -> list[int]:
-    return served.encode("")
+async def _encoded_texts(served: Served, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of texts that are scored: nothing stands before them, and an empty one has none."""
+    encoded = await served.encoded(texts, special=False)
+    return [ids if text else [] for ids, text in zip(encoded, texts, strict=True)]
 
 
 def _fitted(served: Served, before: Sequence[int], after: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -150,14 +149,18 @@ async def _sums(
     request: Request, served: Served, pairs: Sequence[tuple[list[int], list[int]]]
 ) -> list[tuple[float, bool]]:
     """Log-likelihood of each second part after the first, and whether greedy decoding writes it."""
+    service, seconds = served.service, state_of(request).config.max_seconds
     scored = [index for index, (_, after) in enumerate(pairs) if after]
-    prompts = [[*pairs[index][0], *pairs[index][1]] for index in scored]
-    asked = [TextSettings(GREEDY, max_tokens=0, score_from=len(pairs[index][0])) for index in scored]
-    tickets = served.tickets(prompts, asked)
-    if tickets:
-        await until_written(request, served.service, tickets, state_of(request).config.max_seconds)
-    found = {index: _sum(ticket) for index, ticket in zip(scored, tickets, strict=True)}
-    return [found.get(index, (0.0, True)) for index in range(len(pairs))]
+
+    def tickets_of(indices: Sequence[int]) -> list[Ticket]:
+        asked = [EncodedPrompt(GREEDY, max_tokens=0, score_from=len(pairs[index][0])) for index in indices]
+        return served.tickets([[*pairs[index][0], *pairs[index][1]] for index in indices], asked)
+
+    found = [
+        _sum(ticket) async for tickets in in_turns(request, service, scored, tickets_of, seconds) for ticket in tickets
+    ]
+    of_index = dict(zip(scored, found, strict=True))
+    return [of_index.get(index, (0.0, True)) for index in range(len(pairs))]
 
 
 def _sum(ticket: Ticket) -> tuple[float, bool]:
@@ -169,8 +172,17 @@ async def _written(
     request: Request, served: Served, prefixes: Sequence[str], asked: Sequence[TextSettings]
 ) -> list[str]:
     state = state_of(request)
-    tickets = served.tickets([await encoded(served, prefix) for prefix in prefixes], asked)
-    state.log_prompts(served, tickets)
-    await until_written(request, served.service, tickets, state.config.max_seconds)
-    state.log_texts(served, tickets)
-    return [ticket.stream.text for ticket in tickets]
+    prompts = list(zip(await served.encoded(prefixes), asked, strict=True))
+    for prompt, one in prompts:  # before the first is written
+        served.require_readable(prompt, one)
+
+    def tickets_of(some: Sequence[tuple[list[int], EncodedPrompt]]) -> list[Ticket]:
+        tickets = served.tickets([prompt for prompt, _ in some], [one for _, one in some])
+        state.log_prompts(served, tickets)
+        return tickets
+
+    texts: list[str] = []
+    async for tickets in in_turns(request, served.service, prompts, tickets_of, state.config.max_seconds):
+        state.log_texts(served, tickets)
+        texts += [ticket.stream.text for ticket in tickets]
+    return texts

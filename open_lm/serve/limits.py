@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from open_lm.serve.config import LOOPBACK
+from open_lm.serve.config import is_loopback
 from open_lm.serve.refused import Refused
 from open_lm.serve.state import State
 
@@ -46,7 +46,7 @@ class Limits:
     def _check(self, scope: Any) -> None:
         headers = {name.decode("latin1").lower(): value.decode("latin1") for name, value in scope["headers"]}
         key = self.state.config.api_key
-        if key is None and self.state.config.is_loopback and _host(headers.get("host", "")) not in LOOPBACK:
+        if key is None and self.state.config.is_loopback and not is_loopback(_host(headers.get("host", ""))):
             raise Refused(403, "This server answers to localhost alone: another site may not send you here.")
         given = headers.get("authorization", "").removeprefix("Bearer ").encode("latin1")
         if key and scope["path"] not in OPEN and not secrets.compare_digest(given, key.encode()):

@@ -24,20 +24,20 @@ def usage(tickets: Sequence[Ticket], n: int) -> dict[str, Any]:
 
 
 def completion_logprobs(
-    scores: Sequence[TokenScore | None], tokens: Sequence[int], texts_of: TokenTexts, offset: int = 0
+    scores: Sequence[tuple[int, TokenScore | None]], texts_of: TokenTexts, offset: int = 0
 ) -> dict[str, Any]:
-    """`logprobs` of /v1/completions; a token without a score (the first of all) has null.
+    """`logprobs` of /v1/completions: of tokens with their scores; one without (the first of all) has null.
 
-    `top_logprobs` holds the token itself, too.
+    `top_logprobs` holds the token itself, too. `offset` is where the first token begins in the text.
     """
     offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += texts_of.n_characters(token)
+    for token, _ in scores:
+        offsets.append(max(0, offset))
+        offset += texts_of.n_characters([token])
     return {
-        "tokens": [texts_of.of(token)[0] for token in tokens],
-        "token_logprobs": [None if score is None else score.log_probability for score in scores],
-        "top_logprobs": [None if score is None else _by_text(score, texts_of) for score in scores],
+        "tokens": [texts_of.of(token)[0] for token, _ in scores],
+        "token_logprobs": [None if score is None else score.log_probability for _, score in scores],
+        "top_logprobs": [None if score is None else _by_text(score, texts_of) for _, score in scores],
         "text_offset": offsets,
     }
 

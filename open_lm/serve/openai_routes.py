@@ -12,17 +12,18 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
+from open_lm.generation.text import TokenScore
 from open_lm.serve.openai_format import chat_logprobs, completion_logprobs, usage
 from open_lm.serve.refused import Refused
 from open_lm.serve.schemas import ChatBody, CompletionBody, SamplingBody
 from open_lm.serve.served import Served, TextSettings, settings_of
 from open_lm.serve.service import TextProgress, Ticket
 from open_lm.serve.state import State, state_of
-from open_lm.serve.waiting import progress_of, until_written
+from open_lm.serve.waiting import TimeLimit, progress_of, until_written
 
 router = APIRouter(prefix="/v1")
-LONG_TEXT = 10_000
-"""Characters from which on a text is encoded beside the event loop, so that other requests go on."""
+MANY_SCORES = 5_000
+"""Log-probabilities from which on an answer is put together beside the event loop."""
 
 
 @router.get("/models")
@@ -52,7 +53,7 @@ async def completions(body: CompletionBody, request: Request) -> Response:
     """Continue one prompt or several."""
     state = state_of(request)
     served = state.model(body.model)
-    prompts = [await encoded(served, prompt, special=body.add_special_tokens) for prompt in body.prompts]
+    prompts = await served.encoded(body.prompts, special=body.add_special_tokens)
     n_top, score_from = body.logprobs, 1 if body.echo and body.logprobs is not None else None
     asked = _asked(body, 16 if body.max_tokens is None else body.max_tokens, n_top, score_from)
     tickets = served.tickets(prompts, [asked] * len(prompts), body.n)
@@ -95,15 +96,6 @@ def _asked(
     )
 
 
-async def encoded(served: Served, prompt: str | list[int], *, special: bool = True) -> list[int]:
-    """The ids of a prompt, given as text or as ids."""
-    if not isinstance(prompt, str):
-        return prompt
-    if len(prompt) > LONG_TEXT:
-        return await asyncio.to_thread(served.encode, prompt, special=special)
-    return served.encode(prompt, special=special)
-
-
 class _Completions:
     """The choices of /v1/completions."""
 
@@ -113,37 +105,35 @@ class _Completions:
     def __init__(self, served: Served, body: CompletionBody):
         self.decode, self.texts_of, self.body = served.tokenizer.decode, served.token_texts, body
         self.prompts = body.prompts
+        self._offsets: dict[int, int] = {}  # of what has been told of each text, characters
+
+    def whole(self, ticket: Ticket) -> dict[str, Any]:
+        return self._choice(ticket, ticket.stream.text, ticket.text.scores, ticket.text.finish)
+
+    def first(self, ticket: Ticket) -> None:
+        return None
+
+    def piece(self, ticket: Ticket, progress: Progress) -> dict[str, Any]:
+        return self._choice(ticket, progress.piece, progress.scores, progress.finish)
+
+    def _choice(self, ticket: Ticket, text: str, scores: Sequence[TokenScore], finish: str | None) -> dict[str, Any]:
+        """What is new of a text; with `echo` the prompt comes before its first piece."""
+        begins, logprobs = self.body.echo and ticket.index not in self._offsets, None
+        echoed = self._prompt_text(ticket) if begins else ""
+        offset = self._offsets.setdefault(ticket.index, 0)
+        if self.body.logprobs is not None:
+            found: list[tuple[int, TokenScore | None]] = [(score.token, score) for score in scores]
+            if begins:
+                prompt = ticket.text.prompt
+                found = [*zip(prompt, [None, *ticket.text.prompt_scores], strict=True), *found]
+                offset = len(echoed) - self.texts_of.n_characters(prompt)  # below 0 by what is not in the text (BOS)
+            logprobs = completion_logprobs(found, self.texts_of, offset)
+            self._offsets[ticket.index] = offset + self.texts_of.n_characters([token for token, _ in found])
+        return {"index": ticket.index, "text": echoed + text, "logprobs": logprobs, "finish_reason": finish}
 
     def _prompt_text(self, ticket: Ticket) -> str:
         prompt = self.prompts[ticket.index // self.body.n]
         return prompt if isinstance(prompt, str) else self.decode(prompt)
-
-    def whole(self, ticket: Ticket) -> dict[str, Any]:
-        text, echoed = ticket.text, self._prompt_text(ticket) if self.body.echo else ""
-        found = {"index": ticket.index, "text": echoed + ticket.stream.text, "finish_reason": text.finish}
-        if self.body.logprobs is None:
-            return {**found, "logprobs": None}
-        tokens, scores = list(text.tokens), list(text.scores)
-        if self.body.echo:
-            tokens, scores = [*text.prompt, *tokens], [None, *text.prompt_scores, *scores]  # type: ignore[list-item]
-        return {**found, "logprobs": completion_logprobs(scores, tokens, self.texts_of)}
-
-    def first(self, ticket: Ticket) -> dict[str, Any] | None:
-        if not self.body.echo:
-            return None
-        return {"index": ticket.index, "text": self._prompt_text(ticket), "logprobs": None, "finish_reason": None}
-
-    def piece(self, ticket: Ticket, progress: TextProgress) -> dict[str, Any]:
-        logprobs = None
-        if self.body.logprobs is not None:
-            scores = progress.scores
-            logprobs = completion_logprobs(scores, [score.token for score in scores], self.texts_of)
-        return {
-            "index": ticket.index,
-            "text": progress.piece,
-            "logprobs": logprobs,
-            "finish_reason": progress.finish,
-        }
 
 
 class _Chat:
@@ -185,11 +175,15 @@ async def _answer(
         return StreamingResponse(
             parts, media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         )
-    await until_written(request, served.service, tickets, state.config.max_seconds)
+    await until_written(request, served.service, tickets, TimeLimit(state.config.max_seconds))
     state.log_texts(served, tickets)
-    choices = [form.whole(ticket) for ticket in tickets]
-    answer = {**head, "object": form.object_name, "choices": choices, "usage": usage(tickets, body.n)}
-    return Response(orjson.dumps(answer), media_type="application/json")
+
+    def answer() -> bytes:
+        choices = [form.whole(ticket) for ticket in tickets]
+        return orjson.dumps({**head, "object": form.object_name, "choices": choices, "usage": usage(tickets, body.n)})
+
+    is_long = sum(ticket.text.n_wanted_scores for ticket in tickets) >= MANY_SCORES
+    return Response(await asyncio.to_thread(answer) if is_long else answer(), media_type="application/json")
 
 
 async def _parts(
@@ -201,8 +195,10 @@ async def _parts(
         for ticket in tickets:
             if (first := form.first(ticket)) is not None:
                 yield _event({**head, "choices": [first], **no_usage})
-        async for ticket, progress in progress_of(served.service, tickets, state.config.max_seconds):
-            yield _event({**head, "choices": [form.piece(ticket, progress)], **no_usage})
+        async for ticket, progress in progress_of(served.service, tickets, TimeLimit(state.config.max_seconds)):
+            is_long = len(ticket.text.prompt_scores) * (1 + (ticket.text.n_top or 0)) >= MANY_SCORES
+            piece = await asyncio.to_thread(form.piece, ticket, progress) if is_long else form.piece(ticket, progress)
+            yield _event({**head, "choices": [piece], **no_usage})
         if body.wants_usage:
             yield _event({**head, "choices": [], "usage": usage(tickets, body.n)})
         state.log_texts(served, tickets)

@@ -4,9 +4,33 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    PlainValidator,
+    model_validator,
+)
+
+from open_lm.generation.config import LEAST_PENALTY, MOST_PENALTY
 
 MAX_SEED = 2**63 - 1
+MAX_FIELDS = 64
+"""A body is refused at its first faults: of the millions that one may have, a list would not fit in memory."""
+MAX_STOPS, MAX_STOP_CHARACTERS = 16, 1000
+
+
+class _FirstFault(FailFast):
+    """FailFast as a part of a union, whose parts must be hashable."""
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+
+FIRST_FAULT = _FirstFault()
 
 
 def _sendable(text: str) -> str:
@@ -15,15 +39,46 @@ def _sendable(text: str) -> str:
     return text
 
 
-Utf8Text = Annotated[str, AfterValidator(_sendable)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
-Stop = Annotated[Utf8Text, Field(min_length=1, max_length=1000)]
+Text = Annotated[str, AfterValidator(_sendable)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1), FIRST_FAULT]
+Texts = Annotated[list[Text], Field(max_length=1024), FIRST_FAULT]
+
+
+def _stops(value: Any) -> Any:
+    """One stop string or a list of them, as it came."""
+    strings = [value] if isinstance(value, str) else value
+    if not isinstance(strings, list) or not all(isinstance(one, str) for one in strings):
+        raise ValueError("give a string or a list of strings.")
+    if len(strings) > MAX_STOPS:
+        raise ValueError(f"{len(strings)} strings; at most {MAX_STOPS} are looked for.")
+    for one in map(_sendable, strings):
+        if not 1 <= len(one) <= MAX_STOP_CHARACTERS:
+            raise ValueError(f"a string of {len(one)} characters; give 1 to {MAX_STOP_CHARACTERS}, or leave stop out.")
+    return value
+
+
+_Some = Field(min_length=1, max_length=1024)
+Prompts = Annotated[list[Text], _Some, FIRST_FAULT] | Annotated[list[TokenIds], _Some, FIRST_FAULT]
+EITHER = {
+    "prompt": "give a text, token ids from 0 on, or a list of 1 to 1024 texts or of 1 to 1024 lists of token ids.",
+    "content": "give a text, or a list of parts of the form {type: text, text: …}.",
+}
+"""What fields take that are of one kind or another, by name."""
+Stops = Annotated[str | list[str], PlainValidator(_stops)]
+Count = Annotated[int, BeforeValidator(lambda value: 1 if value is None else value), Field(ge=1, le=128)]
 
 
 class Body(BaseModel):
     """A JSON object without unknown fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_small(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise ValueError(f"{len(value)} fields; no request of this server has so many.")
+        return value
 
 
 class StreamOptions(Body):
@@ -37,21 +92,21 @@ class SamplingBody(Body):
     """What both of OpenAI's routes share. top_k, min_p, repetition_penalty are extensions that others have, too."""
 
     model: str | None = None
-    n: int = Field(1, ge=1, le=128)
+    n: Count = 1
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=1000)
+    repetition_penalty: float | None = Field(None, ge=LEAST_PENALTY, le=MOST_PENALTY)
     seed: int | None = Field(None, ge=-MAX_SEED - 1, le=MAX_SEED)
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop: Stops | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Any] | None = None
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, Any], Field(max_length=16)] | None = None
     store: bool | None = None
     service_tier: str | None = None
 
@@ -78,7 +133,7 @@ class SamplingBody(Body):
 class CompletionBody(SamplingBody):
     """POST /v1/completions"""
 
-    prompt: Utf8Text | TokenIds | Annotated[list[Utf8Text] | list[TokenIds], Field(min_length=1, max_length=1024)]
+    prompt: Text | TokenIds | Prompts
     max_tokens: int | None = Field(None, ge=0, lt=2**31)
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
@@ -118,7 +173,7 @@ class ChatMessage(Body):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Utf8Text | Annotated[list[Part], Field(min_length=1)]
+    content: Text | Annotated[list[Part], Field(min_length=1), FIRST_FAULT]
     name: str | None = None
     refusal: Any = None
     annotations: Nothing = None  # empty fields of answers, which clients send back as they came
@@ -142,18 +197,20 @@ class ResponseFormat(Body):
 class ChatBody(SamplingBody):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000), FIRST_FAULT]
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    tools: list[Any] | None = Field(None, max_length=0)
+    tools: list[Any] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def _chats(self) -> ChatBody:
+        if self.tools:
+            raise ValueError("tools is not supported by this server: leave it out.")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs belongs to logprobs: true.")
         return self
@@ -162,9 +219,9 @@ class ChatBody(SamplingBody):
 class EasyBody(Body):
     """POST /generate, /greedy-until, /loglikelihood and /loglikelihood-rolling, as EasyLM's client sends them."""
 
-    prefix_text: Annotated[list[Utf8Text], Field(max_length=1024)] | None = None
-    text: Annotated[list[Utf8Text], Field(max_length=1024)] | None = None
-    until: Annotated[list[Stop | Annotated[list[Stop], Field(max_length=16)]], Field(max_length=1024)] | None = None
+    prefix_text: Texts | None = None
+    text: Texts | None = None
+    until: Annotated[list[Stops], Field(max_length=1024), FIRST_FAULT] | None = None
     temperature: float | None = Field(None, ge=0, le=100)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +13,14 @@ from typing import Any
 from open_lm.errors import ConfigError
 from open_lm.generation.config import GenerateConfig
 from open_lm.generation.prompts import check_prompt
-from open_lm.generation.stream import TextStream
-from open_lm.generation.text import Text
+from open_lm.generation.stream import Stream
+from open_lm.generation.text import Text, copy_numbers
 from open_lm.serve.refused import Refused
 from open_lm.serve.service import Events, Service, Ticket
 from open_lm.serve.token_texts import TokenTexts
+
+LONG_TEXT = 10_000
+"""Characters of a request from which on they are encoded beside the event loop, so that other requests go on."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,17 @@ class Served:
     template: Any
     created: int
 
+    def warmed(self) -> Served:
+        """This, with the chat template tried, so that one that is broken is known before anybody chats.
+
+        Raises:
+            ConfigError: it is no jinja.
+        """
+        with contextlib.suppress(Refused):
+            self.chat_text([{"role": "user", "content": "a"}])
+        _ = self.turn_end
+        return self
+
     @property
     def context(self) -> int:
         """Positions that a prompt and what is written after it have together."""
@@ -51,6 +66,15 @@ class Served:
         """The ids of a prompt, with what the tokenizer puts before it (BOS); an empty one starts a text."""
         ids = self.tokenizer.encode_prompt(text) if special else self.tokenizer.encode(text)
         return ids or [self.tokenizer.eot_id]
+
+    async def encoded(self, prompts: Sequence[str | list[int]], *, special: bool = True) -> list[list[int]]:
+        """The ids of prompts, each given as text or as ids; long texts are encoded beside the event loop."""
+
+        def work() -> list[list[int]]:
+            return [self.encode(one, special=special) if isinstance(one, str) else one for one in prompts]
+
+        n_characters = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+        return work() if n_characters < LONG_TEXT else await asyncio.to_thread(work)
 
     @cached_property
     def token_texts(self) -> TokenTexts:
@@ -65,12 +89,15 @@ class Served:
         """
         self.service.require_room(len(prompts) * n)
         for prompt, one in zip(prompts, asked, strict=True):
-            self._require_readable(prompt, one)
+            self.require_readable(prompt, one)
         events: Events = asyncio.Queue()
-        jobs = [(prompt, one, copy) for prompt, one in zip(prompts, asked, strict=True) for copy in range(n)]
-        return [self._ticket(prompt, one, copy, events, index) for index, (prompt, one, copy) in enumerate(jobs)]
+        jobs = [job for job in zip(prompts, asked, strict=True) for _ in range(n)]
+        copies = copy_numbers([prompt for prompt, _ in jobs])
+        return [
+            self._ticket(*job, copy, events, index) for index, (job, copy) in enumerate(zip(jobs, copies, strict=True))
+        ]
 
-    def _require_readable(self, prompt: Sequence[int], asked: TextSettings) -> None:
+    def require_readable(self, prompt: Sequence[int], asked: EncodedPrompt) -> None:
         """See that the model can read a prompt.
 
         Raises:
@@ -97,8 +124,8 @@ class Served:
         stream = TextStream(self.tokenizer, asked.stops, before=prompt)
         return Ticket(text, stream, events, index, is_streamed=asked.is_streamed)
 
-    def chat_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """The ids that the assistant's answer to `messages` follows.
+    def chat_text(self, messages: Sequence[dict[str, str]]) -> str:
+        """The text that the assistant's answer to `messages` follows.
 
         Raises:
             Refused: the template does not take these messages.
@@ -106,9 +133,17 @@ class Served:
         from open_lm.post_training.chat.template import TemplateRefusal
 
         try:
-            return self.encode(self.template.prompt(messages), special=False)
+            return self.template.prompt(messages)
         except TemplateRefusal as error:
             raise Refused(400, f"The chat template does not take these messages: {error}", "messages") from None
+
+    def chat_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """The ids that the assistant's answer to `messages` follows.
+
+        Raises:
+            Refused: as `chat_text`.
+        """
+        return self.encode(self.chat_text(messages), special=False)
 
     @cached_property
     def turn_end(self) -> tuple[tuple[int, ...], tuple[str, ...]]:

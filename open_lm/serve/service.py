@@ -23,6 +23,11 @@ from open_lm.generation.text import Text, TokenScore
 from open_lm.serve.metrics import Metrics
 from open_lm.serve.refused import Refused
 
+MAX_SCORES = 1 << 20
+"""Log-probabilities of one request, at most; each takes about 100 bytes until it is sent."""
+MAX_OPEN_SCORES = 4 * MAX_SCORES
+"""Those of all requests at a time."""
+
 
 @dataclass(frozen=True)
 class TextProgress:
@@ -73,7 +78,7 @@ class Service:
         self.max_len = int(model.config.seq_len)
         self._inbox: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
         self._tickets: dict[Text, Ticket] = {}
-        self._n_open = 0
+        self._n_open = self._n_open_scores = 0
         self._seconds = 1.0  # a text's, on a running average
         self._thread = threading.Thread(target=self._work, name=f"engine of {name}", daemon=True)
         self._loop: asyncio.AbstractEventLoop
@@ -116,12 +121,19 @@ class Service:
             Refused: the queue is full, or could never take so many.
         """
         self.require_room(len(tickets))
+        n_scores = sum(ticket.text.n_wanted_scores for ticket in tickets)
+        if n_scores > MAX_SCORES:
+            words = f"{n_scores} log-probabilities in one request; this server gives {MAX_SCORES}. Ask for fewer."
+            raise Refused(400, words, "logprobs")
         room = self.n_slots + self.max_queue
-        if self._n_open + len(tickets) > room:
-            wait = max(1, math.ceil(self._seconds * (self._n_open - self.n_slots + 1) / self.n_slots))
-            raise Refused(429, "The server is busy: too many texts wait. Try again later.", retry_after=str(wait))
+        if self._n_open + len(tickets) > room or self._n_open_scores + n_scores > MAX_OPEN_SCORES:
+            wait = math.ceil(self._seconds * max(1, self._n_open - self.n_slots + 1) / self.n_slots)
+            raise Refused(
+                429, "The server is busy: too many texts wait. Try again later.", retry_after=str(max(1, wait))
+            )
         self.check()
         self._n_open += len(tickets)
+        self._n_open_scores += n_scores
         for ticket in tickets:
             self._inbox.put(ticket)
 
@@ -157,7 +169,10 @@ class Service:
             return engine.step()
         except Exception:  # out of memory, a broken model: the requests at work fail, the server goes on
             logging.exception("%s: the engine failed; its %d texts end", self.name, len(self._tickets))
-            return engine.abandon()
+            engine.abandon()
+            for text in self._tickets:  # those, too, that ended in the step that failed
+                text.finish = text.finish or "error"
+            return list(self._tickets)
 
     def _tell(self, engine: Engine, changed: Sequence[Text]) -> None:
         """Send what is new to the event loop, all at once."""
@@ -179,6 +194,7 @@ class Service:
             ticket.events.put_nowait((ticket, progress))
             if progress.finish is not None:
                 self._n_open -= 1
+                self._n_open_scores -= ticket.text.n_wanted_scores
                 self._count(ticket, progress.finish)
 
     def _count(self, ticket: Ticket, finish: str) -> None:

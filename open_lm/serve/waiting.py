@@ -4,26 +4,62 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, TypeVar
 
 from open_lm.serve.refused import Refused
 from open_lm.serve.service import Service, TextProgress, Ticket
+
+T = TypeVar("T")
+RETRY_SECONDS = 0.05
+"""Between two attempts of a request that has begun to find room for its next texts."""
 
 
 class ClientGone(Exception):
     """Nobody reads the answer any more."""
 
 
-async def until_written(request: Any, service: Service, tickets: Sequence[Ticket], seconds: float) -> None:
+class TimeLimit:
+    """The time that a request has, from now on."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self._end = seconds, time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds until the end; below 0 after it."""
+        return self._end - time.monotonic()
+
+    def refusal(self) -> Refused:
+        """What a request beyond it is told."""
+        return Refused(504, f"The request took longer than {self.seconds:g} seconds: ask for less.", code="timeout")
+
+
+async def in_turns(
+    request: Any, service: Service, jobs: Sequence[T], tickets_of: Callable[[Sequence[T]], list[Ticket]], seconds: float
+) -> AsyncIterator[list[Ticket]]:
+    """Let `service` write the texts of any number of jobs, no more at a time than it has slots; gives those written.
+
+    Raises:
+        ClientGone, Refused: as `until_written`; the queue is full for the first of them alone, others wait.
+    """
+    limit = TimeLimit(seconds)
+    for begin in range(0, len(jobs), service.n_slots):
+        tickets = tickets_of(jobs[begin : begin + service.n_slots])
+        await until_written(request, service, tickets, limit, waits_for_room=begin > 0)
+        yield tickets
+
+
+async def until_written(
+    request: Any, service: Service, tickets: Sequence[Ticket], limit: TimeLimit, *, waits_for_room: bool = False
+) -> None:
     """Let `service` write every text and wait for the last; texts that are unfinished on an error are cancelled.
 
     Raises:
         ClientGone: the client has left.
-        Refused: the queue is full, time is up, or the engine failed.
+        Refused: the queue is full (unless the request waits for room), time is up, or the engine failed.
     """
-    service.submit(tickets)
-    work = asyncio.ensure_future(_all_written(service, tickets, seconds))
+    work = asyncio.ensure_future(_all_written(service, tickets, limit, waits_for_room))
     gone = asyncio.ensure_future(_client_leaves(request))
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -37,23 +73,20 @@ async def until_written(request: Any, service: Service, tickets: Sequence[Ticket
 
 
 async def progress_of(
-    service: Service, tickets: Sequence[Ticket], seconds: float
-) -> AsyncIterator[tuple[Ticket, TextProgress]]:
+    service: Service, tickets: Sequence[Ticket], limit: TimeLimit
+) -> AsyncIterator[tuple[Ticket, Progress]]:
     """What comes to texts that have been submitted, until all have ended; whoever stops listening cancels them.
 
     Raises:
         Refused: time is up, or the engine failed.
     """
     events, n_open = tickets[0].events, len(tickets)
-    deadline = time.monotonic() + seconds
     try:
         while n_open:
             try:
-                ticket, progress = await asyncio.wait_for(events.get(), deadline - time.monotonic())
+                ticket, progress = await asyncio.wait_for(events.get(), limit.left)
             except asyncio.TimeoutError:
-                raise Refused(
-                    504, f"The request took longer than {seconds:g} seconds: ask for fewer tokens.", code="timeout"
-                ) from None
+                raise limit.refusal() from None
             if progress.finish in ("error", "cancelled"):
                 raise Refused(500, "The model failed on this request; the server's log says why.")
             n_open -= progress.finish is not None
@@ -62,9 +95,23 @@ async def progress_of(
         service.cancel(tickets)
 
 
-async def _all_written(service: Service, tickets: Sequence[Ticket], seconds: float) -> None:
-    async for _ in progress_of(service, tickets, seconds):
+async def _all_written(service: Service, tickets: Sequence[Ticket], limit: TimeLimit, waits_for_room: bool) -> None:
+    while not _submitted(service, tickets, waits_for_room):
+        if limit.left < 0:
+            raise limit.refusal()
+        await asyncio.sleep(RETRY_SECONDS)
+    async for _ in progress_of(service, tickets, limit):
         pass
+
+
+def _submitted(service: Service, tickets: Sequence[Ticket], waits_for_room: bool) -> bool:
+    try:
+        service.submit(tickets)
+    except Refused as refused:
+        if waits_for_room and refused.status == 429:
+            return False
+        raise
+    return True
 
 
 async def _client_leaves(request: Any) -> None:

@@ -1,9 +1,13 @@
 """EasyLM's routes: log-likelihoods of a forward pass, greedy texts of `generate`, lm-eval's windows."""
 
+import threading
+
 import pytest
 import torch
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from serve_setup import httpx, running
 
+from open_lm.errors import ConfigError
 from open_lm.generation import generate
 from open_lm.serve.easylm_routes import rolling_windows
 
@@ -85,6 +89,53 @@ def test_a_chat_goes_on_with_its_context(client):
     assert post(client, "/chat", prompt="and?", context="<|user|>\nhi\n", temperature=0)["context"].startswith(
         "<|user|>\nhi\n<|user|>"
     )
+
+
+def test_more_texts_than_slots_and_queue_hold_are_written_in_turns(folder):
+    """However many others ask at the time: only the first of them may be refused."""
+    texts, floods, statuses = ["long " * 400, "short", "x" * 300], [], []
+
+    def flood(url):
+        while not floods:
+            statuses.append(httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 9}).status_code)
+
+    with running(folder, slots=2, max_queue=1) as (url, _), running(folder) as (wide, _):
+        other = threading.Thread(target=flood, args=[url])
+        other.start()
+        with httpx.Client(timeout=60) as client:
+            for path, body in (
+                ("/loglikelihood-rolling", {"text": texts}),
+                ("/loglikelihood", {"text": [f"text {n}" for n in range(20)]}),
+                ("/greedy-until", {"prefix_text": [f"text {n}" for n in range(20)], "until": ["a"] * 20}),
+            ):
+                while (few := client.post(url + path, json=body)).status_code == 429:
+                    pass
+                assert few.status_code == 200 and few.json() == client.post(wide + path, json=body).json()
+        floods.append(True)
+        other.join()
+    assert 200 in statuses
+
+
+def test_equal_prefixes_get_texts_of_their_own(client):
+    texts = post(client, "/generate", prefix_text=["one"] * 4)["output_text"]
+    assert len(set(texts)) == 4
+
+
+def test_a_conversation_that_the_template_does_not_take_is_refused(folder, tmp_path):
+    (tmp_path / "odd.jinja").write_text("{{ raise_exception('no jokes') if 'joke' in messages[0]['content'] }}hi")
+    with running(folder, chat_template=str(tmp_path / "odd.jinja")) as (url, _):
+        assert httpx.post(f"{url}/chat", json={"prompt": "hello"}, timeout=60).status_code == 200
+        answer = httpx.post(f"{url}/chat", json={"prompt": "a joke"})
+    assert answer.status_code == 400 and "no jokes" in answer.json()["error"]["message"]
+
+
+def test_a_template_that_is_no_jinja_is_an_error_at_the_start(folder, tmp_path):
+    (tmp_path / "broken.jinja").write_text("{% for %}")
+    with (
+        pytest.raises(ConfigError, match=r"--chat-template: line 1 is no jinja"),
+        running(folder, chat_template=str(tmp_path / "broken.jinja")),
+    ):
+        pass
 
 
 def test_ready_says_so(client):

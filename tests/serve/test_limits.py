@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import socket
+import threading
 import time
 
 import pytest
@@ -44,8 +45,12 @@ WRONG = [
     ({"prompt": "x", "n": 0}, "n"),
     ({"prompt": "x", "n": 129}, "n"),
     ({"prompt": "x", "logprobs": 21}, "logprobs"),
+    ({"prompt": "x", "stop": ""}, "stop: a string of 0 characters; give 1 to 1000, or leave stop out."),
     ({"prompt": "x", "stop": [""]}, "stop"),
-    ({"prompt": "x", "stop": ["a"] * 17}, "stop"),
+    ({"prompt": "x", "stop": ["a"] * 17}, "stop: 17 strings; at most 16 are looked for."),
+    ({"prompt": "x", "stop": [["a"]]}, "stop: give a string or a list of strings."),
+    ({"prompt": "x", "repetition_penalty": 1e-30}, "repetition_penalty"),
+    ({"prompt": "x", **dict.fromkeys(map(str, range(100)))}, "101 fields"),
     ({"prompt": "x", "seed": 2**64}, "seed"),
     ({"prompt": "x", "frequency_penalty": 0.5}, "frequency_penalty"),
     ({"prompt": "x", "logit_bias": {"5": 1}}, "logit_bias"),
@@ -223,6 +228,88 @@ def test_metrics_are_in_prometheus_form_and_count(client, server):
     )
     for line in after.splitlines():
         assert line.startswith("# ") or len(line.rpartition(" ")[0].split("{")[0].split()) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": [1.5] * 200_000}),
+        ("/v1/completions", {"prompt": ["a", *[1] * 200_000]}),
+        ("/v1/completions", {"prompt": [[]] * 200_000}),
+        ("/v1/completions", {"prompt": "x", "metadata": dict.fromkeys(map(str, range(200_000)))}),
+        ("/v1/chat/completions", {"messages": [5] * 200_000}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{}] * 200_000}]}),
+        ("/loglikelihood", {"text": [5] * 200_000}),
+        ("/greedy-until", {"prefix_text": ["a"], "until": [[5]] * 200_000}),
+    ],
+)
+def test_a_body_with_a_million_faults_costs_no_more_than_one_with_one(client, path, body):
+    """Each fault used to be listed: half a minute and several GB."""
+    begun = time.monotonic()
+    answer = client.post(path, json=body)
+    assert answer.status_code == 400 and time.monotonic() - begun < 3
+
+
+def test_long_requests_are_encoded_beside_the_event_loop_whatever_they_consist_of(client, server, monkeypatch):
+    served = server[1].first
+    encode, threads = served.encode, []
+
+    def noted(text, **settings):
+        threads.append(threading.current_thread().name)
+        return encode(text, **settings)
+
+    monkeypatch.setattr(served, "encode", noted)
+    client.post("/v1/completions", json={"prompt": ["a" * 200] * 60, "max_tokens": 1})
+    client.post("/loglikelihood", json={"prefix_text": ["a" * 100] * 60, "text": ["a" * 100] * 60})
+    client.post("/generate", json={"prefix_text": ["a" * 250] * 50})
+    loops = {thread.name for thread in threading.enumerate() if thread.name.endswith("(<lambda>)")}
+    assert len(threads) >= 170 and set(threads[:60]).isdisjoint(loops) and "MainThread" not in threads
+
+
+def test_log_probabilities_are_bounded_by_request_and_in_all(folder, monkeypatch):
+    from open_lm.serve import service
+
+    monkeypatch.setattr(service, "MAX_SCORES", 2000)
+    monkeypatch.setattr(service, "MAX_OPEN_SCORES", 1999)
+    with running(folder) as (url, state):
+        body = {"prompt": ["x" * 100] * 2, "max_tokens": 1, "echo": True, "logprobs": 9}
+        much = httpx.post(f"{url}/v1/completions", json={**body, "prompt": ["x" * 100] * 3})
+        assert much.status_code == 400 and "3000 log-probabilities" in much.text
+        busy = httpx.post(f"{url}/v1/completions", json=body)
+        assert busy.status_code == 429 and int(busy.headers["retry-after"]) >= 1
+        less = httpx.post(f"{url}/v1/completions", json={**body, "logprobs": 8}, timeout=60)
+        assert less.status_code == 200
+        assert until(lambda: n_open(state) == 0) and state.first.service._n_open_scores == 0
+
+
+def test_a_text_that_ends_in_the_step_that_fails_is_answered_and_frees_its_place(folder, monkeypatch):
+    from open_lm.generation.engine import Engine
+
+    write, failures = Engine._write, iter([True])
+
+    def failing(self, just_read):
+        if just_read and next(failures, False):
+            raise RuntimeError("no memory")
+        return write(self, just_read)
+
+    monkeypatch.setattr(Engine, "_write", failing)
+    with running(folder, max_seconds=5) as (url, state):
+        scored = httpx.post(f"{url}/v1/completions", json={"prompt": "abc", "max_tokens": 0}, timeout=10)
+        assert scored.status_code == 200 and n_open(state) == 0
+
+
+def test_who_only_asks_for_the_head_gets_it(client):
+    for path in ("/", "/health", "/ready", "/metrics", "/v1/models"):
+        answer = client.head(path)
+        assert answer.status_code == 200 and answer.content == b""
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("127.0.0.2:1", 200), ("[::1]", 200), ("localhost:1", 200), ("127.0.0.1.nip.io", 403), ("0.0.0.0", 403)],
+)
+def test_all_names_of_this_machine_alone_are_answered(client, host, status):
+    assert client.get("/health", headers={"host": host}).status_code == status
 
 
 @pytest.mark.parametrize("log_prompts", [False, True])

@@ -4,8 +4,12 @@ import json
 
 import pytest
 import torch
+from serve_setup import httpx, running, tokenizer_of_bytes
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from open_lm.data import tokenizer as data_tokenizer
 from open_lm.generation import generate
+from open_lm.serve.token_texts import TokenTexts
 
 PROMPT = "the quick brown fox"
 
@@ -63,8 +67,12 @@ def test_the_pieces_of_a_stream_join_to_the_whole(client, settings, echo):
         mine = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == choice["index"]]
         assert "".join(c["text"] for c in mine) == choice["text"]
         assert [c["finish_reason"] for c in mine if c["finish_reason"]] == [choice["finish_reason"]]
-        tokens = [t for c in mine if c["logprobs"] for t in c["logprobs"]["token_logprobs"]]
-        assert tokens == pytest.approx(choice["logprobs"]["token_logprobs"][len(PROMPT) if echo else 0 :], abs=1e-4)
+        for name, value in choice["logprobs"].items():
+            pieces = [one for c in mine if c["logprobs"] for one in c["logprobs"][name]]
+            if name == "token_logprobs":
+                assert pieces[1:] == pytest.approx(value[1:], abs=1e-4) and (pieces[0] is None) == echo
+            elif name != "top_logprobs":
+                assert pieces == value
 
 
 def test_log_probabilities_are_those_of_a_forward_pass(client, first):
@@ -81,6 +89,52 @@ def test_log_probabilities_are_those_of_a_forward_pass(client, first):
         best = expected[place].topk(3)
         top = found["top_logprobs"][place + 1]
         assert sorted(top.values(), reverse=True)[:3] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+def test_a_texts_offsets_are_where_its_tokens_stand_in_it(client, folder):
+    found = complete(client, prompt="oné", max_tokens=12, temperature=0, logprobs=0, echo=True)["choices"][0]
+    places = zip(found["logprobs"]["tokens"], found["logprobs"]["text_offset"], strict=True)
+    plain = [(token, place) for token, place in places if not token.startswith("bytes:")]
+    assert len(plain) > 8 and all(found["text"][place : place + len(token)] == token for token, place in plain)
+
+
+def test_a_token_that_the_tokenizer_puts_before_a_prompt_takes_no_place_in_the_text(folder, tmp_path):
+    backend = tokenizer_of_bytes()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with running(folder, tokenizer=str(tmp_path / "tokenizer.json")) as (url, _):
+        body = {"prompt": "abc", "max_tokens": 2, "temperature": 0, "logprobs": 0, "echo": True}
+        found = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]
+    assert found["logprobs"]["tokens"][:4] == ["<|endoftext|>", "a", "b", "c"]
+    assert found["logprobs"]["text_offset"][:5] == [0, 0, 1, 2, 3]
+
+
+def test_tokens_of_llamas_kind_keep_their_spaces_and_bytes():
+    words = ["<s>", "</s>", "▁", "a", "b", "▁a", "▁b", "<0xC3>", "<0xA9>"]
+    backend = Tokenizer(models.BPE({w: n for n, w in enumerate(words)}, [("▁", "a"), ("▁", "b")], byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)
+    texts = TokenTexts(data_tokenizer.Tokenizer(backend, "llama"))
+    assert [texts.of(words.index(word))[0] for word in ("▁a", "a", "▁b")] == [" a", "a", " b"]
+    assert texts.of(7) == ("bytes:\\xc3", [0xC3]) and texts.n_characters([5, 7, 8]) == 3
+
+
+def test_equal_prompts_of_a_request_are_drawn_as_generate_draws_them(client, first):
+    model, tokenizer = first
+    ids = tokenizer.encode(PROMPT)
+    expected = generate(model, [ids] * 4, stop_ids=[0], top_p=1.0, temperature=1.0, seed=7, max_gen_len=20)
+    for body in ({"prompt": [PROMPT] * 4}, {"prompt": [PROMPT] * 2, "n": 2}, {"n": 4}):
+        found = complete(client, max_tokens=20, seed=7, **body)["choices"]
+        assert [c["text"] for c in found] == [tokenizer.decode(tokens) for tokens in expected]
+    assert len({c["text"] for c in found}) == 4
+
+
+def test_null_is_as_if_a_field_were_left_out(client):
+    nothing = dict.fromkeys(["n", "stop", "temperature", "top_p", "logprobs", "echo", "stream", "max_tokens", "user"])
+    assert len(complete(client, **nothing)["choices"]) == 1
 
 
 def test_max_tokens_0_scores_a_prompt_as_long_as_the_context(client):

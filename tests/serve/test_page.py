@@ -141,6 +141,10 @@ def test_writing_can_be_stopped_and_errors_are_shown(page, server, monkeypatch):
     )
     say(page, "x" * 400)
     assert "context" in page.locator(".turn.error").text_content()
+    assert page.input_value("#prompt") == "x" * 400
+    settings(page, max_tokens=5)
+    say(page, "shorter")  # the conversation goes on without what failed
+    assert page.locator(".turn.error").count() == 1 and "5 tokens" in page.locator(".foot").last.text_content()
 
 
 @pytest.mark.parametrize("page", [{}], indirect=True)

@@ -101,7 +101,7 @@ function pieceOf(choice) {
 
 async function write(column, path, body, turn, signal) {
   const begun = performance.now();
-  let text = "", held = [], finish = null, usage = null;
+  let text = "", held = [], finish = null, usage = null, failed = false;
   turn.classList.add("writing");
   try {
     for await (const event of events(path, body, signal)) {
@@ -121,12 +121,12 @@ async function write(column, path, body, turn, signal) {
     turn.append(element("span", "foot", summary(usage, finish, performance.now() - begun)));
   } catch (error) {
     if (error.name === "AbortError") turn.append(element("span", "foot", "Stopped."));
-    else { turn.classList.add("error"); turn.append(element("span", "foot", error.message)); }
+    else { failed = true; turn.classList.add("error"); turn.append(element("span", "foot", error.message)); }
   } finally {
     turn.classList.remove("writing");
     column.body.scrollTop = column.body.scrollHeight;
   }
-  return text;
+  return { text, failed };
 }
 
 function summary(usage, finish, milliseconds) {
@@ -154,8 +154,11 @@ async function chat(column, asked, signal) {
   $("prompt").value = "";
   const system = $("system").value ? [{ role: "system", content: $("system").value }] : [];
   const body = { model: column.name, messages: [...system, ...column.messages], logprobs: true, top_logprobs: 5, ...settings() };
-  const text = await write(column, "v1/chat/completions", body, addTurn(column, "assistant"), signal);
-  column.messages.push({ role: "assistant", content: text });
+  const { text, failed } = await write(column, "v1/chat/completions", body, addTurn(column, "assistant"), signal);
+  if (failed) { // the conversation goes on without it
+    column.messages.pop();
+    $("prompt").value ||= asked;
+  } else column.messages.push({ role: "assistant", content: text });
 }
 
 async function complete(column, asked, signal) {

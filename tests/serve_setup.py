@@ -48,6 +48,17 @@ def folder(tmp_path_factory):
     return folder
 
 
+def n_open(state):
+    return sum(served.service._n_open for served in state.models.values())
+
+
+def until(what, seconds=5.0):
+    end = time.monotonic() + seconds
+    while not what() and time.monotonic() < end:
+        time.sleep(0.01)
+    return what()
+
+
 @contextlib.contextmanager
 def running(folder, *names, **changes):
     """A server of the checkpoints `names`; gives its url and its state."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import gc
 import logging
+import math
 import os
 import socket
 import sys
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from open_lm.serve.metrics import Metrics
     from open_lm.serve.served import Served
     from open_lm.serve.state import State
+
+LAST_SECONDS = 10
+"""After --grace-seconds, for answers that say that the server shut down."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -77,7 +82,7 @@ def state_of_flags(config: ServeConfig, flags: ModelFlags) -> State:
     asked = [(path, None) for path in config.checkpoint]
     for path, adapter in [*asked, *((config.checkpoint[0], adapter) for adapter in config.adapter)]:
         name = _name_of(adapter or path, models)
-        models[name] = _served(name, path, adapter, config, flags, metrics)
+        models[name] = _served(name, path, adapter, config, flags, metrics, list(models.values()))
     return State(config, models, metrics)
 
 
@@ -94,7 +99,13 @@ def _name_of(path: str, taken: Any) -> str:
 
 
 def _served(
-    name: str, path: str, adapter: str | None, config: ServeConfig, flags: ModelFlags, metrics: Metrics
+    name: str,
+    path: str,
+    adapter: str | None,
+    config: ServeConfig,
+    flags: ModelFlags,
+    metrics: Metrics,
+    others: Sequence[Served],
 ) -> Served:
     import torch
 
@@ -103,7 +114,7 @@ def _served(
     from open_lm.data.tokenizer import load_tokenizer
     from open_lm.post_training.chat.template import load_template
     from open_lm.serve.served import Served
-    from open_lm.serve.service import Service, slots_that_fit
+    from open_lm.serve.service import Service, slot_bytes, slots_that_fit
 
     found = resolve(path)
     tokenizer = load_tokenizer(config.tokenizer or stored_tokenizer(found))
@@ -113,7 +124,8 @@ def _served(
     model = load_model(found, device=device, dtype=config.dtype, **given)
     if adapter is not None:
         model = _adapted(model, adapter, device)
-    n_slots = slots_that_fit(model, config.slots)
+    promised = sum(slot_bytes(other.service.model) * other.service.n_slots for other in others)
+    n_slots = slots_that_fit(model, config.slots, promised)
     logging.info("%s: %s on %s, %d slots of %d tokens", name, adapter or path, device, n_slots, model.config.seq_len)
     service = Service(name, model, n_slots, config.max_queue, metrics)
     return Served(name, service, tokenizer, template, int(time.time())).warmed()
@@ -139,11 +151,16 @@ def serve(state: State, listener: socket.socket) -> None:
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     class Server(uvicorn.Server):
-        """Says when requests are taken, and when no more are."""
+        """Says when requests are taken, and when no more are; ends those that take longer than they may."""
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets=sockets)
             logging.info("serving %s on %s", ", ".join(state.models), url)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            end = asyncio.get_running_loop().call_later(state.config.grace_seconds, state.end_texts)
+            await super().shutdown(sockets=sockets)
+            end.cancel()
 
         def handle_exit(self, sig: int, frame: Any) -> None:
             if not state.is_ending:
@@ -156,12 +173,15 @@ def serve(state: State, listener: socket.socket) -> None:
         create_app(state),
         log_level="warning",
         access_log=False,
-        timeout_graceful_shutdown=max(1, round(state.config.grace_seconds)),
+        timeout_graceful_shutdown=math.ceil(state.config.grace_seconds) + LAST_SECONDS,
         server_header=False,
     )
     gc.collect()
     gc.freeze()  # later collections leave alone what is there for good: torch and the models
-    Server(config).run(sockets=[listener])
+    try:
+        Server(config).run(sockets=[listener])
+    finally:
+        gc.unfreeze()
 
 
 if __name__ == "__main__":

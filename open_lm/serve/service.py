@@ -82,7 +82,7 @@ class Service:
         self._seconds = 1.0  # a text's, on a running average
         self._thread = threading.Thread(target=self._work, name=f"engine of {name}", daemon=True)
         self._loop: asyncio.AbstractEventLoop
-        self.alive = True
+        self.alive, self.is_over = True, False
 
     def start(self) -> None:
         """Begin to work for the running event loop."""
@@ -95,13 +95,17 @@ class Service:
         self._inbox.put(None)
         self._thread.join(timeout=30)
 
+    def end_texts(self) -> None:
+        """End what is being written, and take nothing more."""
+        self.is_over = True
+
     def check(self) -> None:
         """See that the engine's thread is at work.
 
         Raises:
             Refused: it is not.
         """
-        if not self.alive or not self._thread.is_alive():
+        if self.is_over or not self.alive or not self._thread.is_alive():
             raise Refused(503, f"{self.name} is not served any more.")
 
     def require_room(self, n_texts: int) -> None:
@@ -147,6 +151,8 @@ class Service:
             engine = Engine(self.model, self.n_slots, self.max_len)
             while self.alive:
                 self._take(engine)
+                for text in self._tickets if self.is_over else ():
+                    text.cancelled = True
                 if engine.busy:
                     self._tell(engine, self._step(engine))
 
@@ -219,17 +225,30 @@ def _free_memory() -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def slots_that_fit(model: Any, wanted: int) -> int:
-    """`wanted`, or as many slots as fit half of the memory that is free where the model is."""
+def slot_bytes(model: Any) -> int:
+    """Size of a slot of the cache; 0 for a Mamba, whose state is small, and for caches that grow as they are used."""
     config, weight = model.config, next(model.parameters())
-    if not hasattr(config, "kv_heads"):  # a Mamba's state is small; other caches grow as they are used
+    if not hasattr(config, "kv_heads"):
+        return 0
+    return 2 * config.n_layers * config.seq_len * config.kv_heads * config.head_dim * weight.element_size()
+
+
+def slots_that_fit(model: Any, wanted: int, promised: int = 0) -> int:
+    """`wanted`, or as many slots as fit half of the memory that is free where the model is.
+
+    `promised` is what the caches of other models will take of it, in bytes.
+    """
+    size, weight = slot_bytes(model), next(model.parameters())
+    if size == 0:
         return wanted
-    size = 2 * config.n_layers * config.seq_len * config.kv_heads * config.head_dim * weight.element_size()
     if weight.is_cuda:
         free = torch.cuda.mem_get_info(weight.device)[0]
     else:
         free = _free_memory()
-    n_slots = max(1, min(wanted, free // 2 // size))
+    n_slots = max(1, min(wanted, (free // 2 - promised) // size))
     if n_slots < wanted:
-        logging.warning("--slots %d: %d fit half of the free memory (%.1f GB)", wanted, n_slots, free / 1e9)
+        logging.warning(
+            "--slots %d: %d fit half of the free memory (%.1f GB)%s",
+            wanted, n_slots, free / 1e9, " beside the other models" if promised else "",
+        )  # fmt: skip
     return n_slots

@@ -41,6 +41,11 @@ class State:
             raise Refused(404, f"No model {name[:200]!r} here: this server has {known}.", "model", "model_not_found")
         return self.models[name]
 
+    def end_texts(self) -> None:
+        """End every text that is still being written: the time to finish is over."""
+        for served in self.models.values():
+            served.service.end_texts()
+
     def log_prompts(self, served: Served, tickets: Sequence[Ticket]) -> None:
         """Write prompts to the log, with --log-prompts."""
         for ticket in tickets if self.config.log_prompts else ():

@@ -87,7 +87,9 @@ async def progress_of(
                 ticket, progress = await asyncio.wait_for(events.get(), limit.left)
             except asyncio.TimeoutError:
                 raise limit.refusal() from None
-            if progress.finish in ("error", "cancelled"):
+            if progress.finish == "cancelled":
+                raise Refused(503, "The server shut down before this was written.")
+            if progress.finish == "error":
                 raise Refused(500, "The model failed on this request; the server's log says why.")
             n_open -= progress.finish is not None
             yield ticket, progress

@@ -70,6 +70,22 @@ def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(folder, strea
         process.stderr.close()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_takes_longer_than_the_grace_is_told_that_the_server_shut_down(folder, stream):
+    process, url = started(folder, "--slots", "1", "--grace-seconds", "0.2", "--max-queue", "200")
+    body = {"prompt": "a long story", "max_tokens": 243, "temperature": 0, "n": 120, "stream": stream}
+    threading.Timer(1.0, process.send_signal, [signal.SIGTERM]).start()
+    try:
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+        assert answer.status_code == (200 if stream else 503)
+        assert '"message":"The server shut down before this was written."' in answer.text
+        assert process.wait(timeout=20) == 0 and "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.stderr.close()
+
+
 def test_a_port_that_is_taken_is_an_error_before_any_model_is_read():
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match=r"--port \d+: .*in use"):
         main(["--checkpoint", "nowhere", "--port", str(taken.getsockname()[1])])

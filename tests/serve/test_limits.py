@@ -4,24 +4,12 @@ import asyncio
 import json
 import random
 import socket
-import threading
 import time
 
 import pytest
-from serve_setup import httpx, running
+from serve_setup import httpx, n_open, running, until
 
 BODY = {"prompt": "the quick", "max_tokens": 200, "temperature": 0}
-
-
-def n_open(state):
-    return sum(served.service._n_open for served in state.models.values())
-
-
-def until(what, seconds=5.0):
-    end = time.monotonic() + seconds
-    while not what() and time.monotonic() < end:
-        time.sleep(0.01)
-    return what()
 
 
 WRONG = [
@@ -230,58 +218,6 @@ def test_metrics_are_in_prometheus_form_and_count(client, server):
         assert line.startswith("# ") or len(line.rpartition(" ")[0].split("{")[0].split()) == 1
 
 
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
-        ("/v1/completions", {"prompt": [1.5] * 200_000}),
-        ("/v1/completions", {"prompt": ["a", *[1] * 200_000]}),
-        ("/v1/completions", {"prompt": [[]] * 200_000}),
-        ("/v1/completions", {"prompt": "x", "metadata": dict.fromkeys(map(str, range(200_000)))}),
-        ("/v1/chat/completions", {"messages": [5] * 200_000}),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{}] * 200_000}]}),
-        ("/loglikelihood", {"text": [5] * 200_000}),
-        ("/greedy-until", {"prefix_text": ["a"], "until": [[5]] * 200_000}),
-    ],
-)
-def test_a_body_with_a_million_faults_costs_no_more_than_one_with_one(client, path, body):
-    """Each fault used to be listed: half a minute and several GB."""
-    begun = time.monotonic()
-    answer = client.post(path, json=body)
-    assert answer.status_code == 400 and time.monotonic() - begun < 3
-
-
-def test_long_requests_are_encoded_beside_the_event_loop_whatever_they_consist_of(client, server, monkeypatch):
-    served = server[1].first
-    encode, threads = served.encode, []
-
-    def noted(text, **settings):
-        threads.append(threading.current_thread().name)
-        return encode(text, **settings)
-
-    monkeypatch.setattr(served, "encode", noted)
-    client.post("/v1/completions", json={"prompt": ["a" * 200] * 60, "max_tokens": 1})
-    client.post("/loglikelihood", json={"prefix_text": ["a" * 100] * 60, "text": ["a" * 100] * 60})
-    client.post("/generate", json={"prefix_text": ["a" * 250] * 50})
-    loops = {thread.name for thread in threading.enumerate() if thread.name.endswith("(<lambda>)")}
-    assert len(threads) >= 170 and set(threads[:60]).isdisjoint(loops) and "MainThread" not in threads
-
-
-def test_log_probabilities_are_bounded_by_request_and_in_all(folder, monkeypatch):
-    from open_lm.serve import service
-
-    monkeypatch.setattr(service, "MAX_SCORES", 2000)
-    monkeypatch.setattr(service, "MAX_OPEN_SCORES", 1999)
-    with running(folder) as (url, state):
-        body = {"prompt": ["x" * 100] * 2, "max_tokens": 1, "echo": True, "logprobs": 9}
-        much = httpx.post(f"{url}/v1/completions", json={**body, "prompt": ["x" * 100] * 3})
-        assert much.status_code == 400 and "3000 log-probabilities" in much.text
-        busy = httpx.post(f"{url}/v1/completions", json=body)
-        assert busy.status_code == 429 and int(busy.headers["retry-after"]) >= 1
-        less = httpx.post(f"{url}/v1/completions", json={**body, "logprobs": 8}, timeout=60)
-        assert less.status_code == 200
-        assert until(lambda: n_open(state) == 0) and state.first.service._n_open_scores == 0
-
-
 def test_a_text_that_ends_in_the_step_that_fails_is_answered_and_frees_its_place(folder, monkeypatch):
     from open_lm.generation.engine import Engine
 
@@ -319,20 +255,6 @@ def test_prompts_and_texts_are_in_the_log_only_when_asked_for(folder, caplog, lo
         text = httpx.post(f"{url}/v1/completions", json={**BODY, "prompt": "private words"}, timeout=60).json()
         assert text["choices"]
     assert ("private words" in caplog.text) == log_prompts
-
-
-def test_a_request_for_too_many_texts_is_refused_before_any_is_made(client, server, monkeypatch):
-    state = server[1] if isinstance(server, tuple) else server
-    made = []
-    for served in state.models.values():
-        monkeypatch.setattr(type(served), "_ticket", lambda *args: made.append(args))
-    answer = client.post("/v1/completions", json={"prompt": ["a"] * 1024, "n": 128, "max_tokens": 1})
-    assert answer.status_code == 400 and "131072 texts in one request" in answer.text and not made
-
-
-def test_stops_of_easylm_are_bounded(client):
-    answer = client.post("/greedy-until", json={"prefix_text": ["a"], "until": [["x"] * 17]})
-    assert answer.status_code == 400
 
 
 def test_an_answer_goes_back_as_the_official_client_dumps_it(client):

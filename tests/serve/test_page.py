@@ -129,7 +129,10 @@ def test_writing_can_be_stopped_and_errors_are_shown(page, server, monkeypatch):
 
     step = Engine.step
     monkeypatch.setattr(Engine, "step", lambda self: (time.sleep(0.05), step(self))[1])
-    settings(page, max_tokens=200)
+    settings(page, max_tokens=20_000)
+    say(page, "hello")
+    assert "cut where the model's context ends" in page.locator(".foot").text_content()
+    page.click("#clear")
     page.fill("#prompt", "a long story")
     page.click("#send")
     page.wait_for_selector(".token")

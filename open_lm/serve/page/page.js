@@ -118,7 +118,7 @@ async function write(column, path, body, turn, signal) {
         if (near) column.body.scrollTop = column.body.scrollHeight;
       }
     }
-    turn.append(element("span", "foot", summary(usage, finish, performance.now() - begun)));
+    turn.append(element("span", "foot", summary(usage, finish, body.max_tokens, performance.now() - begun)));
   } catch (error) {
     if (error.name === "AbortError") turn.append(element("span", "foot", "Stopped."));
     else { failed = true; turn.classList.add("error"); turn.append(element("span", "foot", error.message)); }
@@ -129,10 +129,11 @@ async function write(column, path, body, turn, signal) {
   return { text, failed };
 }
 
-function summary(usage, finish, milliseconds) {
-  const ended = finish === "length" ? "cut at max tokens" : "ended by itself";
+function summary(usage, finish, asked, milliseconds) {
+  const n = usage?.completion_tokens;
+  const cut = n < asked ? "cut where the model's context ends" : "cut at max tokens";
+  const ended = finish === "length" ? cut : "ended by itself";
   if (!usage) return ended;
-  const n = usage.completion_tokens;
   return `${n} token${n === 1 ? "" : "s"}, ${(1000 * n / milliseconds).toFixed(1)} a second, ${ended}`;
 }
 

@@ -66,7 +66,7 @@ async def generate(body: EasyBody, request: Request) -> Any:
     served = state_of(request).first
     prefixes = _given(body.prefix_text, "prefix_text")
     temperature = 1.0 if body.temperature is None else body.temperature
-    asked = [EncodedPrompt(config_of(temperature=temperature)) for _ in prefixes]
+    asked = [TextSettings(settings_of(temperature=temperature)) for _ in prefixes]
     return {
         "prefix_text": prefixes,
         "output_text": await _written(request, served, prefixes, asked),
@@ -98,7 +98,7 @@ async def chat(body: EasyChatBody, request: Request) -> Any:
         asked_text = asked_text[len(begin) :]
     context = body.context + asked_text
     end_ids, end_strings = served.turn_end
-    asked = EncodedPrompt(config_of(temperature=temperature), None, end_strings, end_ids)
+    asked = TextSettings(settings_of(temperature=temperature), None, end_strings, end_ids)
     tickets = served.tickets(await served.encoded([context], special=False), [asked])
     state.log_prompts(served, tickets)
     await until_written(request, served.service, tickets, TimeLimit(state.config.max_seconds))
@@ -153,7 +153,7 @@ async def _sums(
     scored = [index for index, (_, after) in enumerate(pairs) if after]
 
     def tickets_of(indices: Sequence[int]) -> list[Ticket]:
-        asked = [EncodedPrompt(GREEDY, max_tokens=0, score_from=len(pairs[index][0])) for index in indices]
+        asked = [TextSettings(GREEDY, max_tokens=0, score_from=len(pairs[index][0])) for index in indices]
         return served.tickets([[*pairs[index][0], *pairs[index][1]] for index in indices], asked)
 
     found = [
@@ -176,7 +176,7 @@ async def _written(
     for prompt, one in prompts:  # before the first is written
         served.require_readable(prompt, one)
 
-    def tickets_of(some: Sequence[tuple[list[int], EncodedPrompt]]) -> list[Ticket]:
+    def tickets_of(some: Sequence[tuple[list[int], TextSettings]]) -> list[Ticket]:
         tickets = served.tickets([prompt for prompt, _ in some], [one for _, one in some])
         state.log_prompts(served, tickets)
         return tickets

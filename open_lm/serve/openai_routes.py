@@ -113,7 +113,7 @@ class _Completions:
     def first(self, ticket: Ticket) -> None:
         return None
 
-    def piece(self, ticket: Ticket, progress: Progress) -> dict[str, Any]:
+    def piece(self, ticket: Ticket, progress: TextProgress) -> dict[str, Any]:
         return self._choice(ticket, progress.piece, progress.scores, progress.finish)
 
     def _choice(self, ticket: Ticket, text: str, scores: Sequence[TokenScore], finish: str | None) -> dict[str, Any]:

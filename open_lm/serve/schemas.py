@@ -39,9 +39,9 @@ def _sendable(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_sendable)]
+Utf8Text = Annotated[str, AfterValidator(_sendable)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1), FIRST_FAULT]
-Texts = Annotated[list[Text], Field(max_length=1024), FIRST_FAULT]
+Texts = Annotated[list[Utf8Text], Field(max_length=1024), FIRST_FAULT]
 
 
 def _stops(value: Any) -> Any:
@@ -58,7 +58,7 @@ def _stops(value: Any) -> Any:
 
 
 _Some = Field(min_length=1, max_length=1024)
-Prompts = Annotated[list[Text], _Some, FIRST_FAULT] | Annotated[list[TokenIds], _Some, FIRST_FAULT]
+Prompts = Annotated[list[Utf8Text], _Some, FIRST_FAULT] | Annotated[list[TokenIds], _Some, FIRST_FAULT]
 EITHER = {
     "prompt": "give a text, token ids from 0 on, or a list of 1 to 1024 texts or of 1 to 1024 lists of token ids.",
     "content": "give a text, or a list of parts of the form {type: text, text: …}.",
@@ -133,7 +133,7 @@ class SamplingBody(Body):
 class CompletionBody(SamplingBody):
     """POST /v1/completions"""
 
-    prompt: Text | TokenIds | Prompts
+    prompt: Utf8Text | TokenIds | Prompts
     max_tokens: int | None = Field(None, ge=0, lt=2**31)
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
@@ -173,7 +173,7 @@ class ChatMessage(Body):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[Part], Field(min_length=1), FIRST_FAULT]
+    content: Utf8Text | Annotated[list[Part], Field(min_length=1), FIRST_FAULT]
     name: str | None = None
     refusal: Any = None
     annotations: Nothing = None  # empty fields of answers, which clients send back as they came
@@ -197,7 +197,7 @@ class ResponseFormat(Body):
 class ChatBody(SamplingBody):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000), FIRST_FAULT]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000), FIRST_FAULT]
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool | None = None

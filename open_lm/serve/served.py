@@ -13,7 +13,7 @@ from typing import Any
 from open_lm.errors import ConfigError
 from open_lm.generation.config import GenerateConfig
 from open_lm.generation.prompts import check_prompt
-from open_lm.generation.stream import Stream
+from open_lm.generation.stream import TextStream
 from open_lm.generation.text import Text, copy_numbers
 from open_lm.serve.refused import Refused
 from open_lm.serve.service import Events, Service, Ticket
@@ -97,7 +97,7 @@ class Served:
             self._ticket(*job, copy, events, index) for index, (job, copy) in enumerate(zip(jobs, copies, strict=True))
         ]
 
-    def require_readable(self, prompt: Sequence[int], asked: EncodedPrompt) -> None:
+    def require_readable(self, prompt: Sequence[int], asked: TextSettings) -> None:
         """See that the model can read a prompt.
 
         Raises:

@@ -74,7 +74,7 @@ async def until_written(
 
 async def progress_of(
     service: Service, tickets: Sequence[Ticket], limit: TimeLimit
-) -> AsyncIterator[tuple[Ticket, Progress]]:
+) -> AsyncIterator[tuple[Ticket, TextProgress]]:
     """What comes to texts that have been submitted, until all have ended; whoever stops listening cancels them.
 
     Raises:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from open_lm.generation.stops import StopSearch, until_stop
-from open_lm.generation.stream import Stream
+from open_lm.generation.stream import TextStream
 
 
 class Bytes:
@@ -79,7 +79,7 @@ def test_a_token_costs_the_same_however_long_the_stop_strings_are():
     n_of = []
     for length in (10, 1000):
         Counting.n = 0
-        stream = Stream(Bytes(), [Counting("a" * length + "b")])
+        stream = TextStream(Bytes(), [Counting("a" * length + "b")])
         tokens = []
         for byte in b"a" * 3000:
             tokens.append(byte)

@@ -58,7 +58,7 @@ def _stops(value: Any) -> Any:
 
 
 _Some = Field(min_length=1, max_length=1024)
-Prompts = Annotated[list[Utf8Text], _Some, FIRST_FAULT] | Annotated[list[TokenIds], _Some, FIRST_FAULT]
+PromptList = Annotated[list[Utf8Text], _Some, FIRST_FAULT] | Annotated[list[TokenIds], _Some, FIRST_FAULT]
 EITHER = {
     "prompt": "give a text, token ids from 0 on, or a list of 1 to 1024 texts or of 1 to 1024 lists of token ids.",
     "content": "give a text, or a list of parts of the form {type: text, text: …}.",
@@ -133,7 +133,7 @@ class SamplingBody(Body):
 class CompletionBody(SamplingBody):
     """POST /v1/completions"""
 
-    prompt: Utf8Text | TokenIds | Prompts
+    prompt: Utf8Text | TokenIds | PromptList
     max_tokens: int | None = Field(None, ge=0, lt=2**31)
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None

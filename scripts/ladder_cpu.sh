@@ -61,7 +61,7 @@ if [ ! -e "$LADDER" ]; then
     "43K": {"hidden_dim": 24, "n_layers": 2, "n_heads": 3, "ffn_dim": 96},
     "66K": {"hidden_dim": 32, "n_layers": 2, "n_heads": 4, "ffn_dim": 128},
     "92K": {"hidden_dim": 40, "n_layers": 2, "n_heads": 5, "ffn_dim": 160},
-    "160K": {"hidden_dim": 48, "n_layers": 3, "n_heads": 6, "ffn_dim": 192}
+    "158K": {"hidden_dim": 56, "n_layers": 2, "n_heads": 7, "ffn_dim": 224}
   },
   "max_devices": 1,
   "device_type": "cpu",
@@ -71,7 +71,7 @@ if [ ! -e "$LADDER" ]; then
   "seed": 0,
   "data": {"manifests": ["shards/train/manifest.jsonl"]},
   "val_data": ["shards/held-out/manifest.jsonl"],
-  "run": {"chinchilla_multiple": 1, "lr_multiplier": 0.5},
+  "run": {"chinchilla_multiple": 2, "lr_multiplier": 0.5},
   "flags": {"precision": "fp32", "multiple_data_passes": true, "val_num_samples": 65536}
 }
 JSON
@@ -82,6 +82,6 @@ step "5. Train the ladder" "" "$PYTHON" -m open_lm.ladder run --ladder "$LADDER"
 step "6. All checkpoints in one table" "" "$PYTHON" -m open_lm.ladder metrics --ladder "$LADDER" \
     --output "$DIR/metrics.csv"
 step "7. Fit the law to four sizes, predict the fifth" "" "$PYTHON" -m open_lm.ladder fit --ladder "$LADDER" \
-    --hold-out size=160K --output-dir "$DIR/fit"
+    --hold-out size=158K --output-dir "$DIR/fit"
 
 say "Done in $((SECONDS - BEGAN)) s. Look at $DIR/fit/fit.png."

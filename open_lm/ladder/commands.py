@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from open_lm.errors import ConfigError
+from open_lm import storage
+from open_lm.errors import ConfigError, DataError
 from open_lm.flags import Parser, add_group, flag, read_group
 from open_lm.ladder.fit_command import FitFlags, FitResult, as_text, fit_table, write_fit
 from open_lm.ladder.ladder import ModelLadder, run_all
 from open_lm.ladder.plots import plot_lr_schedule, plot_sweep
-from open_lm.ladder.points import TableColumns, points_of, read_table, where
+from open_lm.ladder.points import numbers, read_table, where
 from open_lm.ladder.records import FoundCheckpoint
+from open_lm.ladder.run_configurator import POST_DECAY
 from open_lm.ladder.status import status as status_text
 from open_lm.ladder.tables import discovered, frame_of, write_table
 
@@ -57,9 +60,9 @@ class MetricsFlags:
     """Metrics"""
 
     output: str | None = flag(None, "File to write: .csv, .json or .pkl (a pandas DataFrame). None: print the table.")
-    prefix: str = flag("", "Only runs whose names begin so.")
+    prefix: str = flag("", "Only runs whose names begin so: LADDER-SIZE of a ladder's own, the folder's of others.")
     discover_all: bool = flag(False, "Also the other run folders in the ladder's folder, made by any training.")
-    alternative_dirs: tuple[str, ...] = flag((), "Further folders of run folders to read.")
+    alternative_dirs: tuple[str, ...] = flag((), "Further folders of run folders to read, local or remote.")
 
 
 @dataclass(frozen=True)
@@ -157,10 +160,10 @@ def metrics(argv: Sequence[str]) -> Any:
 
 
 def _rows(ladder: ModelLadder, sizes: Sequence[str], own: MetricsFlags) -> list[dict[str, Any]]:
-    rows = [row for row in ladder.metrics_rows(sizes) if row["size"].startswith(own.prefix)]
+    rows = [row for row in ladder.metrics_rows(sizes) if row["name"].startswith(own.prefix)]
     roots = ([ladder.work_dir] if own.discover_all else []) + list(own.alternative_dirs)
     for root in own.alternative_dirs:
-        if not os.path.isdir(root):
+        if not storage.exists(root):
             raise ConfigError(f"--alternative-dirs {root}: no such folder.")
     known = {os.path.abspath(os.path.join(ladder.work_dir, size)) for size in ladder.sizes}
     return rows + discovered(roots, own.prefix, ladder.config.counting, known)
@@ -190,13 +193,17 @@ def ladder_table(ladder: ModelLadder, sizes: Sequence[str], all_checkpoints: boo
     """
     frame = frame_of(ladder.metrics_rows(sizes))
     if not all_checkpoints and len(frame):
-        frame = frame[frame["description"].str.endswith("post-decay")]
+        frame = frame[frame["description"].str.endswith(POST_DECAY)]
     if len(frame):
         frame = frame[frame["tokens"] > 0]  # no power law says what a model knows before its first step
     if len(frame):
-        frame = frame.set_index(frame["size"] + " " + frame["description"].str.removesuffix(" post-decay"))
+        frame = frame.set_index(frame["size"] + " " + frame["description"].str.removesuffix(f" {POST_DECAY}"))
     if not len(frame):
         raise ConfigError("the ladder has no metrics yet: train it with `openlm ladder run`, or give --data.")
+    if "valid/loss" not in frame:
+        logging.warning(
+            "the ladder has no val_data: its law is fitted to the training loss, the mean at a decay's end."
+        )
     return frame
 
 
@@ -204,12 +211,7 @@ def plot(argv: Sequence[str]) -> list[str]:
     """Draw the learning rate of each size, or the sweep in a table."""
     flags, own = _read("plot", argv, LadderFlags, PlotFlags)
     if own.data is not None:
-        frame = where(read_table(own.data), own.where)
-        columns = TableColumns(params=own.group_column, loss=own.loss_column, tokens=own.lr_column)
-        points = points_of(frame, columns)  # checks that all three are there and positive
-        triples = zip(points.n, points.d, points.loss, strict=True)
-        rows = [{"group": float(n), "lr": float(lr), "loss": float(loss)} for n, lr, loss in triples]
-        written = [plot_sweep(rows, own.output or "sweep.png")]
+        written = [plot_sweep(_sweep(own), own.output or "sweep.png")]
     else:
         ladder, sizes = flags.open()
         if own.output is not None and len(sizes) > 1:
@@ -219,3 +221,16 @@ def plot(argv: Sequence[str]) -> list[str]:
     for path in written:
         print(f"written: {path}")
     return written
+
+
+def _sweep(own: PlotFlags) -> list[dict[str, float]]:
+    """A learning rate, a loss and a group for each row of the table; rows without a finite loss have diverged."""
+    frame = where(read_table(own.data or ""), own.where)
+    named = {"group": (own.group_column, "--group-column"), "lr": (own.lr_column, "--lr-column")}
+    columns = {key: numbers(frame, column, flag) for key, (column, flag) in named.items()}
+    for key, values in columns.items():
+        if not (values > 0).all():
+            column, flag = named[key]
+            raise DataError(f"{flag} {column}: {values.min():g} is not positive; the axis is logarithmic.")
+    columns["loss"] = numbers(frame, own.loss_column, "--loss-column")
+    return [dict(zip(columns, map(float, row), strict=True)) for row in zip(*columns.values(), strict=True)]

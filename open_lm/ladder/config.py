@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import os
+import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from open_lm import storage
-from open_lm.errors import ConfigError
+from open_lm.errors import ConfigError, OpenLMError
+from open_lm.ladder.checked import checked, known_keys, parse_object, whole
+from open_lm.ladder.owned import refuse_own
 from open_lm.ladder.run_configurator import CONFIGURATORS, RunConfigurator
 from open_lm.ladder.sizes import COUNTINGS, ModelConfigurator, SizeSpec
-
-OWN_FLAGS = {
-    "model", "dataset_manifest", "train_data_mix_weights", "val_data", "icl_tasks", "tokenizer", "global_batch_size",
-    "batch_size", "accum_freq", "train_tokens", "train_steps", "train_num_samples", "epochs", "num_checkpoints", "lr",
-    "warmup", "warmup_tokens", "lr_scheduler", "lr_decay_fraction", "lr_decay_tokens", "lr_period_tokens", "lr_read_at",
-    "lr_cooldown_end", "beta1", "beta2", "wd", "wd_rule", "wd_all", "grad_clip_norm", "z_loss_coefficient", "seed",
-    "save_at_steps", "eval_at_steps", "keep_last", "delete_previous_checkpoint", "resume", "logs", "logs_dir", "name",
-    "stop_at_step", "stop_at_tokens", "dry_run", "remote_sync", "config",
-}  # fmt: skip
-"""Flags of training that the ladder sets itself."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +51,10 @@ class LadderConfig:
 
     def __post_init__(self) -> None:
         for key in ("sequence_length", "vocab_size", "max_devices"):
-            _require_int(key, getattr(self, key), 1)
-        _require_int("seed", self.seed, 0)
+            whole(key, getattr(self, key), 1)
+        whole("seed", self.seed, 0)
         if self.rank_microbatch_tokens is not None:
-            _require_int("rank_microbatch_tokens", self.rank_microbatch_tokens, 1)
+            whole("rank_microbatch_tokens", self.rank_microbatch_tokens, 1)
         if not self.name or "/" in self.name:
             raise ConfigError(f"name {self.name!r} in the ladder file must be one path component.")
         if self.counting not in COUNTINGS:
@@ -73,14 +64,14 @@ class LadderConfig:
         for name in self.sizes:
             if name in ("", ".", "..") or "/" in name:
                 raise ConfigError(f"sizes.{name} in the ladder file: a size's name is one path component.")
-        for key in self.flags:
-            if key.replace("-", "_") in OWN_FLAGS:
-                raise ConfigError(f"flags.{key} in the ladder file: the ladder sets --{key} itself. Leave it out.")
+        refuse_own(self.flags)
 
     def path(self, name: str) -> str:
         """`name` as it stands in the file, from the folder of the ladder file; urls and absolute paths as they are."""
         if storage.is_remote(name):
             return name
+        if storage.is_remote(self.folder):
+            return storage.join(self.folder, name) if not os.path.isabs(name) else name
         return os.path.normpath(os.path.join(self.folder, os.path.expanduser(name)))
 
     @property
@@ -99,12 +90,9 @@ class LadderConfig:
         if name not in CONFIGURATORS:
             raise ConfigError(f"run.configurator {name!r} in the ladder file: choose of {', '.join(CONFIGURATORS)}.")
         rule = CONFIGURATORS[name]
-        known = [f.name for f in fields(rule)]
+        known_keys("run.", values, [f.name for f in fields(rule)])
         for key, value in values.items():
-            if key not in known:
-                raise ConfigError(f"run.{key} in the ladder file: no such key{_near(key, known)}")
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ConfigError(f"run.{key} in the ladder file: found {value!r}, need a number.")
+            checked(f"run.{key}", value, float)
         made: RunConfigurator = rule(**values)
         return made
 
@@ -139,13 +127,13 @@ def read_ladder(path: str) -> LadderConfig:
         ConfigError: it is missing, not JSON, or a key is missing, unknown or out of range.
     """
     try:
-        values = json.loads(storage.read_text(path))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--ladder {path}: not readable as JSON ({error}).") from error
-    except Exception as error:
+        content = storage.read_text(path)
+    except (OSError, OpenLMError) as error:
         raise ConfigError(f"--ladder {path}: {error} Make one with `openlm ladder init`.") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"--ladder {path}: holds a {type(values).__name__}, not the keys of a ladder.")
+    try:
+        values = parse_object(content)
+    except ValueError as error:
+        raise ConfigError(f"--ladder {path}: not readable as a JSON object ({error}).") from error
     return from_dict(values, storage.parent(path))
 
 
@@ -156,22 +144,27 @@ def from_dict(values: Mapping[str, Any], folder: str) -> LadderConfig:
         ConfigError: a key is missing, unknown or out of range.
     """
     known = {f.name: f for f in fields(LadderConfig) if f.name != "folder"}
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"{key} in the ladder file: no such key{_near(key, list(known))}")
+    known_keys("", values, list(known))
     required = [name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
     missing = [name for name in required if name not in values]
     if missing:
         raise ConfigError(f"{missing[0]} is missing in the ladder file.")
-    given = dict(values)
-    sizes = given["sizes"]
-    given["sizes"] = dict.fromkeys(sizes) if isinstance(sizes, list) else sizes
-    given["data"] = _sources(given["data"])
-    given["val_data"] = tuple(_list("val_data", given.get("val_data", [])))
-    for key in ("sizes", "model", "run", "flags"):
-        if not isinstance(given.get(key, {}), dict):
-            raise ConfigError(f"{key} in the ladder file: found {given[key]!r}, need an object.")
+    hints = typing.get_type_hints(LadderConfig)
+    given = {"sizes": _sizes(values["sizes"]), "data": _sources(values["data"])}
+    given |= {key: checked(key, value, hints[key]) for key, value in values.items() if key not in given}
     return LadderConfig(**given, folder=folder or ".")
+
+
+def _sizes(value: Any) -> dict[str, dict[str, Any] | None]:
+    """Sizes as a list of names, or as an object with what makes each."""
+    if isinstance(value, list):
+        names = checked("sizes", value, tuple[str, ...])
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"sizes in the ladder file: {twice} stands twice.")
+        return dict.fromkeys(names)
+    given: dict[str, Any] = checked("sizes", value, dict)
+    return {name: checked(f"sizes.{name}", keys, dict | None) for name, keys in given.items()}
 
 
 def _sources(value: Any) -> DataSources:
@@ -182,24 +175,10 @@ def _sources(value: Any) -> DataSources:
             'data in the ladder file: give {"manifests": [...], "weights": [...]} (weights may be left out), '
             f"found {value!r}."
         )
-    manifests = tuple(_list("data.manifests", value["manifests"]))
-    weights = tuple(_list("data.weights", value.get("weights") or []))
+    manifests = checked("data.manifests", value["manifests"], tuple[str, ...])
+    weights = checked("data.weights", value.get("weights") or [], tuple[float, ...])
     if weights and len(weights) != len(manifests):
         raise ConfigError(f"data in the ladder file: {len(weights)} weights for {len(manifests)} manifests.")
+    if any(weight < 0 for weight in weights) or (weights and not any(weights)):
+        raise ConfigError(f"data.weights in the ladder file: found {list(weights)}, need shares from 0 on, not all 0.")
     return DataSources(manifests, weights)
-
-
-def _list(key: str, value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise ConfigError(f"{key} in the ladder file: found {value!r}, need a list.")
-    return value
-
-
-def _require_int(key: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{key} in the ladder file: found {value!r}, need a whole number from {least} on.")
-
-
-def _near(key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    return f": did you mean {close[0]}?" if close else f". There are {', '.join(known)}."

@@ -19,7 +19,7 @@ from open_lm.ladder.laws import LAWS, law_named
 from open_lm.ladder.minimise import OBJECTIVES
 from open_lm.ladder.optimum import SAME_BUDGET, IsoFlopFit, compute_optimal, isoflop
 from open_lm.ladder.plots import plot_fit, plot_isoflop
-from open_lm.ladder.points import Points, TableColumns, points_of, where
+from open_lm.ladder.points import Points, TableColumns, points_of, split, where
 from open_lm.ladder.task_error import FORMS, ErrorFit, fit_error
 
 
@@ -115,8 +115,8 @@ def fit_table(frame: Any, flags: FitFlags, counting: str | None) -> FitResult:
     """Fit what `flags` ask for to the rows of a table; `counting` says how its parameters were counted."""
     asked = targets(flags.predict)
     frame = where(frame.iloc[flags.drop_first :], flags.where)
-    unseen = where(frame, flags.hold_out, "--hold-out") if flags.hold_out else frame.iloc[:0]
-    points = points_of(frame.drop(index=unseen.index), flags.columns)
+    seen, unseen = split(frame, flags.hold_out, "--hold-out")
+    points = points_of(seen, flags.columns)
     held_out = points_of(unseen, flags.columns)
     found = fit(law_named(flags.law), points, objective=flags.objective, resamples=flags.bootstrap, seed=flags.fit_seed)
     errors = None
@@ -135,6 +135,8 @@ def fit_table(frame: Any, flags: FitFlags, counting: str | None) -> FitResult:
         "parameters": found.parameters,
         "intervals_95": found.intervals(),
         "at_bounds": list(found.at_bounds),
+        "undetermined": list(found.undetermined),
+        "resamples_at_bounds": found.bound_shares(),
         "mean_relative_error": float(np.abs(found.relative_residuals).mean()),
         "held_out": [_prediction(found, errors, *row) for row in _rows(held_out)],
         "predictions": [_prediction(found, errors, "", n, d) for n, d in asked],
@@ -211,6 +213,14 @@ def as_text(report: dict[str, Any]) -> str:
     if not report["intervals_95"]:
         lines.append("  no intervals: too few points to resample, or --bootstrap 0")
     lines += [f"  WARNING: {name} lies at a bound: the points do not determine it" for name in report["at_bounds"]]
+    if report["undetermined"]:
+        lines.append(
+            f"  WARNING: the points do not tell {', '.join(report['undetermined'])} apart: other values fit as well, "
+            "and predictions away from the points are arbitrary. Give more sizes, or other ratios D/N"
+        )
+    for name, share in report["resamples_at_bounds"].items():
+        if name not in report["at_bounds"]:
+            lines.append(f"  WARNING: {name} lies at a bound in {share:.0%} of the resamples: its interval ends there")
     lines.append(f"mean relative error of the fit: {report['mean_relative_error']:.3%}")
     for title, key in (("held out", "held_out"), ("prediction", "predictions")):
         lines += [_prediction_line(title, row) for row in report[key]]

@@ -70,7 +70,7 @@ def contents(flags: InitFlags) -> dict[str, Any]:
         "name": flags.name,
         "dir": flags.name if flags.dir is None else _relative(flags.dir, folder),
         "project": None,
-        "sizes": {_size_name(size): _size(size) for size in flags.sizes},
+        "sizes": _sizes(flags.sizes, folder),
         "max_devices": flags.max_devices,
         "device_type": flags.device_type,
         "sequence_length": flags.sequence_length,
@@ -88,15 +88,26 @@ def contents(flags: InitFlags) -> dict[str, Any]:
     return values
 
 
-def _size_name(size: str) -> str:
-    return os.path.splitext(os.path.basename(size))[0]
+def _sizes(given: Sequence[str], folder: str) -> dict[str, dict[str, Any]]:
+    """Each size by its name, that of a file without .json.
+
+    Raises:
+        ConfigError: two have one name.
+    """
+    sizes: dict[str, dict[str, Any]] = {}
+    for size in given:
+        name = os.path.basename(size).removesuffix(".json") if size.endswith(".json") else size
+        if name in sizes:
+            raise ConfigError(f"--sizes {size}: a second size called {name}. Rename the file, or leave one out.")
+        sizes[name] = _size(size, folder)
+    return sizes
 
 
-def _size(size: str) -> dict[str, Any]:
+def _size(size: str, folder: str) -> dict[str, Any]:
     width, times, layers = size.partition("x")
     if times and width.isdigit() and layers.isdigit():
         return {"hidden_dim": int(width), "n_layers": int(layers)}
-    return {"model": os.path.abspath(size)} if size.endswith(".json") else {}
+    return {"model": _relative(size, folder)} if size.endswith(".json") else {}
 
 
 def _relative(path: str, folder: str) -> str:

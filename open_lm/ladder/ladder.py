@@ -16,10 +16,11 @@ from open_lm.errors import ConfigError, OpenLMError, Preempted
 from open_lm.ladder import records
 from open_lm.ladder.config import LadderConfig, read_ladder
 from open_lm.ladder.execution import locked, run_command
-from open_lm.ladder.plan import SizePlan, as_argv, command_of, plan_size, train_flags
+from open_lm.ladder.plan import SizePlan, plan_size
 from open_lm.ladder.records import FoundCheckpoint
 from open_lm.ladder.report import describe
 from open_lm.ladder.tables import frame_of
+from open_lm.ladder.training import as_argv, command_of, train_flags, training_config
 from open_lm.model.config import ModelConfig
 
 PLAN = "ladder_size.json"
@@ -57,9 +58,13 @@ class ModelLadder:
 
     @property
     def work_dir(self) -> str:
-        """The local folder that holds the run folders; `dir` itself where that is local."""
+        """The local folder that holds the run folders; `dir` itself where that is local.
+
+        Of a remote `dir` it lies beside the ladder file, or in the current folder where that is remote too.
+        """
         if storage.is_remote(self.config.root):
-            return os.path.join(self.config.folder, f"{self.config.name}-work")
+            folder = "" if storage.is_remote(self.config.folder) else self.config.folder
+            return os.path.join(folder, f"{self.config.name}-work")
         return self.config.root
 
     def plan(self, size: str) -> SizePlan:
@@ -101,12 +106,23 @@ class ModelLadder:
 
     def dry_run(self, size: str, tokens_per_second: float | None = None) -> str:
         """The report of what `run` would do."""
-        return describe(self.plan(size), self.command(size), tokens_per_second or self._measured_speed(size))
+        plan, flags = self.plan(size), self.train_flags(size)
+        config, command = training_config(plan, flags), command_of(plan, as_argv(flags))
+        return describe(plan, config, command, tokens_per_second or self._measured_speed(size))
+
+    def train_flags(self, size: str) -> dict[str, Any]:
+        """The flags of `open_lm.main` that train a size."""
+        plan = self.plan(size)
+        return train_flags(plan, os.path.join(self._run_folder(size), MODEL), self.work_dir, size)
 
     def command(self, size: str) -> list[str]:
-        """The command that trains a size; repeated by hand it trains, or resumes, the same run."""
-        plan = self.plan(size)
-        flags = train_flags(plan, os.path.join(self._run_folder(size), MODEL), self.work_dir, size)
+        """The command that trains a size; repeated by hand it trains, or resumes, the same run.
+
+        Raises:
+            ConfigError: the ladder file's flags of training are wrong, or change what the ladder sets.
+        """
+        plan, flags = self.plan(size), self.train_flags(size)
+        training_config(plan, flags)
         return command_of(plan, as_argv(flags))
 
     def run(self, size: str) -> None:
@@ -256,7 +272,7 @@ def run_all(ladder: ModelLadder, sizes: Sequence[str], work: Any) -> None:
         OpenLMError: some failed; the message names each.
     """
     for size in sizes:
-        ladder.plan(size)
+        ladder.command(size)
     failures: dict[str, OpenLMError] = {}
     for size in sizes:
         try:

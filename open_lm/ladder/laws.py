@@ -15,16 +15,19 @@ from open_lm.errors import ConfigError
 
 Array = NDArray[np.float64]
 INFINITY = float("inf")
+WIDE = 200.0
+"""Bound of a logarithm of A or B: far outside of what any units of N and D make of them."""
 
 
 class Law(Protocol):
-    """A form of L(N, D). `least_points`: fewer leave it undetermined."""
+    """A form of L(N, D). `logs`: parameters that are logarithms, so that a difference of 1 is a factor."""
 
     name: ClassVar[str]
     formula: ClassVar[str]
     latex: ClassVar[str]
     shown: ClassVar[dict[str, str]]
     names: ClassVar[tuple[str, ...]]
+    logs: ClassVar[frozenset[str]]
     lower: ClassVar[tuple[float, ...]]
     upper: ClassVar[tuple[float, ...]]
     objective: ClassVar[str]
@@ -47,8 +50,9 @@ class ChinchillaLaw:
     latex: ClassVar[str] = r"$L = A\,N^{-\alpha} + B\,D^{-\beta} + E$"
     shown: ClassVar[dict[str, str]] = {"A": "A", "B": "B", "E": "E", "alpha": r"\alpha", "beta": r"\beta"}
     names: ClassVar[tuple[str, ...]] = ("a", "b", "E", "alpha", "beta")
-    lower: ClassVar[tuple[float, ...]] = (0.0, 0.0, 0.0, 0.0, 0.0)
-    upper: ClassVar[tuple[float, ...]] = (60.0, 60.0, INFINITY, 3.0, 3.0)
+    logs: ClassVar[frozenset[str]] = frozenset(("a", "b"))
+    lower: ClassVar[tuple[float, ...]] = (-WIDE, -WIDE, 0.0, 0.0, 0.0)
+    upper: ClassVar[tuple[float, ...]] = (WIDE, WIDE, INFINITY, 3.0, 3.0)
     objective: ClassVar[str] = "huber-log"
 
     def _terms(self, theta_SP: Array, n_K: Array, d_K: Array) -> tuple[Array, Array]:
@@ -95,6 +99,7 @@ class OvertrainingLaw:
     latex: ClassVar[str] = r"$L = a\,N^{b} + c\,6^{b/2}(MN)^{b} + E$"
     shown: ClassVar[dict[str, str]] = {"a": "a", "b": "b", "c": "c", "E": "E"}
     names: ClassVar[tuple[str, ...]] = ("a", "b", "c", "E")
+    logs: ClassVar[frozenset[str]] = frozenset()
     lower: ClassVar[tuple[float, ...]] = (0.0, -3.0, 0.0, 0.0)
     upper: ClassVar[tuple[float, ...]] = (INFINITY, 0.0, INFINITY, INFINITY)
     objective: ClassVar[str] = "least-squares"

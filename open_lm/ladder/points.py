@@ -103,6 +103,20 @@ def where(frame: Any, conditions: Sequence[str], flag: str = "--where") -> Any:
     return frame
 
 
+def split(frame: Any, conditions: Sequence[str], flag: str) -> tuple[Any, Any]:
+    """The rows of `frame` that do not meet all conditions, and those that do; by place, for names may repeat.
+
+    Raises:
+        ConfigError: a condition does not parse, names no column, or no row meets all.
+    """
+    chosen = np.full(len(frame), bool(conditions))
+    for condition in conditions:
+        chosen &= np.asarray(_mask(frame, condition, flag))
+        if not chosen.any():
+            raise ConfigError(f"{flag} {condition!r} leaves no row.")
+    return frame[~chosen], frame[chosen]
+
+
 def _mask(frame: Any, condition: str, flag: str) -> Any:
     found = _CONDITION.fullmatch(condition)
     if found is None:
@@ -136,14 +150,14 @@ def points_of(frame: Any, columns: TableColumns, *, drop_first: int = 0) -> Poin
         DataError: a value is no positive number.
     """
     frame = frame.iloc[drop_first:]
-    n = _numbers(frame, columns.params, "--params-column")
-    loss = _numbers(frame, columns.loss, "--loss-column")
+    n = numbers(frame, columns.params, "--params-column")
+    loss = numbers(frame, columns.loss, "--loss-column")
     if columns.flops is not None:
-        d = _numbers(frame, columns.flops, "--flops-column") / (FLOPS_PER_PARAM_TOKEN * n)
+        d = numbers(frame, columns.flops, "--flops-column") / (FLOPS_PER_PARAM_TOKEN * n)
     elif columns.ratio is not None:
-        d = _numbers(frame, columns.ratio, "--ratio-column") * n
+        d = numbers(frame, columns.ratio, "--ratio-column") * n
     else:
-        d = _numbers(frame, columns.tokens or "tokens", "--tokens-column")
+        d = numbers(frame, columns.tokens or "tokens", "--tokens-column")
     names = frame[columns.name].astype(str) if columns.name else frame.index.astype(str)
     points = Points(n, d, loss, _errors(frame, columns), tuple(names))
     whole = np.isfinite(n) & np.isfinite(d) & np.isfinite(loss)
@@ -163,11 +177,18 @@ def points_of(frame: Any, columns: TableColumns, *, drop_first: int = 0) -> Poin
 def _errors(frame: Any, columns: TableColumns) -> Array:
     if not columns.error:
         return np.full(len(frame), np.nan)
-    scores = np.stack([_numbers(frame, column, "--score-columns") for column in columns.error]).mean(axis=0)
+    flag = "--error-columns" if columns.errors_given else "--score-columns"
+    scores = np.stack([numbers(frame, column, flag) for column in columns.error]).mean(axis=0)
     return scores if columns.errors_given else 1 - scores
 
 
-def _numbers(frame: Any, column: str, flag: str) -> Array:
+def numbers(frame: Any, column: str, flag: str) -> Array:
+    """A column as floats; `flag` named it.
+
+    Raises:
+        ConfigError: there is no such column.
+        DataError: a value is no number.
+    """
     require_column(frame, column, flag)
     try:
         return np.asarray(frame[column], dtype=np.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import logging
 import os
@@ -15,9 +16,8 @@ from open_lm.ladder.plan import SizePlan
 from open_lm.ladder.run_configurator import RunCheckpointInfo
 
 CHECKPOINTS = "checkpoints"
+LOG = "metrics.jsonl"
 NOT_METRICS = {"step"}
-RECENT_SHARE = 0.05
-"""Share of a run before a checkpoint over which its training loss is averaged."""
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,20 @@ def find_checkpoints(plan: SizePlan, folders: list[str]) -> list[FoundCheckpoint
     """Each promised checkpoint with what exists of it in any of `folders`, run folders local or remote."""
     paths: dict[int, str] = {}
     metrics: dict[int, str] = {}
-    for folder in (storage.join(folder, CHECKPOINTS) for folder in folders):
-        for commit in committed(folder):
-            paths.setdefault(commit.step, storage.join(folder, commit.weights_name))
-        for path in storage.glob(storage.join(folder, metrics_name("*"))):
+    for folder in folders:
+        kept = storage.join(folder, CHECKPOINTS)
+        for commit in committed(kept):
+            paths.setdefault(commit.step, storage.join(kept, commit.weights_name))
+        for path in _metrics_files(folder):
             step = path.rpartition("metrics_step")[2].removesuffix(".json")
             if step.isdigit():
                 metrics.setdefault(int(step), path)
-    infos = {info.step: info for info in plan.numbers.checkpoints}
-    return [FoundCheckpoint(info, paths.get(step), metrics.get(step)) for step, info in sorted(infos.items())]
+    return [FoundCheckpoint(info, paths.get(info.step), metrics.get(info.step)) for info in plan.numbers.checkpoints]
 
 
 def metrics_by_step(folder: str) -> dict[int, dict[str, float]]:
     """The rows of metrics.jsonl merged by step; a step that a resumed run repeats counts as last logged."""
-    path = storage.join(folder, "metrics.jsonl")
+    path = storage.join(folder, LOG)
     rows: dict[int, dict[str, float]] = {}
     if not storage.exists(path):
         return rows
@@ -71,20 +71,21 @@ def _json_lines(text: str) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def smoothed_loss(rows: dict[int, dict[str, float]], step: int) -> float | None:
-    """Mean training loss over the last part of the run before `step`."""
-    recent = [
-        row["train/loss"]
-        for at, row in rows.items()
-        if step * (1 - RECENT_SHARE) <= at <= step and row.get("train/loss") is not None
-    ]
-    return sum(recent) / len(recent) if recent else None
+def smoothed_loss(rows: dict[int, dict[str, float]], step: int, n_steps: int) -> float | None:
+    """Mean training loss over about `n_steps` steps up to `step`; each row holds the mean since the row before it."""
+    logged = sorted(at for at, row in rows.items() if at <= step and row.get("train/loss") is not None)
+    total, weight = 0.0, 0
+    for before, at in reversed(list(zip([0, *logged], logged, strict=False))):
+        if weight and at <= step - n_steps:
+            break
+        total, weight = total + (at - before or 1) * rows[at]["train/loss"], weight + (at - before or 1)
+    return total / weight if weight else None
 
 
 def checkpoint_metrics(plan: SizePlan, info: RunCheckpointInfo, rows: dict[int, dict[str, float]]) -> dict[str, Any]:
     """What metrics_step{N}.json holds: the point of the ladder, then all that was measured at its step."""
     measured, tokens = rows.get(info.step, {}), info.step * plan.numbers.batch_tokens
-    trained = smoothed_loss(rows, info.step)
+    trained = smoothed_loss(rows, info.step, plan.loss_steps(info.step))
     loss = measured.get("valid/loss", trained)
     return {
         "name": f"{plan.config.name}-{plan.name}",
@@ -117,11 +118,9 @@ def collect_metrics(plan: SizePlan, folder: str) -> None:
 
 def copy_metrics(folder: str, remote: str) -> None:
     """Copy the metrics of a local run folder to where its checkpoints are kept."""
-    for path in storage.glob(os.path.join(folder, CHECKPOINTS, metrics_name("*"))):
-        target, content = (
-            storage.join(storage.join(remote, CHECKPOINTS), os.path.basename(path)),
-            storage.read_text(path),
-        )
+    for path in _metrics_files(folder):
+        target = storage.join(storage.join(remote, CHECKPOINTS), os.path.basename(path))
+        content = storage.read_text(path)
         if not storage.exists(target) or storage.read_text(target) != content:
             storage.write_text(target, content)
 
@@ -149,7 +148,17 @@ def read_json(path: str) -> dict[str, Any] | None:
 
 
 def run_folders(root: str) -> list[str]:
-    """Names of the folders in a local `root` that hold a run."""
-    if not os.path.isdir(root):
-        return []
-    return sorted(name for name in os.listdir(root) if os.path.exists(os.path.join(root, name, "metrics.jsonl")))
+    """The folders in `root`, local or remote, that hold a run."""
+    if storage.is_remote(root):
+        return [storage.parent(path) for path in storage.glob(storage.join(storage.join(root, "*"), LOG))]
+    names = sorted(os.listdir(root)) if os.path.isdir(root) else []
+    return [os.path.join(root, name) for name in names if os.path.exists(os.path.join(root, name, LOG))]
+
+
+def _metrics_files(folder: str) -> list[str]:
+    """The metrics kept beside the checkpoints of a run folder."""
+    kept = storage.join(folder, CHECKPOINTS)
+    if storage.is_remote(kept):
+        return storage.glob(storage.join(kept, metrics_name("*")))
+    names = os.listdir(kept) if os.path.isdir(kept) else []  # no pattern: a folder's name may hold [ or *
+    return [os.path.join(kept, name) for name in sorted(fnmatch.filter(names, metrics_name("*")))]

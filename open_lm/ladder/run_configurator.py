@@ -12,6 +12,8 @@ CHINCHILLA = 20
 REFERENCE_PARAMS = 108e6
 REFERENCE_BATCH = 2048 * 160
 REFERENCE_LR = 0.0047
+POST_DECAY = "post-decay"
+"""Ends the description of a finished model."""
 HIGH_BETA2_BELOW = 524_288
 """Batches of fewer tokens take β2 0.99, for their squared gradients are noisier."""
 
@@ -29,6 +31,11 @@ class Period:
     @property
     def tokens(self) -> int:
         return self.end - self.start
+
+    @property
+    def label(self) -> str:
+        """Number and multiple, as checkpoints are called."""
+        return f"period {self.number}, {self.multiple:g}×C"
 
 
 @dataclass(frozen=True)
@@ -64,13 +71,16 @@ class RunNumbers:
 
     @property
     def checkpoints(self) -> tuple[RunCheckpointInfo, ...]:
-        """The start, and the beginning and the end of each decay."""
-        found = [RunCheckpointInfo(0, "initialisation")]
+        """The start, and the beginning and the end of each decay, by step; each step once.
+
+        Where two fall on one step (a decay of the whole period begins where the last one ended) the end of a decay
+        names it, else the start: those are the models that laws are fitted to.
+        """
+        found = {period.end // self.batch_tokens: f"{period.label} {POST_DECAY}" for period in self.periods}
+        found.setdefault(0, "initialisation")
         for period in self.periods:
-            for tokens, side in ((period.decay_start, "pre-decay"), (period.end, "post-decay")):
-                words = f"period {period.number}, {period.multiple:g}×C {side}"
-                found.append(RunCheckpointInfo(tokens // self.batch_tokens, words))
-        return tuple(found)
+            found.setdefault(period.decay_start // self.batch_tokens, f"{period.label} pre-decay")
+        return tuple(RunCheckpointInfo(step, found[step]) for step in sorted(found))
 
 
 class RunConfigurator(Protocol):

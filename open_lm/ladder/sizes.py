@@ -9,6 +9,7 @@ from typing import Any
 
 from open_lm.errors import ConfigError
 from open_lm.ladder.batches import DeviceMeshSpec
+from open_lm.ladder.checked import checked, known_keys, whole
 from open_lm.model.config import ModelConfig, ModelFlags, resolve_architecture
 from open_lm.model.describe import model_size
 
@@ -53,7 +54,8 @@ DEFAULT_MICROBATCH_TOKENS = 16_384
 """Micro-batch of a rank where neither the ladder file nor the table says one."""
 UNITS = {"K": 1e3, "M": 1e6, "B": 1e9}
 _RULE_KEYS = {"hidden_dim", "n_layers", "n_heads", "ffn_multiplier", "ffn_dim"}
-_SIZE_KEYS = {"model", "rank_microbatch_tokens", "min_devices", "min_dp", *_RULE_KEYS}
+_COUNTS = ("hidden_dim", "n_layers", "n_heads", "ffn_dim", "rank_microbatch_tokens", "min_devices", "min_dp")
+_SIZE_KEYS = (*_COUNTS, "ffn_multiplier", "model")
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,19 @@ def label_params(name: str) -> float | None:
 def gated_ffn(hidden_dim: int, multiplier: float) -> int:
     """Hidden width of a gated layer: `multiplier` times 8/3 of the width, rounded up to a multiple of 256."""
     return 256 * math.ceil(int(multiplier * int(8 * hidden_dim / 3)) / 256)
+
+
+def _checked_size(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a ladder file says of a size; null stands for a key that is left out."""
+    given = {key: value for key, value in values.items() if value is not None}
+    known_keys(f"sizes.{name}.", given, _SIZE_KEYS)
+    for key in set(_COUNTS) & set(given):
+        whole(f"sizes.{name}.{key}", given[key], 1)
+    if "model" in given:
+        checked(f"sizes.{name}.model", given["model"], str)
+    if checked(f"sizes.{name}.ffn_multiplier", given.get("ffn_multiplier", 1.0), float) <= 0:
+        raise ConfigError(f"sizes.{name}.ffn_multiplier in the ladder file must be above 0.")
+    return given
 
 
 class ModelConfigurator:
@@ -135,9 +150,7 @@ class ModelConfigurator:
         Raises:
             ConfigError: no such size, or keys that do not make one.
         """
-        values = {} if values is None else dict(values)
-        if unknown := sorted(set(values) - _SIZE_KEYS):
-            raise ConfigError(f"sizes.{name}.{unknown[0]} in the ladder file: no such key. Use {sorted(_SIZE_KEYS)}.")
+        values = _checked_size(name, {} if values is None else values)
         preset = PRESETS.get(name) if not (_RULE_KEYS | {"model"}) & set(values) else None
         if preset is not None:
             made = self.configure(preset.hidden_dim, preset.n_layers, preset.n_heads, 1.5 if preset.wide_ffn else 1.0)

@@ -16,6 +16,8 @@ from open_lm.model.config import ModelConfig
 from open_lm.model.describe import model_size
 
 FIRST = ("name", "step", "tokens", "size", "num_params", "flops", "loss", "description", "counting", "train_flops")
+SMOOTHED_SHARE = 0.01
+"""Share of an ordinary run over which its training loss is averaged; its schedule is not known here."""
 FORMATS = (".csv", ".json", ".pkl")
 
 
@@ -32,9 +34,9 @@ def discovered(roots: Sequence[str], prefix: str, counting: str, known: Collecti
     """Rows of the run folders in `roots` whose names begin with `prefix`, but for those with a path in `known`."""
     rows: list[dict[str, Any]] = []
     for root in roots:
-        for name in records.run_folders(root):
-            folder = os.path.join(root, name)
-            if os.path.abspath(folder) not in known and name.startswith(prefix):
+        for folder in records.run_folders(root):
+            absolute = folder if storage.is_remote(folder) else os.path.abspath(folder)
+            if absolute not in known and os.path.basename(folder).startswith(prefix):
                 rows += run_rows(folder, counting)
     return rows
 
@@ -50,7 +52,7 @@ def run_rows(folder: str, counting: str) -> list[dict[str, Any]]:
     rate = _tokens_per_step(by_step)
     rows = []
     for step in sorted(measured or [max(by_step)]):
-        tokens, trained = round(step * rate), records.smoothed_loss(by_step, step)
+        tokens, trained = round(step * rate), records.smoothed_loss(by_step, step, round(SMOOTHED_SHARE * step))
         rows.append(
             {
                 "name": os.path.basename(folder),
@@ -72,7 +74,7 @@ def run_rows(folder: str, counting: str) -> list[dict[str, Any]]:
 
 def _architecture(folder: str) -> ModelConfig | None:
     """The architecture in the newest checkpoint of a run folder."""
-    for commit in committed(os.path.join(folder, records.CHECKPOINTS)):
+    for commit in committed(storage.join(folder, records.CHECKPOINTS)):
         try:
             return ModelConfig.from_dict(commit.facts["config"]["model"])
         except (KeyError, OpenLMError):

@@ -31,7 +31,7 @@ def synthetic(name, *, noise=0.0, sizes=6, seed=0):
 
 
 @pytest.mark.parametrize("name", LAWS)
-@pytest.mark.parametrize("units", [1.0, 1e-6])
+@pytest.mark.parametrize("units", [1.0, 1e-6, 1e-12, 1e9])
 def test_a_law_without_noise_is_found_exactly_in_any_units(name, units):
     points = synthetic(name)
     scaled = Points(points.n * units, points.d * units, points.loss, points.error, points.names)
@@ -87,7 +87,68 @@ def test_every_resample_holds_enough_different_points():
 def test_a_parameter_that_the_points_leave_open_is_reported_at_its_bound():
     points = synthetic("chinchilla")
     flat = Points(points.n, points.d, points.loss * 0 + 3 + 1e3 * points.d**-0.4, points.error, points.names)
-    assert set(fit(LAWS["chinchilla"], flat).at_bounds) & {"a", "alpha"}
+    found = fit(LAWS["chinchilla"], flat)
+    assert {*found.at_bounds, *found.undetermined} & {"a", "alpha"}
+
+
+N, ONES = np.geomspace(1e7, 3e9, 8), np.ones(8)
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "d", "among"),
+    [
+        ("chinchilla", ONES * 1e8, 20 * N, {"a", "E"}),  # one size
+        ("chinchilla", np.tile([1e8, 1e9], 4), 20 * N, {"a", "E"}),  # two sizes, three unknowns of N
+        ("chinchilla", N, ONES * 1e10, {"b", "E"}),  # one length
+        ("chinchilla", N, 20 * N, {"a", "b"}),  # one ratio
+        ("overtraining", N, 20 * N, {"a", "c"}),
+        ("overtraining", ONES * 1e8, 20 * N, {"a", "E"}),
+    ],
+)
+@pytest.mark.parametrize("noise", [0.0, 0.003])
+def test_parameters_that_the_points_do_not_tell_apart_are_named(name, n, d, among, noise):
+    loss = LAWS[name].loss(TRUE[name][None], n, d)[0] * np.exp(noise * np.random.default_rng(0).normal(size=8))
+    found = fit(LAWS[name], Points(n, d, loss, n * np.nan, tuple(map(str, range(8)))))
+    assert among & {*found.undetermined, *found.at_bounds}
+    assert found.undetermined or found.at_bounds
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_a_ladder_of_several_sizes_and_lengths_determines_every_parameter(name):
+    assert fit(LAWS[name], synthetic(name, noise=0.003)).undetermined == ()
+
+
+def test_a_table_whose_index_repeats_loses_no_row_to_the_ones_held_out(tmp_path):
+    points = synthetic("chinchilla")
+    frame = pd.DataFrame({"num_params": points.n, "tokens": points.d, "loss": points.loss, "run": points.names})
+    frame.index = [0] * len(frame)
+    frame.to_pickle(tmp_path / "runs.pkl")
+    flags = ["--bootstrap", "0", "--hold-out", "run=29", "--output-dir", str(tmp_path)]
+    result = main(["fit", "--data", str(tmp_path / "runs.pkl"), *flags])
+    assert (len(result.found.points), len(result.held_out)) == (29, 1)
+
+
+def test_the_command_warns_of_a_law_that_is_not_determined(tmp_path, capsys):
+    n = np.geomspace(1e7, 3e9, 8)
+    loss = LAWS["chinchilla"].loss(TRUE["chinchilla"][None], n, 20 * n)[0]
+    pd.DataFrame({"num_params": n, "tokens": 20 * n, "loss": loss}).to_csv(tmp_path / "runs.csv")
+    main(["fit", "--data", str(tmp_path / "runs.csv"), "--bootstrap", "0", "--output-dir", str(tmp_path)])
+    assert "WARNING: the points do not tell" in capsys.readouterr().out
+    assert json.loads((tmp_path / "fit.json").read_text())["undetermined"]
+
+
+def test_the_table_of_a_sweep_is_drawn_and_its_own_flags_are_named(tmp_path):
+    frame = pd.DataFrame({"width": [8, 8, 16], "lr": [1e-3, 2e-3, 1e-3], "final": [3.0, np.nan, 2.5]})
+    frame.to_csv(tmp_path / "sweep.csv")
+    flags = ["plot", "--data", str(tmp_path / "sweep.csv"), "--output", str(tmp_path / "sweep.png")]
+    for extra, words in (([], "--group-column num_params"), (["--group-column", "width"], "--loss-column loss")):
+        with pytest.raises(ConfigError, match=words):
+            main([*flags, *extra])
+    main([*flags, "--group-column", "width", "--loss-column", "final"])
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    frame.assign(lr=0.0).to_csv(tmp_path / "sweep.csv")
+    with pytest.raises(DataError, match="--lr-column lr: 0 is not positive"):
+        main([*flags, "--group-column", "width", "--loss-column", "final"])
 
 
 def test_too_few_points_are_refused():

@@ -11,7 +11,9 @@ from open_lm.ladder import ModelLadder
 from open_lm.ladder.__main__ import main
 from open_lm.ladder.config import read_ladder
 from open_lm.ladder.ladder import differing
-from open_lm.ladder.plan import as_argv, plan_size, train_flags
+from open_lm.ladder.plan import plan_size
+from open_lm.ladder.records import smoothed_loss
+from open_lm.ladder.training import as_argv, train_flags
 from open_lm.params import parse_args, read_config
 from open_lm.run.dry_run import forecast
 
@@ -32,6 +34,24 @@ from open_lm.run.dry_run import forecast
         ({"max_devices": 0}, "max_devices"),
         ({"sequence_length": True}, "sequence_length"),
         ({"seed": -1}, "seed"),
+        ({"name": 5}, "name in the ladder file: found 5, need text"),
+        ({"dir": None}, "dir in the ladder file: found null, need text"),
+        ({"device_type": 7}, "device_type .* need text"),
+        ({"sizes": {"a": 5}}, r"sizes.a .* need an object"),
+        ({"sizes": ["60M", {}]}, r"sizes\[1\] .* need text"),
+        ({"sizes": ["60M", "60M"]}, "60M stands twice"),
+        ({"data": {"manifests": [3]}}, r"data.manifests\[0\] .* need text"),
+        ({"data": {"manifests": ["a"], "weights": ["x"]}}, r"data.weights\[0\] .* need a number"),
+        ({"data": {"manifests": ["a"], "weights": [-1]}}, "from 0 on"),
+        ({"model": []}, "need an object"),
+        ({"tokenizer": ["a"]}, "tokenizer .* need text"),
+        ({"rank_microbatch_tokens": 4096.5}, "whole number"),
+        ({"flags": {"skip-scheduler": True}}, "the ladder sets --skip-scheduler"),
+        ({"flags": {"lr-cooldown-power": 2}}, "the ladder sets"),
+        ({"flags": {"force-min-lr": 1e-4}}, "the ladder sets"),
+        ({"flags": {"--lr-scheduler": "cosine"}}, "the ladder sets"),
+        ({"flags": {"epochs": 3}}, "the ladder sets"),
+        ({"flags": {"qk_norm": False}}, "stand under model"),
     ],
 )
 def test_a_ladder_file_that_cannot_be_honoured_is_refused(tmp_path, changes, words):
@@ -46,6 +66,7 @@ def test_a_ladder_file_that_cannot_be_honoured_is_refused(tmp_path, changes, wor
         ({"run": {"lr_multiplyer": 1}}, "did you mean lr_multiplier"),
         ({"run": {"lr_multiplier": "big"}}, "need a number"),
         ({"run": {"lr_multiplier": 0}}, "above 0"),
+        ({"run": {"z_loss": float("nan")}}, "finite"),
         ({"run": {"decay_fraction": 2}}, "at most 1"),
         ({"run": {"chinchilla_multiple": 0.001, "batch_multiplier": 20}}, "has no step"),
         ({"sizes": {"a": {"hidden_dim": 8}}}, "n_layers"),
@@ -53,12 +74,88 @@ def test_a_ladder_file_that_cannot_be_honoured_is_refused(tmp_path, changes, wor
         ({"sizes": {"nope": {}}}, "no such model"),
         ({"max_devices": 1, "sizes": {"a": {**SIZES["a"], "min_devices": 2}}}, "needs at least 2"),
         ({"model": {"parametrization": "best"}}, "standard"),
+        ({"sizes": {"a": {**SIZES["a"], "hidden_dim": "8"}}}, "hidden_dim .* whole number"),
+        ({"sizes": {"a": {**SIZES["a"], "n_heads": 1.5}}}, "n_heads .* whole number"),
+        ({"sizes": {"a": {**SIZES["a"], "rank_microbatch_tokens": 0}}}, "rank_microbatch_tokens .* from 1 on"),
+        ({"sizes": {"a": {"model": 3}}}, "sizes.a.model .* need text"),
+        ({"sizes": {"a": {**SIZES["a"], "ffn_multiplier": -1}}}, "above 0"),
     ],
 )
 def test_a_rule_or_size_that_makes_no_run_is_refused(tmp_path, changes, words):
-    config = read_ladder(write_ladder(tmp_path, **changes))
+    path = write_ladder(tmp_path, **changes)
     with pytest.raises(ConfigError, match=words):
-        plan_size(config, next(iter(config.sizes)))
+        main(["dry-run", "--no-plot", "--ladder", path])
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "ladder.json"
+    path.write_text('{"name": "x", "sizes": {"a": {}, "a": {}}}')
+    with pytest.raises(ConfigError, match="'a' stands twice"):
+        read_ladder(str(path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"flags": {"precison": "fp32"}}, "did you mean --precision"),
+        ({"flags": {"workers": "many"}}, "workers"),
+        ({"flags": {"lr_cooldown_po": 2}}, "change --lr-cooldown-power from 1.0 to 2.0"),
+        ({"flags": {"mesh": "tp=2"}}, "do not fit"),
+        ({"max_devices": 2, "sizes": {"a": {**SIZES["a"], "min_devices": 2, "min_dp": 1}}}, "Give flags.mesh"),
+    ],
+)
+def test_flags_of_training_are_checked_before_anything_runs(tmp_path, changes, words):
+    path = write_ladder(tmp_path, **changes)
+    for command in ("dry-run", "run"):
+        with pytest.raises(ConfigError, match=words):
+            main([command, "--ladder", path])
+    assert not (tmp_path / "out/a").exists()
+
+
+def test_ranks_that_are_not_data_parallel_take_the_mesh_of_the_flags(tmp_path):
+    sizes = {"a": {**SIZES["a"], "min_devices": 2, "min_dp": 1}}
+    ladder = ModelLadder.from_file(
+        write_ladder(tmp_path, max_devices=4, sizes=sizes, flags={"mesh": "tp=2"}, run={"batch_multiplier": 9})
+    )
+    batch = ladder.plan("a").batch
+    assert (batch.devices, batch.dp_world_size) == (4, 2)
+    assert "--mesh tp=2" in " ".join(ladder.command("a"))
+
+
+def test_a_size_that_needs_several_devices_is_sharded_over_them_and_the_dry_run_says_so(tmp_path, capsys):
+    sizes = {"small": SIZES["a"], "large": {**SIZES["a"], "min_devices": 2}}
+    path = write_ladder(tmp_path, max_devices=4, sizes=sizes, run={"batch_multiplier": 40, "chinchilla_multiple": 8})
+    ladder = ModelLadder.from_file(path)
+    assert ladder.plan("small").batch.devices > 1
+    assert "--fsdp" not in ladder.command("small")
+    assert "--fsdp" in ladder.command("large")
+    main(["dry-run", "--ladder", path, "--no-plot"])
+    memory = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory")]
+    assert "whole on each" in memory[0]
+    assert "sharded over 4 ranks" in memory[1]
+
+
+def test_a_decay_of_the_whole_period_keeps_the_names_of_finished_models(tmp_path):
+    run = {"chinchilla_multiple": 2, "decay_fraction": 1.0, "lr_multiplier": 0.05}
+    checkpoints = ModelLadder.from_file(write_ladder(tmp_path, run=run)).plan("a").numbers.checkpoints
+    assert [info.description for info in checkpoints] == [
+        "initialisation", "period 1, 0.5×C post-decay", "period 2, 1×C post-decay", "period 3, 2×C post-decay",
+    ]  # fmt: skip
+
+
+def test_the_training_loss_of_a_checkpoint_is_that_of_the_last_tenth_of_its_decay(tmp_path):
+    run = {"chinchilla_multiple": 4, "batch_multiplier": 0.02}
+    plan = ModelLadder.from_file(write_ladder(tmp_path, run=run, val_data=[])).plan("a")
+    last, decay = plan.steps, plan.decay_steps(plan.numbers.periods[-1])
+    assert plan.loss_steps(last) == decay // 10 > 1
+    assert plan.loss_steps(last - decay) == decay // 10  # of the same period
+    rows = {step: {"train/loss": float(last - step)} for step in range(1, last + 1)}
+    expected = sum(range(decay // 10)) / (decay // 10)
+    assert smoothed_loss(rows, last, plan.loss_steps(last)) == pytest.approx(expected)
+    assert smoothed_loss(rows, 0, 5) is None
+    assert smoothed_loss({10: {"train/loss": 3.0}, 20: {"train/loss": 2.0}}, 20, 4) == 2.0
+    uneven = {10: {"train/loss": 3.0}, 11: {"train/loss": 2.0}}  # each the mean since the one before
+    assert smoothed_loss(uneven, 11, 10) == pytest.approx(32 / 11)
 
 
 def test_a_missing_file_says_how_to_make_one(tmp_path):
@@ -154,6 +251,23 @@ def test_init_writes_a_ladder_file_that_can_be_planned(tmp_path, capsys, monkeyp
     assert made.plan("32x2").steps > 0
     with pytest.raises(ConfigError, match="exists"):
         main([*arguments, "--device-type", "cpu"])
+
+
+def test_init_takes_model_files_by_paths_from_the_ladder_and_refuses_two_of_one_name(tmp_path, monkeypatch):
+    write_ladder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    architecture = ModelLadder.from_file("ladder.json").get_model_config("a").to_dict()
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "m.json").write_text(json.dumps(architecture))
+    arguments = ["init", "--ladder", "made/l.json", "--manifests", "data/manifest.jsonl", "--vocab-size", str(VOCAB)]
+    arguments += ["--sequence-length", str(SEQ_LEN), "--sizes", "one/m.json"]
+    with pytest.raises(ConfigError, match="a second size called m"):
+        main([*arguments, "two/m.json"])
+    main(arguments)
+    assert json.loads((tmp_path / "made/l.json").read_text())["sizes"] == {"m": {"model": "../one/m.json"}}
+    monkeypatch.chdir("/")
+    assert ModelLadder.from_file(str(tmp_path / "made/l.json")).get_model_config("m").hidden_dim == 8
 
 
 def test_an_unknown_command_or_size_is_named(tmp_path):

@@ -16,7 +16,8 @@ from open_lm.checkpoint.commit import committed
 from open_lm.errors import ConfigError, OpenLMError
 from open_lm.ladder import ModelLadder
 from open_lm.ladder.__main__ import main
-from open_lm.ladder.records import collect_metrics, find_checkpoints
+from open_lm.ladder.commands import ladder_table
+from open_lm.ladder.records import collect_metrics, find_checkpoints, metrics_by_step
 
 SHORT = {"chinchilla_multiple": 0.5, "batch_multiplier": 2.0, "lr_multiplier": 0.05}
 ONE = {"a": SIZES["a"]}
@@ -75,6 +76,34 @@ def test_a_ladder_runs_to_its_end_and_keeps_every_checkpoint_it_promised(tmp_pat
     metrics.unlink()  # a kill between a checkpoint and its metrics
     assert len(ladder.get_metrics()) == 3
     assert metrics.read_text() == before
+
+
+def test_a_ladder_without_validation_is_fitted_to_the_training_loss_at_the_end_of_decays(tmp_path, caplog):
+    path = write_ladder(tmp_path, sizes=ONE, run={**SHORT, "batch_multiplier": 1.0}, val_data=[])
+    main(["run", "--ladder", path])
+    ladder = ModelLadder.from_file(path)
+    assert ladder.is_complete("a")
+    frame = ladder.get_metrics()
+    logged = metrics_by_step(str(tmp_path / "out/a"))
+    plan = ladder.plan("a")
+    window = range(plan.steps - plan.loss_steps(plan.steps) + 1, plan.steps + 1)
+    assert set(window) <= set(logged)  # reported often enough
+    mean = sum(logged[step]["train/loss"] for step in window) / len(window)
+    assert frame["loss"].iloc[-1] == pytest.approx(mean)
+    assert list(ladder_table(ladder, ["a"])["step"]) == [plan.steps]
+    assert list(ladder_table(ladder, ["a"], all_checkpoints=True)["step"]) == list(plan.checkpoint_steps)[1:]  # not 0
+    assert "training loss" in caplog.text
+
+
+def test_prefixes_choose_runs_by_name_and_a_folder_may_be_called_anything(tmp_path):
+    path = write_ladder(tmp_path, sizes=ONE, run=SHORT, dir="out[1] *")
+    main(["run", "--ladder", path])
+    rows = [len(main(["metrics", "--ladder", path, "--prefix", prefix])) for prefix in ("tiny-a", "tiny", "a", "b")]
+    assert rows == [3, 3, 0, 0]
+    other = write_ladder(tmp_path, dir="elsewhere")
+    folders = ["--alternative-dirs", str(tmp_path / "out[1] *")]
+    rows = [len(main(["metrics", "--ladder", other, *folders, "--prefix", prefix])) for prefix in ("a", "tiny-a")]
+    assert rows == [3, 0]
 
 
 def test_metrics_wait_until_what_they_hold_was_measured(tmp_path):

@@ -129,7 +129,7 @@ def read_commit(path: str) -> Commit | None:
 def committed(folder: str) -> list[Commit]:
     """The checkpoints of `folder` whose files all have the right size, the one to continue from first: those of the
     latest branch, by step."""
-    commits = [read_commit(path) for path in storage.glob(storage.join(folder, COMMIT_PATTERN))]
+    commits = [read_commit(path) for path in storage.glob_in(folder, COMMIT_PATTERN)]
     complete = [commit for commit in commits if commit and _has_sizes(folder, commit)]
     return sorted(complete, key=lambda commit: (-commit.branch, -commit.step))
 

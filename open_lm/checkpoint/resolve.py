@@ -171,7 +171,7 @@ def _meant(name: str, flag: str) -> list[str]:
     commits = sorted(committed(folder), key=lambda commit: commit.step)
     if commits:
         return [storage.join(folder, commit.weights_name) for commit in commits]
-    return _found(sorted(storage.glob(storage.join(folder, "epoch_*.pt")), key=_natural), name, flag)
+    return _found(sorted(storage.glob_in(folder, "epoch_*.pt"), key=_natural), name, flag)
 
 
 def _found(paths: list[str], name: str, flag: str) -> list[str]:

@@ -65,7 +65,7 @@ class Retention:
     def sweep(self) -> None:
         """Delete the files of saves that were killed: named by a save that ended with its process, and by nothing
         else."""
-        for path in storage.glob(storage.join(self._folder, f"epoch_*{UNFINISHED}")):
+        for path in storage.glob_in(self._folder, f"epoch_*{UNFINISHED}"):
             try:
                 begun = json.loads(storage.read_text(path))
                 label, names, owner = begun["label"], begun["names"], begun["owner"]
@@ -104,13 +104,13 @@ def free_label(folder: str, label: str, step: int, also_taken: frozenset[str] = 
 
 def _is_taken(folder: str, label: str) -> bool:
     """Whether files of a checkpoint of this label are here, committed or not."""
-    names = {path.rpartition("/")[2] for path in storage.glob(storage.join(folder, f"*_{label}.*"))}
+    names = {path.rpartition("/")[2] for path in storage.glob_in(folder, f"*_{label}.*")}
     return any(name.startswith(f"epoch_{label}.") for name in names) or f"optimizer_{label}.pt" in names
 
 
 def labels_in(folder: str) -> frozenset[str]:
     """The labels that commit files of any state have in `folder`."""
-    names = [path.rpartition("/")[2] for path in storage.glob(storage.join(folder, "epoch_*.json"))]
+    names = [path.rpartition("/")[2] for path in storage.glob_in(folder, "epoch_*.json")]
     return frozenset(name.removeprefix("epoch_").rpartition(".")[0].partition(".")[0] for name in names)
 
 
@@ -121,7 +121,7 @@ def leave_behind(folders: Sequence[str], branch: int, step: int) -> int:
     later = [(folder, c) for folder in folders for c in committed(folder) if (c.branch, c.step) > (branch, step)]
     if not later:
         return branch
-    known = [_branch_in(path) for folder in folders for path in storage.glob(storage.join(folder, "epoch_*.json"))]
+    known = [_branch_in(path) for folder in folders for path in storage.glob_in(folder, "epoch_*.json")]
     for folder, commit in later:
         name = commit.commit_name.removesuffix(".commit.json") + LEFT_BEHIND
         logging.warning(
@@ -148,7 +148,7 @@ def _named_in(folder: str, label: str) -> frozenset[str]:
     """The files, and folders of shards, that a commit file speaks of, be it damaged, left behind or of another program:
     of one that cannot be read all that its name implies."""
     names: set[str] = set()
-    for path in storage.glob(storage.join(folder, "*.json")):
+    for path in storage.glob_in(folder, "*.json"):
         if path.endswith(UNFINISHED):
             continue
         text = storage.read_bytes(path).decode(errors="replace")

@@ -221,7 +221,7 @@ def _level(totals: Sequence[int], limit: int) -> int:
 def clear(folder: str) -> None:
     """Remove an earlier corpus, so that no file of it is taken for one of this; corpus.json goes first."""
     for name in ("corpus.json", "train-[0-9][0-9].jsonl.zst", "held-out.jsonl.zst"):
-        for path in storage.glob(storage.join(folder, name)):
+        for path in storage.glob_in(folder, name):
             storage.remove(path)
 
 

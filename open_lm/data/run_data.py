@@ -59,7 +59,7 @@ def _states(run: str) -> list[dict[str, Any]]:
     """Where the data stood at each checkpoint."""
     import torch
 
-    paths = storage.glob(storage.join(storage.join(run, "checkpoints"), "stats_*.pt"))
+    paths = storage.glob_in(storage.join(run, "checkpoints"), "stats_*.pt")
     found = []
     for path in paths:
         if os.path.exists(path):

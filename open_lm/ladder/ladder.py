@@ -20,7 +20,7 @@ from open_lm.ladder.plan import SizePlan, plan_size
 from open_lm.ladder.records import FoundCheckpoint
 from open_lm.ladder.report import describe
 from open_lm.ladder.tables import frame_of
-from open_lm.ladder.training import as_argv, command_of, train_flags, training_config
+from open_lm.ladder.training import as_argv, command_of, require_devices, train_flags, training_config
 from open_lm.model.config import ModelConfig
 
 PLAN = "ladder_size.json"
@@ -141,6 +141,7 @@ class ModelLadder:
                 print(f"{size}: complete", flush=True)
                 return
             command = self.command(size)
+            require_devices(plan, command)
             print(f"{size}: $ {shlex.join(command)}", flush=True)
             code = run_command(command, lock, lambda: records.collect_metrics(plan, folder))
             self._collect(plan, folder)
@@ -170,6 +171,7 @@ class ModelLadder:
             flags = train_flags(plan, os.path.join(run_folder, MODEL), folder, name, **without)
             flags |= {"stop_at_step": min(steps, plan.steps), "log_every_n_steps": max(1, min(steps, plan.steps) // 10)}
             command = command_of(plan, as_argv(flags))
+            require_devices(plan, command)
             print(f"{size}: $ {shlex.join(command)}", flush=True)
             if code := run_command(command, lock, lambda: None):
                 raise OpenLMError(f"the trainer ended with exit code {code}; see {run_folder}/out.log.")

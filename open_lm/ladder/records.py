@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import logging
 import os
@@ -149,16 +148,9 @@ def read_json(path: str) -> dict[str, Any] | None:
 
 def run_folders(root: str) -> list[str]:
     """The folders in `root`, local or remote, that hold a run."""
-    if storage.is_remote(root):
-        return [storage.parent(path) for path in storage.glob(storage.join(storage.join(root, "*"), LOG))]
-    names = sorted(os.listdir(root)) if os.path.isdir(root) else []
-    return [os.path.join(root, name) for name in names if os.path.exists(os.path.join(root, name, LOG))]
+    return [storage.parent(path) for path in storage.glob_in(root, f"*/{LOG}")]
 
 
 def _metrics_files(folder: str) -> list[str]:
     """The metrics kept beside the checkpoints of a run folder."""
-    kept = storage.join(folder, CHECKPOINTS)
-    if storage.is_remote(kept):
-        return storage.glob(storage.join(kept, metrics_name("*")))
-    names = os.listdir(kept) if os.path.isdir(kept) else []  # no pattern: a folder's name may hold [ or *
-    return [os.path.join(kept, name) for name in sorted(fnmatch.filter(names, metrics_name("*")))]
+    return storage.glob_in(storage.join(folder, CHECKPOINTS), metrics_name("*"))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
 
 from open_lm import storage
 from open_lm.errors import ConfigError
@@ -121,6 +124,30 @@ def command_of(plan: SizePlan, argv: list[str]) -> list[str]:
         return [sys.executable, "-m", "open_lm.main", *argv]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return [*launcher, f"--nproc-per-node={plan.batch.devices}", "-m", "open_lm.main", *argv]
+
+
+def require_devices(plan: SizePlan, command: Sequence[str]) -> None:
+    """Refuse a size that this machine has too few GPUs for, with the command that starts it on several nodes.
+
+    Raises:
+        ConfigError: it has fewer than the plan uses, or none although the ladder file names a kind of GPU.
+    """
+    kind, n_here = plan.config.device_type.lower(), torch.cuda.device_count()
+    if kind == "cpu" or (kind == "any" and not n_here):
+        return
+    if not n_here:
+        raise ConfigError(
+            f'device_type {plan.config.device_type} in the ladder file: this machine has no GPU. Give "cpu", or "any".'
+        )
+    if n_here < plan.batch.devices:
+        n_nodes = -(-plan.batch.devices // n_here)
+        nodes = [f"--nnodes={n_nodes}", "--rdzv-backend=c10d", "--rdzv-endpoint=FIRST_NODE:29500"]
+        words = [*command[:3], *nodes, f"--nproc-per-node={plan.batch.devices // n_nodes}", *command[5:]]
+        raise ConfigError(
+            f"size {plan.name} trains on {plan.batch.devices} devices, this machine has {n_here}. Lower max_devices in "
+            f"the ladder file, or start this on each of {n_nodes} nodes that share the folder:\n  {shlex.join(words)}\n"
+            "and afterwards `openlm ladder run` again, which writes the metrics."
+        )
 
 
 def _word(value: Any) -> str:

@@ -99,7 +99,7 @@ def _remove(folder: str) -> None:
     if not storage.is_remote(folder):
         shutil.rmtree(folder, ignore_errors=True)
         return
-    for url in storage.glob(storage.join(folder, "**")):
+    for url in storage.glob_in(folder, "**"):
         storage.remove(url)
 
 
@@ -250,7 +250,7 @@ def _remove_replaced(folder: str) -> None:
     """Remove shards in a remote folder that its manifest does not name: those it named before."""
     if storage.is_remote(folder):
         named = {os.path.basename(shard.url) for shard in read_manifest(storage.join(folder, FILENAME))}
-        for url in storage.glob(storage.join(folder, "*.tar")):
+        for url in storage.glob_in(folder, "*.tar"):
             if os.path.basename(url) not in named:
                 storage.remove(url)
 

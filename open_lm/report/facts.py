@@ -72,7 +72,7 @@ def read_run(folder: str) -> RunSummary:
 
 def _commits(folder: str) -> list[dict]:
     """The commit files of the run's checkpoints, oldest first."""
-    paths = storage.glob(storage.join(folder, "checkpoints/epoch_*.commit.json"))
+    paths = storage.glob_in(folder, "checkpoints/epoch_*.commit.json")
     return sorted((json.loads(storage.read_text(path)) for path in paths), key=lambda commit: commit["step"])
 
 

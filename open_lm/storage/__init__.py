@@ -101,6 +101,11 @@ def glob(pattern: str) -> list[str]:
     return sorted(set(matches) or set(literal))
 
 
+def glob_in(folder: str, pattern: str) -> list[str]:
+    """As `glob`, below `folder`, whose name is taken as it is: it may hold `[` or `*`."""
+    return glob(join(local_glob.escape(folder), pattern))
+
+
 @contextlib.contextmanager
 def open_atomic(url: str) -> Iterator[IO[bytes]]:
     """Open `url` for writing bytes; it appears whole when the block ends, or not at all when the block raises.

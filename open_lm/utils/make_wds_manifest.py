@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> str:
 
     from open_lm.data.manifest import write_manifest
 
-    urls = storage.glob(storage.join(flags.data_dir, "**/*.tar"))
+    urls = storage.glob_in(flags.data_dir, "**/*.tar")
     if not urls:
         raise StorageError(f"--data-dir {storage.shown(flags.data_dir)}: holds no *.tar. Check the path.")
     rows, problems = _read_all(urls, flags)

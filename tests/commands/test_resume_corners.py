@@ -210,3 +210,10 @@ def test_a_loss_scale_that_overflows_skips_the_step_and_the_run_goes_on(tmp_path
     scales = metrics(tmp_path, key="train/loss_scale")
     assert any(scales[k + 1] < scales[k] for k in range(1, 20)), "the scale never overflowed: the test shows nothing"
     assert metrics(tmp_path)[20] < metrics(tmp_path)[1]
+
+
+def test_a_run_resumes_in_a_folder_whose_name_reads_as_a_pattern(tmp_path, manifest):
+    odd = tmp_path / "run[1] *?"
+    run(odd, manifest, "--num-checkpoints", "2", "--stop-at-step", "4")
+    assert run(odd, manifest, "--num-checkpoints", "2", "--resume", "latest").step == 12
+    assert checkpoints_of(odd) == {"0-step4": 4, "1": 6, "2": 12}  # went on, did not start again

@@ -13,7 +13,7 @@ from open_lm.ladder.config import read_ladder
 from open_lm.ladder.ladder import differing
 from open_lm.ladder.plan import plan_size
 from open_lm.ladder.records import smoothed_loss
-from open_lm.ladder.training import as_argv, train_flags
+from open_lm.ladder.training import as_argv, require_devices, train_flags
 from open_lm.params import parse_args, read_config
 from open_lm.run.dry_run import forecast
 
@@ -133,6 +133,31 @@ def test_a_size_that_needs_several_devices_is_sharded_over_them_and_the_dry_run_
     memory = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory")]
     assert "whole on each" in memory[0]
     assert "sharded over 4 ranks" in memory[1]
+
+
+@pytest.mark.parametrize(
+    ("device_type", "n_here", "words"),
+    [
+        ("H100", 0, 'device_type H100 .* no GPU. Give "cpu"'),
+        ("any", 2, r"on 8 devices, this machine has 2.*\n.*--nnodes=4 .*--nproc-per-node=2 -m open_lm.main --model"),
+        ("any", 8, None),
+        ("any", 0, None),
+        ("cpu", 2, None),
+    ],
+)
+def test_a_size_that_this_machine_is_too_small_for_is_refused_with_the_command_for_several(
+    tmp_path, monkeypatch, device_type, n_here, words
+):
+    sizes = {"a": {**SIZES["a"], "min_devices": 8}}
+    ladder = ModelLadder.from_file(write_ladder(tmp_path, sizes=sizes, max_devices=8, device_type=device_type))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: n_here)
+    plan, command = ladder.plan("a"), ladder.command("a")
+    if words is None:
+        require_devices(plan, command)
+    else:
+        with pytest.raises(ConfigError, match=words):
+            ladder.run("a")
+        assert (tmp_path / "out/a/model.json").exists()  # the printed command finds what it names
 
 
 def test_a_decay_of_the_whole_period_keeps_the_names_of_finished_models(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,6 +68,14 @@ def test_a_ladder_runs_to_its_end_and_keeps_every_checkpoint_it_promised(tmp_pat
     assert set(other["num_params"]) == {6568}
     assert sorted(other["step"]) == steps
 
+    rows = [len(main(["metrics", "--ladder", path, "--prefix", start])) for start in ("tiny-a", "tiny", "a", "b")]
+    assert rows == [3, 3, 0, 0]  # names, not sizes
+    shutil.copytree(tmp_path / "out", tmp_path / "out[1] *")  # a folder may be called anything
+    elsewhere = write_ladder(tmp_path, dir="elsewhere")
+    others = ["--alternative-dirs", str(tmp_path / "out[1] *")]
+    assert [len(main(["metrics", "--ladder", elsewhere, *others, "--prefix", start])) for start in "ab"] == [3, 0]
+    assert ModelLadder.from_file(write_ladder(tmp_path, sizes=ONE, run=SHORT, dir="out[1] *")).is_complete("a")
+
     with pytest.raises(ConfigError, match=r"peak_lr was .*, is now .*"):
         main(["run", "--ladder", write_ladder(tmp_path, sizes=ONE, run={**SHORT, "lr_multiplier": 0.1})])
     with pytest.raises(ConfigError, match="seed was 3, is now 4"):
@@ -93,17 +102,6 @@ def test_a_ladder_without_validation_is_fitted_to_the_training_loss_at_the_end_o
     assert list(ladder_table(ladder, ["a"])["step"]) == [plan.steps]
     assert list(ladder_table(ladder, ["a"], all_checkpoints=True)["step"]) == list(plan.checkpoint_steps)[1:]  # not 0
     assert "training loss" in caplog.text
-
-
-def test_prefixes_choose_runs_by_name_and_a_folder_may_be_called_anything(tmp_path):
-    path = write_ladder(tmp_path, sizes=ONE, run=SHORT, dir="out[1] *")
-    main(["run", "--ladder", path])
-    rows = [len(main(["metrics", "--ladder", path, "--prefix", prefix])) for prefix in ("tiny-a", "tiny", "a", "b")]
-    assert rows == [3, 3, 0, 0]
-    other = write_ladder(tmp_path, dir="elsewhere")
-    folders = ["--alternative-dirs", str(tmp_path / "out[1] *")]
-    rows = [len(main(["metrics", "--ladder", other, *folders, "--prefix", prefix])) for prefix in ("a", "tiny-a")]
-    assert rows == [3, 0]
 
 
 def test_metrics_wait_until_what_they_hold_was_measured(tmp_path):

@@ -107,6 +107,9 @@ def test_what_is_written_is_read_listed_measured_and_removed(bucket):
     assert storage.size_bytes(url) == len(CONTENT)
     assert storage.read_range(url, 1000, 2000) == CONTENT[1000:2000]
     assert storage.glob(f"{bucket}/**/*.bin") == [url]
+    for folder in ("odd[1]", "odd *"):  # taken as it is, not as a pattern
+        storage.write_text(f"{bucket}/{folder}/a.txt", "x")
+        assert storage.glob_in(f"{bucket}/{folder}", "*.txt") == [f"{bucket}/{folder}/a.txt"]
     assert storage.exists(url) and storage.exists(f"{bucket}/a b")
     storage.remove(url)
     storage.remove(url)

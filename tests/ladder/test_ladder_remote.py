@@ -1,0 +1,54 @@
+"""A ladder whose dir is a bucket, against a real S3 server on loopback: killed, and finished by another machine."""
+
+import json
+import shutil
+import signal
+
+import pytest
+from ladder.test_ladder_runs import SHORT, start, wait_for
+from ladders import SIZES, write_ladder
+from storage.test_s3 import bucket, s3_server  # noqa: F401  (fixtures)
+
+from open_lm import storage
+from open_lm.checkpoint.commit import committed
+from open_lm.errors import ConfigError
+from open_lm.ladder import ModelLadder
+from open_lm.ladder.__main__ import main
+
+ONE = {"a": SIZES["a"]}
+FLAGS = {"precision": "fp32", "multiple_data_passes": True, "workers": 0}
+
+
+@pytest.mark.slow
+def test_another_machine_finishes_a_ladder_from_its_bucket(tmp_path, bucket, capfd):  # noqa: F811
+    straight = ModelLadder.from_file(write_ladder(tmp_path, sizes=ONE, run=SHORT))
+    straight.run("a")
+    remote = f"{bucket}/{tmp_path.name}"
+    flags = {**FLAGS, "remote_sync_frequency": 0.05}
+    path = write_ladder(tmp_path, sizes=ONE, run=SHORT, dir=remote, flags=flags)
+    ladder, work = ModelLadder.from_file(path), tmp_path / "tiny-work"
+    process = start(path)
+    wait_for(lambda: any(commit.step > 20 for commit in committed(f"{remote}/a/checkpoints")) or process.poll() == 0)
+    process.send_signal(signal.SIGKILL)
+    process.wait(60)
+    shutil.rmtree(work)  # another machine has only the ladder file and the bucket
+
+    with pytest.raises(ConfigError, match="seed was 3, is now 4"):
+        main(["run", "--ladder", write_ladder(tmp_path, sizes=ONE, run=SHORT, dir=remote, flags=flags, seed=4)])
+    write_ladder(tmp_path, sizes=ONE, run=SHORT, dir=remote, flags=flags)
+    assert ladder.steps_done("a") == 0
+    main(["run", "--ladder", path])
+    assert "resuming" in capfd.readouterr().err.lower()
+    found, expected = ladder.get_metrics(), straight.get_metrics()
+    assert found[["step", "tokens", "loss"]].equals(expected[["step", "tokens", "loss"]])  # bit-equal
+
+    shutil.rmtree(work)  # a third machine only looks
+    assert "3/3          3/3      100 %    done" in main(["status", "--ladder", path])
+    assert len(main(["metrics", "--ladder", path])) == 3
+    assert all(checkpoint.path.startswith(remote) for checkpoint in main(["checkpoints", "--ladder", path]))
+    assert {c.step for c in committed(f"{remote}/a/checkpoints")} == {0, 58, 65}
+    kept = storage.read_text(f"{remote}/a/checkpoints/metrics_step65.json")
+    assert json.loads(kept)["loss"] == expected["loss"].iloc[-1]
+    other = write_ladder(tmp_path, dir="elsewhere")
+    rows = main(["metrics", "--ladder", other, "--alternative-dirs", remote])
+    assert sorted(rows["step"]) == [0, 58, 65]

@@ -181,11 +181,11 @@ class ModelLadder:
         return found
 
     def is_complete(self, size: str) -> bool:
-        """Whether every promised checkpoint of a size exists, and its metrics."""
+        """Whether every promised checkpoint of a size exists where it is kept, and its metrics."""
         return not self._missing(size)
 
     def _missing(self, size: str) -> list[str]:
-        found = self.get_checkpoints(size)
+        found = records.find_checkpoints(self.plan(size), [self.get_save_folder(size)])
         return [f"checkpoint of step {c.info.step}" for c in found if c.path is None] + [
             records.metrics_name(c.info.step) for c in found if c.metrics_path is None
         ]

@@ -115,7 +115,7 @@ def test_flags_of_training_are_checked_before_anything_runs(tmp_path, changes, w
 def test_ranks_that_are_not_data_parallel_take_the_mesh_of_the_flags(tmp_path):
     sizes = {"a": {**SIZES["a"], "min_devices": 2, "min_dp": 1}}
     ladder = ModelLadder.from_file(
-        write_ladder(tmp_path, max_devices=4, sizes=sizes, flags={"mesh": "tp=2"}, run={"batch_multiplier": 9})
+        write_ladder(tmp_path, max_devices=4, sizes=sizes, flags={"mesh": "tp=2"}, run={"batch_multiplier": 40})
     )
     batch = ladder.plan("a").batch
     assert (batch.devices, batch.dp_world_size) == (4, 2)

@@ -42,6 +42,12 @@ def test_another_machine_finishes_a_ladder_from_its_bucket(tmp_path, bucket, cap
     found, expected = ladder.get_metrics(), straight.get_metrics()
     assert found[["step", "tokens", "loss"]].equals(expected[["step", "tokens", "loss"]])  # bit-equal
 
+    for left in storage.glob(f"{remote}/a/checkpoints/*_1.*"):
+        storage.remove(left)  # as if a kill had come between the last save and its copy
+    assert not ladder.is_complete("a")
+    main(["run", "--ladder", path])
+    assert ladder.is_complete("a")
+
     shutil.rmtree(work)  # a third machine only looks
     assert "3/3          3/3      100 %    done" in main(["status", "--ladder", path])
     assert len(main(["metrics", "--ladder", path])) == 3

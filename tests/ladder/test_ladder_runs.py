@@ -10,6 +10,7 @@ import time
 from functools import partial
 
 import pytest
+from icl_setup import SAMPLES, write_tokenizer
 from ladders import SIZES, write_ladder
 from runs import ROOT
 
@@ -68,12 +69,13 @@ def test_a_ladder_runs_to_its_end_and_keeps_every_checkpoint_it_promised(tmp_pat
     assert set(other["num_params"]) == {6568}
     assert sorted(other["step"]) == steps
 
-    rows = [len(main(["metrics", "--ladder", path, "--prefix", start])) for start in ("tiny-a", "tiny", "a", "b")]
+    path = write_ladder(tmp_path, sizes=ONE, run=SHORT)
+    rows = [len(main(["metrics", "--ladder", path, "--prefix", begin])) for begin in ("tiny-a", "tiny", "a", "b")]
     assert rows == [3, 3, 0, 0]  # names, not sizes
     shutil.copytree(tmp_path / "out", tmp_path / "out[1] *")  # a folder may be called anything
     elsewhere = write_ladder(tmp_path, dir="elsewhere")
     others = ["--alternative-dirs", str(tmp_path / "out[1] *")]
-    assert [len(main(["metrics", "--ladder", elsewhere, *others, "--prefix", start])) for start in "ab"] == [3, 0]
+    assert [len(main(["metrics", "--ladder", elsewhere, *others, "--prefix", begin])) for begin in "ab"] == [3, 0]
     assert ModelLadder.from_file(write_ladder(tmp_path, sizes=ONE, run=SHORT, dir="out[1] *")).is_complete("a")
 
     with pytest.raises(ConfigError, match=r"peak_lr was .*, is now .*"):
@@ -87,8 +89,13 @@ def test_a_ladder_runs_to_its_end_and_keeps_every_checkpoint_it_promised(tmp_pat
     assert metrics.read_text() == before
 
 
-def test_a_ladder_without_validation_is_fitted_to_the_training_loss_at_the_end_of_decays(tmp_path, caplog):
-    path = write_ladder(tmp_path, sizes=ONE, run={**SHORT, "batch_multiplier": 1.0}, val_data=[])
+def test_without_validation_the_training_loss_at_the_end_of_a_decay_counts_and_tasks_are_scored(tmp_path, caplog):
+    task = {"label": "choices", "icl_task_type": "multiple_choice", "num_fewshot": [0]}
+    task["dataset_uri"] = str(SAMPLES / "python_choices.jsonl")
+    (tmp_path / "tasks.yaml").write_text(json.dumps({"icl_tasks": [task]}))
+    write_tokenizer(tmp_path / "tokenizer.json")
+    own = {"icl_tasks": "tasks.yaml", "tokenizer": "tokenizer.json", "vocab_size": 400, "val_data": []}
+    path = write_ladder(tmp_path, sizes=ONE, run=SHORT, **own)
     main(["run", "--ladder", path])
     ladder = ModelLadder.from_file(path)
     assert ladder.is_complete("a")
@@ -99,6 +106,9 @@ def test_a_ladder_without_validation_is_fitted_to_the_training_loss_at_the_end_o
     assert set(window) <= set(logged)  # reported often enough
     mean = sum(logged[step]["train/loss"] for step in window) / len(window)
     assert frame["loss"].iloc[-1] == pytest.approx(mean)
+    for at in plan.checkpoint_steps:
+        kept = json.loads((tmp_path / f"out/a/checkpoints/metrics_step{at}.json").read_text())
+        assert 0 <= kept["icl/choices/accuracy"] <= 1
     assert list(ladder_table(ladder, ["a"])["step"]) == [plan.steps]
     assert list(ladder_table(ladder, ["a"], all_checkpoints=True)["step"]) == list(plan.checkpoint_steps)[1:]  # not 0
     assert "training loss" in caplog.text

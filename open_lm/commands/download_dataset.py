@@ -21,7 +21,10 @@ class HfDataset:
     output_dir: str = flag("", "Folder or url; gets one .jsonl.zst for each file of the data set, and source.json.")
     config: str | None = flag(None, "Configuration (subset) of the data set. None: its default.")
     split: str = flag("train", "Split of the data set.")
-    files: str | None = flag(None, "Only files whose path in the repository matches this glob.")
+    files: str | None = flag(
+        None,
+        "Only files whose path in the repository matches this glob; `*` crosses folders (as `hf download --include`).",
+    )
     max_files: int | None = flag(None, "Only so many files, the first ones.", least=1)
     revision: str | None = flag(None, "Branch, tag or commit. None: the newest.")
     num_workers: int = flag(4, "Files that are read at a time.", least=1)

@@ -11,6 +11,8 @@ from open_lm.data.config import ENCODERS, SAMPLE_FORMATS
 from open_lm.errors import ConfigError
 from open_lm.flags import Parser, add_group, flag, read_group
 
+ID_BYTES = {"uint16": 2, "uint32": 4}
+
 
 @dataclass(frozen=True)
 class Make2048:
@@ -41,6 +43,15 @@ class Make2048:
     seqlen: int = flag(2048, "Tokens a model sees at once. A sample is one longer, since targets are shifted by one.")
     shard_size: int = flag(8192, "Samples in a shard; the last one may hold fewer.")
     data_key: str = flag("npy", "How a sample's ids are written; npy is the fastest.", choices=SAMPLE_FORMATS)
+    format: str = flag(
+        "webdataset",
+        "webdataset: shards of samples. npy-flat: arrays as OLMo and dolma read them, ids of whole documents in .npy "
+        "without header, their places and origins in .csv.gz; shuffled in blocks of up to 128 MiB of text.",
+        choices=("webdataset", "npy-flat"),
+    )
+    dtype: str = flag(
+        "auto", "Of ids in npy. auto: uint16 where the vocabulary fits, else uint32.", choices=("auto", *ID_BYTES)
+    )
     seed: int = flag(42, "Of the shuffle, a permutation of all samples.")
     num_workers: int = flag(0, "Processes. 0: one for each core. The shards do not depend on it.")
     num_consumers: int = flag(0, "Processes of the writing half, OpenLM's flag. 0: --num-workers.")
@@ -61,6 +72,8 @@ class Make2048:
         if not self.input_files or not self.output_dir:
             missing = "--input-files" if not self.input_files else "--output-dir"
             raise ConfigError(f"{missing}: not given. See --help.")
+        if self.format == "npy-flat" and self.data_key != "npy":
+            raise ConfigError(f"--data-key {self.data_key}: --format npy-flat writes no members. Leave it out.")
         for name in ("seqlen", "shard_size", "max_document_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 1 or more.")
@@ -103,7 +116,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def make_job(flags: Make2048) -> tuple[Any, Any]:
-    """The job the flags describe, and its tokenizer."""
+    """The job the flags describe, and its tokenizer.
+
+    Raises:
+        ConfigError: the ids do not fit --dtype.
+    """
+    import numpy as np
+
     from open_lm.data.tokenizer import load_tokenizer
     from open_lm.preprocess import job as jobs
     from open_lm.preprocess.input import member_ending
@@ -123,7 +142,11 @@ def make_job(flags: Make2048) -> tuple[Any, Any]:
         seed=flags.seed,
         on_bad_line=flags.on_bad_line,
         max_document_bytes=flags.max_document_bytes,
+        form=flags.format,
+        id_bytes=ID_BYTES.get(flags.dtype, 0),
     )
+    if job.vocab_size > np.iinfo(job.dtype).max + 1:
+        raise ConfigError(f"--dtype {flags.dtype}: holds no ids of a vocabulary of {job.vocab_size}. Give uint32.")
     return job, tokenizer
 
 
@@ -153,9 +176,10 @@ def n_workers(flags: Make2048) -> int:
 
 def describe(job: Any, flags: Make2048) -> str:
     """What will be read and written, in one line each."""
+    form = f".{job.data_key}" if flags.format == "webdataset" else f"flat arrays of {job.dtype.name}"
     return (
         f"reading    {len(job.inputs):,} files, {text.size(sum(size for _, size in job.inputs))}\n"
         f"tokenizer  {job.tokenizer}: {job.vocab_size:,} ids, end of text {job.eot_token!r}\n"
         f"writing    {flags.output_dir}: shards of {job.shard_size:,} samples "
-        f"of {job.sample_tokens:,} tokens (.{job.data_key})"
+        f"of {job.sample_tokens:,} tokens ({form})"
     )

@@ -1,11 +1,11 @@
 """`openlm prepare-chat`: conversations, preference pairs or prompts to data; only answers are trained on."""
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from open_lm import storage
 from open_lm.errors import ConfigError
 from open_lm.flags import Parser, add_group, flag, read_group
 
@@ -22,7 +22,9 @@ class MakeAssistantData:
     dataset: str | None = flag(None, "A data set of the Hugging Face Hub, owner/name, instead of --input-files.")
     config: str | None = flag(None, "Configuration (subset) of --dataset. None: its default.")
     split: str = flag("train", "Split of --dataset.")
-    output_dir: str = flag("", "Folder for the shards, manifest.jsonl and ledger.json. It appears when all is there.")
+    output_dir: str = flag(
+        "", "Folder or url for the shards, manifest.jsonl and ledger.json. It appears when all is there."
+    )
     form: str = flag(
         "conversations",
         "conversations (for --task sft); pairs: chosen and rejected answers (for preferences and reward models); "
@@ -64,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = Parser(description=__doc__)
     add_group(parser, MakeAssistantData)
     flags = read_group(parser.parse_args(argv), MakeAssistantData)
-    if os.path.exists(flags.output_dir):
+    if storage.exists(flags.output_dir):
         raise ConfigError(f"--output-dir {flags.output_dir}: exists already. Choose another folder.")
 
     from open_lm.data.tokenizer import load_tokenizer

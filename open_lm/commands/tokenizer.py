@@ -20,6 +20,7 @@ END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 SPECIAL_TOKENS = (END_OF_TEXT, PADDING)
 """In the order of their ids, as in GPT-NeoX's tokenizer: 0 ends a document, 1 fills what is never trained on."""
 N_BYTES = 256
+OPEN_FILES = 64
 MAX_LINE_BYTES = 16 << 20
 """Longer documents are skipped: one would dominate the merges."""
 
@@ -67,9 +68,23 @@ def main(argv: Sequence[str] | None = None) -> Tokenizer:
 def sample(paths: Sequence[str], key: str, limit_bytes: int) -> list[str]:
     """Texts of all files in turn, one document each, until `limit_bytes` are reached or the files end.
 
+    Of more than `OPEN_FILES` files so many at a time, each group with its share of what is left.
+
     Raises:
         DataError: a line is no JSON object with a text under `key`.
     """
+    texts: list[str] = []
+    left = limit_bytes
+    for start in range(0, len(paths), OPEN_FILES):
+        group = paths[start : start + OPEN_FILES]
+        if left > 0:
+            found = _in_turn(group, key, -(-left * len(group) // (len(paths) - start)))
+            left -= sum(len(content.encode()) for content in found)
+            texts += found
+    return texts
+
+
+def _in_turn(paths: Sequence[str], key: str, limit_bytes: int) -> list[str]:
     streams = [documents(path, key) for path in paths]
     texts: list[str] = []
     size_bytes = 0

@@ -142,5 +142,5 @@ def content_fingerprint(shards: Sequence[Shard]) -> str | None:
 def _digest(shards: Sequence[Shard], text: Callable[[Shard], str]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for shard in sorted(shards, key=lambda shard: (shard.name, shard.n_sequences)):
-        digest.update(text(shard).encode())
+        digest.update(text(shard).encode(errors="surrogateescape"))
     return f"b2:{digest.hexdigest()}"

@@ -47,7 +47,7 @@ def key(*parts: object) -> np.uint64:
 
 def identity(name: str) -> int:
     """64 bits that stand for a shard, whatever its place in the manifest."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest(), "little")
 
 
 class SampleStream(Protocol):

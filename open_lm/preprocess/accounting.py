@@ -19,38 +19,63 @@ def make_ledger(job: Job, work: Workplace, blocks: Sequence[str], rows: Sequence
     Raises:
         DataError: documents or tokens are missing or too many: a bug, or somebody touched the unfinished work.
     """
+    tails = work.records(job.tail_blocks)
+    samples = sum(row["num_sequences"] for row in rows)
+    came_in, n_tokens = _came_in(work, blocks)
+    tokens = {
+        "in": n_tokens,
+        "in_shards": samples * job.sample_tokens,
+        "tail": sum(record["tail"] for record in tails),
+    }
+    ledger = came_in | {"tokens": tokens, "samples": samples, "shards": len(rows)} | _settings(job)
+    if job.sampling:
+        ledger["sampling"] = _sampling(job, work, blocks)
+    _check(ledger)
+    return ledger
+
+
+def make_flat_ledger(
+    job: Job, work: Workplace, blocks: Sequence[str], arrays: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """The ledger of a job that wrote flat arrays: every token is in one of them.
+
+    Raises:
+        DataError: as `make_ledger`.
+    """
+    came_in, n_tokens = _came_in(work, blocks)
+    in_arrays = sum(array["tokens"] for array in arrays)
+    samples = sum(array["tokens"] // job.sample_tokens for array in arrays)
+    about = {"samples": samples, "shards": len(arrays), "arrays": list(arrays), "dtype": job.dtype.name}
+    tokens = {"in": n_tokens, "in_shards": in_arrays, "tail": 0}
+    ledger = came_in | {"tokens": tokens} | about | _settings(job)
+    _check(ledger)
+    return ledger
+
+
+def _came_in(work: Workplace, blocks: Sequence[str]) -> tuple[dict[str, Any], int]:
+    """What became of documents and lines; how many tokens they made."""
     totals: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
     for record in work.records(blocks):
         totals.update({key: record[key] for key in ("lines", "blank_lines", "bytes", "tokenized", "tokens")})
         rejected.update(record["rejected"])
-    tails = work.records(job.tail_blocks)
-    samples = sum(row["num_sequences"] for row in rows)
-    ledger = {
-        "documents": {
-            "in": totals["lines"] - totals["blank_lines"],
-            "tokenized": totals["tokenized"],
-            "rejected": dict(sorted(rejected.items())),
-        },
-        "blank_lines": totals["blank_lines"],
-        "text_bytes": totals["bytes"],
-        "tokens": {
-            "in": totals["tokens"],
-            "in_shards": samples * job.sample_tokens,
-            "tail": sum(record["tail"] for record in tails),
-        },
-        "samples": samples,
-        "shards": len(rows),
+    documents = {
+        "in": totals["lines"] - totals["blank_lines"],
+        "tokenized": totals["tokenized"],
+        "rejected": dict(sorted(rejected.items())),
+    }
+    came_in = {"documents": documents, "blank_lines": totals["blank_lines"], "text_bytes": totals["bytes"]}
+    return came_in, totals["tokens"]
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    return {
         "seq_len": job.seq_len,
         "tokens_per_sample": job.sample_tokens,
         "vocab_size": job.vocab_size,
         "tokenizer": job.tokenizer,
         "job": orjson.loads(job.to_json()),
     }
-    if job.sampling:
-        ledger["sampling"] = _sampling(job, work, blocks)
-    _check(ledger)
-    return ledger
 
 
 def _sampling(job: Job, work: Workplace, blocks: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -86,13 +111,14 @@ def lines(ledger: dict[str, Any]) -> list[str]:
     reasons = ", ".join(f"{n} {reason}" for reason, n in documents["rejected"].items())
     n_rejected = sum(documents["rejected"].values())
     sampling = ledger.get("sampling", {})
+    kind = f"arrays of {ledger['dtype']}" if "arrays" in ledger else "shards"
     added = sum(books["written"] - books["samples"] for books in sampling.values()) * ledger["tokens_per_sample"]
     copied = f" {'+' if added >= 0 else '-'} {abs(added):,} by sampling" if sampling else ""
     return [
         f"documents  {documents['in']:,} in = {documents['tokenized']:,} tokenized + {n_rejected:,} rejected"
         + (f" ({reasons})" if reasons else ""),
-        f"tokens     {tokens['in']:,} in{copied} = {tokens['in_shards']:,} in shards + {tokens['tail']:,} tail",
-        f"samples    {ledger['samples']:,} of {ledger['tokens_per_sample']:,} tokens in {ledger['shards']:,} shards"
+        f"tokens     {tokens['in']:,} in{copied} = {tokens['in_shards']:,} in {kind} + {tokens['tail']:,} tail",
+        f"samples    {ledger['samples']:,} of {ledger['tokens_per_sample']:,} tokens in {ledger['shards']:,} {kind}"
         f" ({text.count(tokens['in_shards'])} tokens from {text.size(ledger['text_bytes'])} of text)",
         *(
             f"source     {name}: {books['samples']:,} samples, {books['written']:,} written "

@@ -13,13 +13,16 @@ import numpy as np
 
 from open_lm.data.tokenizer import Tokenizer
 from open_lm.errors import ConfigError, DataError
+from open_lm.preprocess.long_text import LongText
 
 PIECE_CHARACTERS = 1 << 20
 """A longer document is encoded in pieces of about this size: Hugging Face's encoder needs 150 times their memory."""
 
 _WORD_END = re.compile(r"(?<=\w)(?=\s)")
 _PUNCTUATION_END = re.compile(r"(?<=[^\w\s])(?=\w)")
+_KIND_CHANGE = re.compile(r"(?<=[^\W\d_])(?=\d)|(?<=\d)(?=[^\W\d_])")
 _SEARCHED = 1 << 20
+_LONGEST_STRETCH = 16 << 20
 _MARGIN = 2000
 _TRAPS = (
     "", " ", "  \n\n  x ", "\x00\x1f\x7f", "naïve e\u0301 日本語 한국어 👍🏽 \u200b\ufeff", "don't I'LL 's", "a" * 3000,
@@ -124,8 +127,9 @@ class DocumentEncoder:
         self._encoder, self._reference = make_encoder(encoder, tokenizer), ReferenceEncoder(tokenizer)
         self._unchecked_characters = 0
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """The ids of all texts in order, exactly those of each whole text, each followed by the end-of-text id.
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all texts in order, exactly those of each whole text, each followed by the end-of-text id; and
+        behind which id each text ends (n offsets).
 
         Raises:
             DataError: the fast encoder and the reference differ on one of the texts compared.
@@ -137,24 +141,40 @@ class DocumentEncoder:
             pieces += [text] if len(text) <= PIECE_CHARACTERS else cut_safely(self._encoder, text)
             last_piece[number] = len(pieces)
         ids, offsets = self._encode_in_groups(pieces)
-        if len(ids) and int(ids.max()) > np.iinfo(self._dtype).max:
-            raise DataError(
-                f"--tokenizer {self._tokenizer.name}: gives id {int(ids.max())}, too large for {self._dtype}. "
-                "Its vocabulary has gaps: start anew with --overwrite."
-            )
         joined = np.empty(len(ids) + len(texts), self._dtype)
         ends = offsets[last_piece] + np.arange(len(texts))
         is_id = np.ones(len(joined), bool)
         is_id[ends] = False
         joined[is_id], joined[ends] = ids, self._tokenizer.eot_id
-        return joined
+        return joined, ends + 1
+
+    def encode_long(self, text: LongText) -> tuple[np.ndarray, np.ndarray]:
+        """As `encode`, of one long document, which is never held as a whole.
+
+        Raises:
+            Unsplittable: it has no place to cut for too long a stretch.
+        """
+        parts = []
+        for piece in pieces_of(self._encoder, text.pieces()):
+            self._check([piece])
+            parts.append(self._fitting(self._encode_in_groups([piece])[0]))
+        joined = np.concatenate([*parts, np.array([self._tokenizer.eot_id], self._dtype)])
+        return joined, np.array([len(joined)])
+
+    def _fitting(self, ids: np.ndarray) -> np.ndarray:
+        if len(ids) and int(ids.max()) > np.iinfo(self._dtype).max:
+            raise DataError(
+                f"--tokenizer {self._tokenizer.name}: gives id {int(ids.max())}, too large for {self._dtype}. "
+                "Its vocabulary has gaps: start anew with --overwrite."
+            )
+        return ids.astype(self._dtype)
 
     def _encode_in_groups(self, pieces: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """As the encoder's own `encode`, but a few pieces at a time: its memory grows with their size."""
-        ids, ends = [np.zeros(0, np.uint32)], [np.zeros(1, np.int64)]
+        ids, ends = [np.zeros(0, self._dtype)], [np.zeros(1, np.int64)]
         for group in _groups(pieces, 2 * PIECE_CHARACTERS):
             some_ids, some_offsets = self._encoder.encode(group)
-            ids.append(some_ids)
+            ids.append(self._fitting(some_ids))
             ends.append(ends[-1][-1] + some_offsets[1:])
         return np.concatenate(ids), np.concatenate(ends)
 
@@ -203,10 +223,36 @@ def cut_safely(encoder: Encoder, text: str, piece: int = PIECE_CHARACTERS) -> li
     return [*pieces, text[start:]]
 
 
-def _safe_cut(encoder: Encoder, text: str, near: int) -> int | None:
-    """A place from `near` on where ids do not change: where a word ends; in text without spaces after punctuation."""
-    for pattern in (_WORD_END, _PUNCTUATION_END):
-        for match in itertools.islice(pattern.finditer(text, near, near + _SEARCHED), 100):
+def pieces_of(encoder: Encoder, texts: Iterable[str], piece: int = PIECE_CHARACTERS) -> Iterator[str]:
+    """The text that `texts` make together, cut as `cut_safely` does, from little of it at a time.
+
+    Raises:
+        Unsplittable: no place to cut is found in `_LONGEST_STRETCH` characters.
+    """
+    held = ""
+    for text in texts:
+        held += text
+        while len(held) >= 2 * piece + _MARGIN:
+            cut = _safe_cut(encoder, held, piece, len(held) - _MARGIN)
+            if cut is None:
+                if len(held) > _LONGEST_STRETCH:
+                    raise Unsplittable(f"no place to cut in {len(held):,} characters")
+                break
+            yield held[:cut]
+            held = held[cut:]
+    yield from cut_safely(encoder, held, piece)
+
+
+class Unsplittable(Exception):
+    """A document that would have to be encoded at once, and is too large for that."""
+
+
+def _safe_cut(encoder: Encoder, text: str, near: int, stop: int | None = None) -> int | None:
+    """A place from `near` on where ids do not change: where a word ends; in text without spaces after punctuation, or
+    between letters and digits."""
+    stop = min(near + _SEARCHED, len(text) if stop is None else stop)
+    for pattern in (_WORD_END, _PUNCTUATION_END, _KIND_CHANGE):
+        for match in itertools.islice(pattern.finditer(text, near, stop), 100):
             cut = match.start()
             left, right = text[max(0, cut - _MARGIN) : cut], text[cut : cut + _MARGIN]
             ids, offsets = encoder.encode([left + right, left, right])

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import base64
-import fnmatch
+import hashlib
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, cast
 
 import orjson
 
 from open_lm import storage
 from open_lm.errors import ConfigError, DataError, StorageError
+from open_lm.preprocess.json_array import array_rows, is_array
 from open_lm.preprocess.jsonl import JSON_ENDINGS, read_lines
 
 PARQUET = ".parquet"
@@ -32,6 +35,8 @@ class HubFile:
     dataset: str
     revision: str
     path: str
+    name: str = ""
+    """Stands before the ending of its output, where other files would become the same."""
 
     @property
     def url(self) -> str:
@@ -43,7 +48,7 @@ class HubFile:
         stem = self.path.removesuffix(PARQUET)
         for ending in JSON_ENDINGS:
             stem = stem.removesuffix(ending)
-        return stem.replace("/", "--") + ".jsonl.zst"
+        return stem.replace("/", "--") + self.name + ".jsonl.zst"
 
 
 def list_files(dataset: str, revision: str | None = None) -> tuple[list[str], str]:
@@ -91,7 +96,18 @@ def select(dataset: str, config: str | None, split: str, revision: str | None = 
         return _converted(dataset, config, split, files)
     if not found:
         raise _nothing(dataset, config, split, files)
-    return [HubFile(dataset, commit, path) for path in found]
+    return _apart([HubFile(dataset, commit, path) for path in found])
+
+
+def _apart(files: list[HubFile]) -> list[HubFile]:
+    """The files, each with an output of its own: `en/x.json`, `en/x.jsonl` and `en--x.parquet` have one name."""
+    shared = Counter(file.output for file in files)
+    return [
+        replace(file, name="-" + hashlib.blake2b(file.path.encode(), digest_size=4).hexdigest())
+        if shared[file.output] > 1
+        else file
+        for file in files
+    ]
 
 
 def _converted(dataset: str, config: str | None, split: str, original: Sequence[str]) -> list[HubFile]:
@@ -103,7 +119,7 @@ def _converted(dataset: str, config: str | None, split: str, original: Sequence[
     found = [path for path in paths if path.endswith(PARQUET) and _named(path, config or "default", split)]
     if not found:
         raise _nothing(dataset, config, split, [*original, *paths])
-    return [HubFile(dataset, commit, path) for path in found]
+    return _apart([HubFile(dataset, commit, path) for path in found])
 
 
 def _nothing(dataset: str, config: str | None, split: str, paths: Sequence[str]) -> DataError:
@@ -143,7 +159,17 @@ def _card_patterns(dataset: str, commit: str, config: str | None, split: str) ->
 
 
 def _matches(path: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, pattern.replace("**/", ""))
+    """As the Hub's own loader: `*` stays within a folder, `**` crosses them."""
+    return re.fullmatch(_regex(pattern.removeprefix("./")), path) is not None
+
+
+_SIGNS = {"**/": "(?:[^/]+/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+
+
+@lru_cache
+def _regex(pattern: str) -> str:
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern)
+    return "".join(_SIGNS.get(part) or (part if part.startswith("[") else re.escape(part)) for part in parts)
 
 
 def _named(path: str, config: str | None, split: str) -> bool:
@@ -178,6 +204,9 @@ def convert(file: HubFile, folder: str) -> Iterator[int]:
 
 
 def _json_lines(file: HubFile) -> Iterator[bytes]:
+    if is_array(file.url):
+        yield from (row + b"\n" for row in array_rows(file.url))
+        return
     for line in read_lines(file.url, max_line_bytes=1 << 30):
         if line.content:
             yield line.content + b"\n"

@@ -13,6 +13,7 @@ from open_lm import storage
 from open_lm.data.formats import NPY
 from open_lm.errors import ConfigError, DataError
 from open_lm.preprocess.jsonl import TAR, Line, Rejected, document_text, is_whole, read_lines
+from open_lm.preprocess.long_text import LONG_BYTES, LongText, long_document, sound
 
 
 def member_ending(content_key: str, flag_name: str = "--content-key") -> str:
@@ -70,14 +71,16 @@ def _damaged(url: str, offset: int, what: str) -> DataError:
     return DataError(f"{storage.shown(url)}: cut off or damaged at byte {offset} ({what}). Copy it again.")
 
 
-def member_document(line: Line, content_key: str) -> str | np.ndarray | Rejected | None:
+def member_document(line: Line, content_key: str) -> str | LongText | np.ndarray | Rejected | None:
     """The text of one member, or its ids where they are tokens already.  `line.content` is not None."""
     kind, _, key = content_key.partition(":")
     content = line.content or b""
     if kind == "json":
-        return document_text(Line(-1, content), key)
+        return line_document(Line(-1, content), key)
     if kind == "npy":
         return _ids(content)
+    if len(content) > LONG_BYTES:
+        return _long(content)
     try:
         return content.decode() or Rejected("empty")
     except UnicodeDecodeError:
@@ -106,8 +109,10 @@ def read_whole(url: str, max_bytes: int) -> Iterator[Line]:
     yield Line(0, content if len(content) <= max_bytes else None)
 
 
-def whole_document(line: Line) -> str | Rejected:
+def whole_document(line: Line) -> str | LongText | Rejected:
     """The text of a text file; one of nothing but space is empty."""
+    if len(line.content or b"") > LONG_BYTES:
+        return _long(line.content or b"")
     try:
         text = (line.content or b"").removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError:
@@ -115,11 +120,23 @@ def whole_document(line: Line) -> str | Rejected:
     return text if text.strip() else Rejected("empty")
 
 
-def document_of(url: str, line: Line, content_key: str) -> str | np.ndarray | Rejected | None:
+def _long(content: bytes) -> LongText | Rejected:
+    return sound(LongText(memoryview(content), escaped=False)) or Rejected("invalid_utf8")
+
+
+def line_document(line: Line, content_key: str) -> str | LongText | Rejected | None:
+    """The text of one JSON line; None for a blank one.  `line.content` is not None."""
+    content = line.content or b""
+    if len(content) <= LONG_BYTES:
+        return document_text(line, content_key)
+    return long_document(content.removeprefix(codecs.BOM_UTF8) if line.offset == 0 else content, content_key)
+
+
+def document_of(url: str, line: Line, content_key: str) -> str | LongText | np.ndarray | Rejected | None:
     """The document that one line or member of `url` holds; None for a blank line.  `line.content` is not None."""
     if is_whole(url):
         return whole_document(line)
-    return member_document(line, content_key) if url.endswith(TAR) else document_text(line, content_key)
+    return member_document(line, content_key) if url.endswith(TAR) else line_document(line, content_key)
 
 
 def sample_texts(urls: Sequence[str], content_key: str, *, max_characters: int = 1 << 20) -> Iterator[str]:

@@ -21,6 +21,7 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 VERSION = 3
+SHARDS, FLAT = "webdataset", "npy-flat"
 TAILS = "tails"
 """Name of the block made of the tokens left over in the others."""
 
@@ -51,6 +52,9 @@ class Job:
     source_of: tuple[int, ...] = ()
     shuffle: bool = True
     version: int = VERSION
+    form: str = SHARDS
+    id_bytes: int = 0
+    """Of an id on disk; 0: as few as the vocabulary needs."""
 
     @property
     def sample_tokens(self) -> int:
@@ -62,7 +66,7 @@ class Job:
 
     @property
     def dtype(self) -> np.dtype:
-        return token_dtype(self.vocab_size)
+        return np.dtype(f"<u{self.id_bytes}") if self.id_bytes else token_dtype(self.vocab_size)
 
     @property
     def tail_blocks(self) -> list[str]:
@@ -78,7 +82,11 @@ class Job:
         return self.source_of_file(file_and_block(block)[0])
 
     def to_json(self) -> bytes:
-        return orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2)
+        inputs = [(storage.to_text(url), size) for url, size in self.inputs]
+        facts = asdict(self) | {"inputs": inputs}
+        later = {"form": SHARDS, "id_bytes": 0}  # are only named where they are not these: jobs of before stay the same
+        kept = {name: value for name, value in facts.items() if name not in later or value != later[name]}
+        return orjson.dumps(kept, option=orjson.OPT_INDENT_2)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -131,16 +139,19 @@ class Workplace:
         with ThreadPoolExecutor(16) as pool:
             return list(pool.map(look, items))
 
-    def sound_block(self, name: str, sample_bytes: int) -> dict[str, Any] | None:
-        """The record of a finished block whose samples are all there, None where it must be made (again)."""
+    def sound_block(self, name: str, job: Job) -> dict[str, Any] | None:
+        """The record of a finished block whose files are all there, None where it must be made (again)."""
         record = self.done(name)
         if record is None:
             return None
+        sizes = {"bin": record["samples"] * (8 + job.sample_bytes)}
+        if job.form == FLAT:
+            sizes = {"bin": record["tokens"] * job.dtype.itemsize, "docs": record["docs_bytes"]}
         try:
-            size = storage.size_bytes(self.path(f"{name}.bin"))
+            whole = all(storage.size_bytes(self.path(f"{name}.{end}")) == size for end, size in sizes.items())
         except StorageError:
             return None
-        return record if size == record["samples"] * (8 + sample_bytes) else None
+        return record if whole else None
 
     def record(self, name: str, record: dict[str, Any]) -> dict[str, Any]:
         storage.write_bytes(self.path(f"{name}.json"), orjson.dumps(record))
@@ -156,6 +167,7 @@ def load_job(folder: str, fingerprint: str) -> Job:
     """
     row = orjson.loads(storage.read_bytes(storage.join(folder, "job.json")))
     pairs = {name: tuple(map(tuple, row[name])) for name in ("inputs", "sampling")}
+    pairs["inputs"] = tuple((storage.from_text(url), size) for url, size in pairs["inputs"])
     job = Job(**(row | pairs | {"source_of": tuple(row["source_of"])}))
     if job.fingerprint != fingerprint:
         raise DataError(f"{folder}: holds another job. Is another process at work there?")

@@ -51,11 +51,12 @@ def expand_inputs(
     """
     found: list[str] = []
     for pattern in patterns:
-        is_folder = not storage.is_remote(pattern) and storage.local_path(pattern).is_dir()
-        if is_folder or (within and storage.is_remote(pattern) and not pattern.endswith(endings)):
-            files = [url for url in storage.glob(storage.join(pattern, "**")) if url.endswith(endings)]
-        else:
-            files = storage.glob(pattern)
+        whole = within and storage.is_remote(pattern) and not pattern.endswith(endings)
+        files = [
+            file
+            for url in ([pattern] if whole else storage.glob(pattern))
+            for file in (_within(url, endings) if whole or _is_local_folder(url) else [url])
+        ]
         if not files:
             raise StorageError(f"{flag_name} {storage.shown(pattern)}: no file matches. Check the path.")
         found += files
@@ -63,6 +64,17 @@ def expand_inputs(
         if not url.endswith(endings):
             raise DataError(f"{flag_name} {storage.shown(url)}: need one of {', '.join(endings)}.")
     return sorted(set(found))
+
+
+def _is_local_folder(url: str) -> bool:
+    return not storage.is_remote(url) and storage.local_path(url).is_dir()
+
+
+def _within(folder: str, endings: tuple[str, ...]) -> list[str]:
+    """The files of a folder, which may itself be named as a file is (Spark writes `out.json/part-0.json`)."""
+    if storage.is_remote(folder) and any(sign in folder for sign in "*?["):
+        return [url for url in storage.glob(storage.join(folder, "**")) if url.endswith(endings)]
+    return [url for url in storage.files_within(folder) if url.endswith(endings)]
 
 
 def is_packed(url: str) -> bool:

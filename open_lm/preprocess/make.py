@@ -18,13 +18,14 @@ import orjson
 from open_lm import storage
 from open_lm.data.manifest import FILENAME, read_manifest, write_manifest
 from open_lm.errors import ConfigError, DataError
-from open_lm.preprocess.accounting import make_ledger
-from open_lm.preprocess.job import Job, Workplace
+from open_lm.preprocess.accounting import make_flat_ledger, make_ledger
+from open_lm.preprocess.job import FLAT, Job, Workplace
 from open_lm.preprocess.jsonl import estimated_text_bytes
 from open_lm.preprocess.merge import merge_all, runs_of
 from open_lm.preprocess.shuffle import SortedRuns
 from open_lm.preprocess.tokenize import TextTask, join_tails, text_tasks, tokenize
 from open_lm.preprocess.workers import RunTasks, run_tasks
+from open_lm.preprocess.write_flat import write_arrays
 from open_lm.preprocess.write_shard import make_shards, numbered_shard, shard_tasks, sound_shard
 
 log = logging.getLogger(__name__)
@@ -81,18 +82,35 @@ def build_data_set(
     """
     if (finished := _finished(job, to, resume)) is not None:
         return finished
-    _check_folder(to, overwrite)
+    _check_folder(job, to, overwrite)
     with _workplace(job, to, tokenizer_json, resume=resume, overwrite=overwrite) as work:
         blocks = _tokenize_all(job, work, encoder, n_workers, run or run_tasks)
-        join_tails(job, work.folder, blocks)
-        names = merge_all(job, work, [*blocks, *job.tail_blocks], n_workers, run or run_tasks)
-        runs = _runs(job, work, names)
-        quick = run is None and runs.size_bytes < _FEW_BYTES and not storage.is_remote(to.shards)
-        rows = _write_all(job, work, to, runs, n_writers or (1 if quick else n_workers), run or run_tasks)
-        ledger = make_ledger(job, work, blocks, rows)
-        _publish(to, rows, ledger, overwrite)
+        if job.form == FLAT:
+            rows = write_arrays(job, work, to.shards, blocks, n_writers or n_workers, run or run_tasks)
+            ledger = make_flat_ledger(job, work, blocks, rows)
+        else:
+            rows = _shards(job, work, to, blocks, n_workers, n_writers, run)
+            ledger = make_ledger(job, work, blocks, rows)
+        _publish(job, to, rows, ledger, overwrite)
     _remove(to.workplace)
     return ledger
+
+
+def _shards(
+    job: Job,
+    work: Workplace,
+    to: Destination,
+    blocks: list[str],
+    n_workers: int,
+    n_writers: int | None,
+    run: RunTasks | None,
+) -> list[dict[str, Any]]:
+    """Join, merge and write the blocks as shards; the manifest's rows."""
+    join_tails(job, work.folder, blocks)
+    names = merge_all(job, work, [*blocks, *job.tail_blocks], n_workers, run or run_tasks)
+    runs = _runs(job, work, names)
+    quick = run is None and runs.size_bytes < _FEW_BYTES and not storage.is_remote(to.shards)
+    return _write_all(job, work, to, runs, n_writers or (1 if quick else n_workers), run or run_tasks)
 
 
 def _remove(folder: str) -> None:
@@ -105,18 +123,29 @@ def _remove(folder: str) -> None:
 
 def _finished(job: Job, to: Destination, resume: bool) -> dict[str, Any] | None:
     """The ledger of a data set that is complete and is this job's own, when asked to resume."""
-    if not resume or not storage.exists(storage.join(to.folder, FILENAME)):
+    if not resume or not storage.exists(storage.join(to.folder, _last_written(job))):
         return None
     ledger_url = storage.join(to.folder, LEDGER)
     ledger = orjson.loads(storage.read_bytes(ledger_url)) if storage.exists(ledger_url) else {}
     if ledger.get("job") != orjson.loads(job.to_json()):
         return None
     _remove(to.workplace)  # left by a run that was killed between its last steps
-    _remove_replaced(to.folder)
+    if job.form != FLAT:
+        _remove_replaced(to.folder)
     return ledger
 
 
-def _check_folder(to: Destination, overwrite: bool) -> None:
+def _last_written(job: Job) -> str:
+    """The file that says the data set is there."""
+    return LEDGER if job.form == FLAT else FILENAME
+
+
+def _check_folder(job: Job, to: Destination, overwrite: bool) -> None:
+    if job.form == FLAT and storage.is_remote(to.folder) and storage.exists(storage.join(to.folder, LEDGER)):
+        raise ConfigError(
+            f"--output-dir {storage.shown(to.folder)}: holds a data set, and arrays in a store cannot be replaced at "
+            "once: readers find them by their names. Choose another folder."
+        )
     if overwrite or (not storage.is_remote(to.folder) and not os.path.exists(to.folder)):
         return
     used = storage.exists(storage.join(to.folder, FILENAME)) or (
@@ -199,7 +228,7 @@ def _lost_block(job: Job, work: Workplace, task: TextTask) -> str | None:
     record = work.done(task.name)
     if record is None:
         return task.name
-    return next((name for name in record["blocks"] if not work.sound_block(name, job.sample_bytes)), None)
+    return next((name for name in record["blocks"] if not work.sound_block(name, job)), None)
 
 
 def _runs(job: Job, work: Workplace, names: Sequence[str]) -> SortedRuns:
@@ -255,12 +284,13 @@ def _remove_replaced(folder: str) -> None:
                 storage.remove(url)
 
 
-def _publish(to: Destination, rows: list[dict[str, Any]], ledger: dict[str, Any], overwrite: bool) -> None:
+def _publish(job: Job, to: Destination, rows: list[dict[str, Any]], ledger: dict[str, Any], overwrite: bool) -> None:
     """Put ledger and manifest beside the shards; a local folder then takes its final name by one rename."""
     storage.write_bytes(storage.join(to.shards, LEDGER), orjson.dumps(ledger, option=orjson.OPT_INDENT_2))
-    write_manifest(storage.join(to.shards, FILENAME), rows)
+    if job.form != FLAT:
+        write_manifest(storage.join(to.shards, FILENAME), rows)
     if storage.is_remote(to.folder):
-        if overwrite:
+        if overwrite and job.form != FLAT:
             _remove_replaced(to.folder)
         return
     if os.path.isdir(to.folder):

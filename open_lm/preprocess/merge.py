@@ -43,7 +43,7 @@ def merge_all(job: Job, work: Workplace, names: list[str], n_workers: int, run: 
 def merge(folder: str, job_fingerprint: str, names: tuple[str, ...], target: str) -> Iterator[int]:
     """Write one sorted file with the samples of several, if that has not been done; yields the bytes of samples."""
     job, work = load_job(folder, job_fingerprint), Workplace(folder)
-    done = work.sound_block(target, job.sample_bytes)
+    done = work.sound_block(target, job)
     if done:
         yield done["samples"] * job.sample_bytes
         return

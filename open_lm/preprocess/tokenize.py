@@ -20,10 +20,12 @@ from open_lm import storage
 from open_lm.data.shards import check_ids
 from open_lm.data.tokenizer import Tokenizer
 from open_lm.errors import DataError
-from open_lm.preprocess.encoding import DocumentEncoder
+from open_lm.preprocess.encoding import DocumentEncoder, Unsplittable
+from open_lm.preprocess.flat_blocks import Origin, origin_of, write_flat_block
 from open_lm.preprocess.input import document_of, read_documents
-from open_lm.preprocess.job import TAILS, Job, Workplace, block_name, file_and_block, load_job
+from open_lm.preprocess.job import FLAT, TAILS, Job, Workplace, block_name, file_and_block, load_job
 from open_lm.preprocess.jsonl import BAD_LINE_REASONS, TAR, Line, Rejected, is_packed, is_whole, read_lines
+from open_lm.preprocess.long_text import LongText
 from open_lm.preprocess.packing import copies, keys_in_order, keys_of_copies, pack, shuffle_keys
 from open_lm.preprocess.shuffle import write_sorted
 
@@ -80,14 +82,14 @@ def tokenize(folder: str, job_fingerprint: str, encoder: str, task: TextTask) ->
     """
     job, work = load_job(folder, job_fingerprint), Workplace(folder)
     done = work.done(task.name)
-    if done and all(work.sound_block(name, job.sample_bytes) for name in done["blocks"]):
+    if done and all(work.sound_block(name, job) for name in done["blocks"]):
         yield done["bytes"]
         return
     documents = _document_encoder(folder, job.tokenizer, job.eot_token, encoder, job.dtype.str)
     blocks, n_bytes = [], 0
     for block, lines in _blocks(job, task):
         name = block_name(task.first, block)
-        record = work.sound_block(name, job.sample_bytes) or _tokenize_block(job, work, name, lines, documents)
+        record = work.sound_block(name, job) or _tokenize_block(job, work, name, lines, documents)
         blocks.append(name)
         n_bytes += record["bytes"]
         yield record["bytes"]
@@ -132,12 +134,19 @@ def _tokenize_block(
 ) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
+    origins: list[Origin] = []
     pieces: list[np.ndarray] = []
-    for batch in _batches(_documents(job, lines, counts, rejected)):
-        pieces.append(documents.encode(batch) if isinstance(batch[0], str) else _ended(job, batch))
+    lengths: list[np.ndarray] = []
+    for batch in _batches(_documents(job, lines, counts, rejected, origins)):
+        try:
+            ids, ends = _encoded(job, documents, batch)
+        except Unsplittable:
+            rejected["cannot_be_split"] += 1
+            origins.pop()
+            continue
+        pieces.append(ids)
+        lengths.append(np.diff(ends, prepend=0))
         counts["tokenized"] += len(batch)
-    samples, tail = pack(pieces, job.sample_tokens)
-    n_written = _write_block(job, work, name, samples, source=job.source(name))
     record = {
         "lines": counts["lines"],
         "blank_lines": counts["blank"],
@@ -145,11 +154,19 @@ def _tokenize_block(
         "tokenized": counts["tokenized"],
         "rejected": dict(sorted(rejected.items())),
         "tokens": sum(map(len, pieces)),
-        "packed": len(samples),
-        "samples": n_written,
-        "tail": tail.tolist(),
     }
-    return work.record(name, record)
+    if job.form == FLAT:
+        return work.record(name, record | write_flat_block(job, work, name, pieces, lengths, origins))
+    samples, tail = pack(pieces, job.sample_tokens)
+    n_written = _write_block(job, work, name, samples, source=job.source(name))
+    return work.record(name, record | {"packed": len(samples), "samples": n_written, "tail": tail.tolist()})
+
+
+def _encoded(job: Job, documents: DocumentEncoder, batch: list[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of a batch of documents, and where each document ends."""
+    if isinstance(batch[0], str):
+        return documents.encode(batch)
+    return documents.encode_long(batch[0]) if isinstance(batch[0], LongText) else _ended(job, batch)
 
 
 def _write_block(job: Job, work: Workplace, name: str, samples: np.ndarray, *, source: int) -> int:
@@ -170,17 +187,22 @@ def _write_block(job: Job, work: Workplace, name: str, samples: np.ndarray, *, s
     return len(numbers)
 
 
-def _ended(job: Job, documents: list[Any]) -> np.ndarray:
-    """Documents that are ids already, one after the other, an end-of-text id after each that has none."""
+def _ended(job: Job, documents: list[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Documents that are ids already, one after the other, an end-of-text id after each that has none; their ends."""
     end = np.array([job.eot_id], job.dtype)
     parts = [part for ids in documents for part in ((ids,) if ids[-1] == job.eot_id else (ids, end))]
-    return np.concatenate(parts).astype(job.dtype)
+    lengths = [len(ids) + (ids[-1] != job.eot_id) for ids in documents]
+    return np.concatenate(parts).astype(job.dtype), np.cumsum(lengths)
 
 
-def _documents(job: Job, lines: Iterable[FileLine], counts: Counter[str], rejected: Counter[str]) -> Iterator[Any]:
-    """The texts, or vectors of ids, of the lines that hold one; all others are counted."""
+def _documents(
+    job: Job, lines: Iterable[FileLine], counts: Counter[str], rejected: Counter[str], origins: list[Origin]
+) -> Iterator[Any]:
+    """The texts, or vectors of ids, of the lines that hold one, and their `origins`; all others are counted."""
+    here, number = "", 0
     for url, line in lines:
         counts["lines"] += 1
+        here, number = url, number + 1 if url == here else 1
         if line.content is None:
             rejected["too_long"] += 1
             continue
@@ -193,6 +215,8 @@ def _documents(job: Job, lines: Iterable[FileLine], counts: Counter[str], reject
                 raise _bad_line(job, url, line, found)
             rejected[found.reason] += 1
         else:
+            if job.form == FLAT:
+                origins.append(origin_of(url, number, line))
             yield found
 
 
@@ -213,6 +237,8 @@ def _bad_line(job: Job, url: str, line: Line, rejected: Rejected) -> DataError:
         "not_ids": f"no vector of ids below {job.vocab_size}",
     }
     found = what.get(rejected.reason, rejected.reason.replace("_", " "))
+    if line.offset == 0 and (line.content or b"").lstrip().startswith(b"["):
+        found = "a JSON array, where each line should be an object (`jq -c '.[]'` makes them)"
     if url.endswith(TAR):
         return DataError(
             f"{storage.shown(url)}, member at byte {line.offset}: {found}: {(line.content or b'')[:60]!r}. "
@@ -231,7 +257,7 @@ def _batches(documents: Iterable[Any]) -> Iterator[list[Any]]:
     batch: list[Any] = []
     held = 0
     for document in documents:
-        if batch and isinstance(document, str) != isinstance(batch[0], str):
+        if batch and (type(document) is not type(batch[0]) or isinstance(document, LongText)):
             yield batch
             batch, held = [], 0
         batch.append(document)
@@ -254,7 +280,7 @@ def join_tails(job: Job, folder: str, blocks: list[str]) -> None:
     """The tokens left over at the ends of all blocks of each source, in their order, as one more block."""
     work = Workplace(folder)
     for source, name in enumerate(job.tail_blocks):
-        if work.sound_block(name, job.sample_bytes):
+        if work.sound_block(name, job):
             continue
         mine = [block for block in blocks if job.source(block) == source]
         tails = [np.array(record["tail"], job.dtype) for record in work.records(mine)]

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+from urllib.parse import quote, unquote_to_bytes
 
 from open_lm.errors import StorageError
 from open_lm.storage import remote
@@ -19,6 +20,25 @@ __all__ = ["is_remote", "redacted", "shown"]
 def local_path(url: str) -> Path:
     """The path a local url names, with ~ expanded."""
     return Path(url.removeprefix("file://")).expanduser()
+
+
+_RAW = "bytes:"
+
+
+def to_text(url: str) -> str:
+    """`url` as JSON may hold it: a local name that is no UTF-8 (a Latin-1 one) with its bytes escaped."""
+    try:
+        url.encode()
+        return url
+    except UnicodeEncodeError:
+        return _RAW + quote(url.encode(errors="surrogateescape"))
+
+
+def from_text(text: str) -> str:
+    """The url that `to_text` wrote."""
+    if not text.startswith(_RAW):
+        return text
+    return unquote_to_bytes(text.removeprefix(_RAW)).decode(errors="surrogateescape")
 
 
 def join(folder: str, name: str) -> str:
@@ -91,14 +111,27 @@ def size_bytes(url: str) -> int:
 
 
 def glob(pattern: str) -> list[str]:
-    """The files that match `pattern` (`**` crosses folders), sorted; one without wildcards is itself, if it exists."""
+    """The files that match `pattern` (`**` crosses folders), sorted; what exists under that very name is itself."""
     if is_remote(pattern):
         scheme = pattern.split("://")[0]
         found = patiently("list", pattern, lambda: filesystem(pattern).glob(pattern))
         return sorted(f"{scheme}://{path}" if "://" not in path else path for path in found)
-    matches = local_glob.glob(str(local_path(pattern)), recursive=True)
-    literal = [str(local_path(pattern))] if local_path(pattern).exists() else []
-    return sorted(set(matches) or set(literal))
+    if local_path(pattern).exists():
+        return [str(local_path(pattern))]
+    return sorted(set(local_glob.glob(str(local_path(pattern)), recursive=True)))
+
+
+def files_within(folder: str) -> list[str]:
+    """All files in a folder, at any depth, sorted, but for hidden local ones; signs in its name are no wildcards."""
+    if is_remote(folder):
+        scheme = folder.split("://")[0]
+        found = patiently("list", folder, lambda: filesystem(folder).find(folder))
+        return sorted(f"{scheme}://{path}" if "://" not in path else path for path in found)
+    files: list[str] = []
+    for root, folders, names in os.walk(local_path(folder)):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [os.path.join(root, name) for name in names if not name.startswith(".")]
+    return sorted(files)
 
 
 def glob_in(folder: str, pattern: str) -> list[str]:
@@ -181,6 +214,18 @@ def require_writable(folder: str, flag_name: str) -> None:
         raise StorageError(
             f"{flag_name} {folder}: cannot write there ({error.strerror}). Choose another folder."
         ) from error
+
+
+def probe_writable(folder: str) -> None:
+    """Write and remove a small object below a remote folder, so that a forbidden one is found before any work.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    if is_remote(folder):
+        url = join(folder, ".write-probe")
+        write_bytes(url, b"\n")
+        remove(url)
 
 
 def _nearest_existing(path: Path) -> Path:

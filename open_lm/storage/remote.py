@@ -53,9 +53,9 @@ def is_remote(url: str) -> bool:
 
 
 def shown(url: str) -> str:
-    """`url` as it may be printed: without user, password or query."""
+    """`url` as it may be printed: without user, password or query, bytes of a name that are no UTF-8 escaped."""
     if not is_remote(url):
-        return url
+        return url.encode(errors="surrogateescape").decode(errors="backslashreplace")
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 

@@ -246,6 +246,6 @@ def test_ids_that_do_not_fit_the_type_are_an_error_and_never_wrap():
     gaps.add_special_tokens(["</s>"])
     tokenizer = Tokenizer(gaps, "gaps")
     assert tokenizer.vocab_size == 65_601 and token_dtype(tokenizer.vocab_size) == np.uint32
-    assert DocumentEncoder(tokenizer, "tokenizers", token_dtype(65_601)).encode(["ab"]).tolist() == [0, 65_600, 1]
+    assert DocumentEncoder(tokenizer, "tokenizers", token_dtype(65_601)).encode(["ab"])[0].tolist() == [0, 65_600, 1]
     with pytest.raises(DataError, match="gives id 65600"):
         DocumentEncoder(tokenizer, "tokenizers", np.dtype("<u2")).encode(["ab"])

@@ -214,3 +214,30 @@ def test_roles_and_forms_of_other_systems():
         "unknown_form",
     )
     assert prompt_of({"messages": [{"role": "assistant", "content": "a"}]}).reason == "no_prompt"
+
+
+def test_a_url_gets_the_files_a_folder_gets_and_a_forbidden_one_is_found_first(make_chat, tmp_path, monkeypatch):
+    import fsspec
+
+    from open_lm import storage
+    from open_lm.errors import StorageError
+    from open_lm.post_training.chat import prepare
+
+    _, folder = make_chat([CHAT, *OTHERS])
+    make_chat([CHAT, *OTHERS], "--output-dir", "memory://bucket/chat")
+    store = fsspec.filesystem("memory")
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "ledger.json"} == {
+        path.rpartition("/")[2]: store.cat_file(path)
+        for path in store.find("/bucket/chat")
+        if not path.endswith("ledger.json")
+    }
+    with pytest.raises(ConfigError, match="exists already"):
+        make_chat([CHAT], "--output-dir", "memory://bucket/chat")
+
+    def forbidden(url, content):
+        raise StorageError(f"cannot write {url}: forbidden.")
+
+    monkeypatch.setattr(storage, "write_bytes", forbidden)
+    monkeypatch.setattr(prepare, "_parsed", None)
+    with pytest.raises(StorageError, match="forbidden"):
+        make_chat([CHAT], "--output-dir", "memory://bucket/other")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -87,12 +88,17 @@ class Records:
 def prepare(job: ChatJob, template: ChatTemplate, tokenizer: Tokenizer, folder: str) -> dict[str, Any]:
     """Write the data set and return its ledger; the folder appears when all of it is there.
 
+    Where `folder` is a url, the work lies in a temporary folder, and the manifest is uploaded last.
+
     Raises:
         DataError: a row is bad and the job does not skip those, or nothing is left to train on.
+        StorageError: the folder cannot be written, which is found out first.
     """
-    work = folder.rstrip("/") + ".unfinished"
+    remote = storage.is_remote(folder)
+    work = tempfile.mkdtemp(prefix="open_lm-chat-") if remote else folder.rstrip("/") + ".unfinished"
     shutil.rmtree(work, ignore_errors=True)
     storage.require_writable(work, "--output-dir")
+    storage.probe_writable(folder)
     books = Books()
     write = _write_prompts if job.form == "prompts" else _write_samples
     try:
@@ -102,8 +108,20 @@ def prepare(job: ChatJob, template: ChatTemplate, tokenizer: Tokenizer, folder: 
         raise
     ledger = _ledger(job, template, tokenizer, books, rows)
     storage.write_bytes(os.path.join(work, "ledger.json"), orjson.dumps(ledger, option=orjson.OPT_INDENT_2))
-    os.replace(work, folder)
+    if remote:
+        _upload(work, folder)
+        shutil.rmtree(work)
+    else:
+        os.replace(work, folder)
     return ledger
+
+
+def _upload(work: str, folder: str) -> None:
+    """Copy all files, those that say what there is last."""
+    last = (FILENAME, PROMPTS)
+    for name in sorted(os.listdir(work), key=lambda name: (name in last, name)):
+        with open(os.path.join(work, name), "rb") as file, storage.open_atomic(storage.join(folder, name)) as target:
+            shutil.copyfileobj(file, target, 1 << 20)
 
 
 def _write_samples(

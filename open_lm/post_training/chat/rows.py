@@ -10,6 +10,7 @@ import orjson
 
 from open_lm import storage
 from open_lm.preprocess.hub_dataset import PARQUET, json_rows_of_parquet, select
+from open_lm.preprocess.json_array import array_rows, is_array
 from open_lm.preprocess.jsonl import JSON_ENDINGS, Line, Rejected, expand_inputs, read_lines
 
 MAX_LINE_BYTES = 256 << 20
@@ -41,6 +42,10 @@ def rows_in(url: str) -> Iterator[Row]:
     if url.endswith(PARQUET):
         for number, content in enumerate(json_rows_of_parquet(url), 1):
             yield Row(f"{shown}, row {number}", orjson.loads(content))
+        return
+    if is_array(url):
+        for number, content in enumerate(array_rows(url), 1):
+            yield Row(f"{shown}, element {number}", _fields(Line(-1, content)) or Rejected("unknown_form"))
         return
     for number, line in enumerate(read_lines(url, max_line_bytes=MAX_LINE_BYTES), 1):
         fields = _fields(line)

@@ -86,13 +86,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     flags = read_group(parser.parse_args(argv), Make2048)
 
     from open_lm.preprocess import accounting
-    from open_lm.preprocess.encoding import choose_encoder
+    from open_lm.preprocess.encoder_choice import choose_encoder, memory_file
     from open_lm.preprocess.input import sample_texts
     from open_lm.preprocess.make import build_data_set
 
     job, tokenizer = make_job(flags)
     encoder, why = choose_encoder(
-        tokenizer, flags.encoder, sample_texts([url for url, _ in job.inputs], job.content_key)
+        tokenizer, flags.encoder, sample_texts([url for url, _ in job.inputs], job.content_key), memory_file()
     )
     print(f"{describe(job, flags)}\nencoder    {encoder}: {why}", flush=True)
     if flags.dry_run:

@@ -84,14 +84,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     flags = read_group(parser.parse_args(argv), TokenizeShuffle)
 
     from open_lm.preprocess import accounting
-    from open_lm.preprocess.encoding import choose_encoder
+    from open_lm.preprocess.encoder_choice import choose_encoder, memory_file
     from open_lm.preprocess.input import sample_texts
     from open_lm.preprocess.make import Destination, build_data_set
     from open_lm.preprocess.ray_workers import RayTasks, connect
 
     job, tokenizer = make_job(flags)
     sample = sample_texts([url for url, _ in job.inputs], job.content_key)
-    encoder, why = choose_encoder(tokenizer, flags.encoder, sample)
+    encoder, why = choose_encoder(tokenizer, flags.encoder, sample, memory_file())
     print(f"reading    {len(job.inputs):,} files, {text.size(sum(size for _, size in job.inputs))}")
     print(f"encoder    {encoder}: {why}", flush=True)
     started, output = time.monotonic(), absolute(flags.output)

@@ -100,6 +100,10 @@ class BlockCache:
             known = self._known[shard.url, shard.crc32] = RemoteShard(shard.url, key, size, etag)
         return known
 
+    def size_bytes(self, shard: Shard) -> int:
+        """The size of a shard, asked for once by all processes of the run."""
+        return self._stat(shard.url)[0]
+
     def _stat(self, url: str) -> tuple[int, str | None]:
         path = os.path.join(self.folder, f"{_digest(f'{url} {self.session}')}.stat")
         with self._alone("stat", path):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
+import itertools
+import zlib
 from typing import Any
 
 import numpy as np
@@ -17,8 +20,10 @@ FLAT_KEYS: dict[str, Any] = {"flat-u2": np.dtype("<u2"), "flat-u4": np.dtype("<u
 """Stand for a member's extension in a source of flat arrays."""
 
 
-def open_flat(url: str, *, vocab_size: int, sample_tokens: int) -> Shard:
+def open_flat(url: str, *, vocab_size: int, sample_tokens: int, documents: bool = False) -> Shard:
     """A flat array as a shard of samples of `sample_tokens` ids; what is left at its end fills no sample.
+
+    With `documents` its .csv.gz, where there is one, says with which id documents end.
 
     Raises:
         DataError: it has a numpy header, an odd size, ids of another width or vocabulary, or is too short.
@@ -43,8 +48,45 @@ def open_flat(url: str, *, vocab_size: int, sample_tokens: int) -> Shard:
     if not n_sequences:
         raise DataError(f"{shown}: {n_bytes // dtype.itemsize} ids make no sample of {sample_tokens}.")
     size = dtype.itemsize * sample_tokens
-    key = f"flat-u{dtype.itemsize}"
-    return Shard(url.rpartition("/")[2], url, n_sequences, key=key, layout=(0, size, size), size_bytes=n_bytes)
+    key, eot_id = f"flat-u{dtype.itemsize}", end_of_documents(url, dtype) if documents else None
+    layout = (0, size, size)
+    return Shard(url.rpartition("/")[2], url, n_sequences, key=key, layout=layout, size_bytes=n_bytes, eot_id=eot_id)
+
+
+def end_of_documents(url: str, dtype: np.dtype) -> int | None:
+    """The id that ends the documents of a flat array, by the places that the .csv.gz beside it names; None without one.
+
+    Raises:
+        DataError: it is no such table, or documents do not end with one id.
+    """
+    table = url.removesuffix(".npy") + ".csv.gz"
+    if not storage.exists(table):
+        return None
+    ends = _first_ends(table)
+    width, inside = dtype.itemsize, ends[:-1] or ends  # the last document may go on in the next array
+    last_ids = [storage.read_range(url, (end - 1) * width, end * width) for end in inside]
+    found = {int.from_bytes(content, "little") for content in last_ids if len(content) == width}
+    if len(found) != 1:
+        raise DataError(
+            f"{storage.shown(table)}: by it documents end with several ids ({sorted(found)[:5]}). Copy it again, or "
+            "give --doc-mask-token."
+        )
+    return found.pop()
+
+
+_DOCUMENTS_LOOKED_AT = 65
+
+
+def _first_ends(table: str) -> list[int]:
+    """Where the first documents of a table end."""
+    try:
+        with storage.open_read(table) as file, gzip.open(file, "rt", newline="") as rows:
+            ends = [int(row[1]) for row in itertools.islice(csv.reader(rows), _DOCUMENTS_LOOKED_AT)]
+    except (OSError, EOFError, ValueError, IndexError, zlib.error, csv.Error) as error:
+        raise DataError(f"{storage.shown(table)}: no table of start,end,… ({error}). Copy it again.") from None
+    if not ends or ends[0] < 1:
+        raise DataError(f"{storage.shown(table)}: names no documents. Copy it again, or remove it.")
+    return ends
 
 
 def documents_csv(tokens: np.ndarray, eot_id: int, source: str, first_number: int = 0) -> bytes:

@@ -267,7 +267,9 @@ def build_loader(
         random_ids = SyntheticSamples(vocab_size, sample_tokens - 1, seed)
         nowhere = [Source(f"synthetic {vocab_size} {sample_tokens - 1}", ())]
         return Loader(Plan((random_ids,)), nowhere, random_ids, geometry, n_sequences=None, **options)
-    sources = on_rank0(lambda: open_sources(config, vocab_size=vocab_size, sample_tokens=sample_tokens))
+    sources = on_rank0(
+        lambda: open_sources(config, vocab_size=vocab_size, sample_tokens=sample_tokens, world_size=world_size)
+    )
     require_form(sources, form)
     plan = make_plan(sources, config, seed=seed, global_batch=global_batch)
     if len(sources) > 1:

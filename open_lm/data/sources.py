@@ -44,10 +44,26 @@ class Source:
         return content_fingerprint(self.shards)
 
 
-def open_sources(config: DataConfig, *, vocab_size: int = 0, sample_tokens: int = 0) -> list[Source]:
-    """The sources the flags name. Without weights or factors they are pooled into one.
+@dataclass(frozen=True)
+class Opening:
+    """What sources are opened for: samples of `sample_tokens` ids below `vocab_size`, into which flat arrays are cut,
+    in a run of `world_size` ranks, which share a cache."""
 
-    Flat arrays are cut into samples of `sample_tokens` ids below `vocab_size`; shards do not need these two.
+    config: DataConfig
+    vocab_size: int = 0
+    sample_tokens: int = 0
+    world_size: int = 1
+
+    @cached_property
+    def cache(self) -> BlockCache:
+        """The run's block cache, where what is looked at now need not be fetched again."""
+        return open_cache(self.config.data_cache, self.config.data_cache_gb, world_size=self.world_size)
+
+
+def open_sources(
+    config: DataConfig, *, vocab_size: int = 0, sample_tokens: int = 0, world_size: int = 1
+) -> list[Source]:
+    """The sources the flags name. Without weights or factors they are pooled into one. See `Opening`.
 
     Raises:
         DataError: a manifest or shard is damaged, or a source holds no samples.
@@ -56,14 +72,15 @@ def open_sources(config: DataConfig, *, vocab_size: int = 0, sample_tokens: int 
     """
     if not (config.train_data or config.dataset_manifest):
         raise ConfigError("--train-data or --dataset-manifest: neither was given. Name the training shards.")
+    opening = Opening(config, vocab_size, sample_tokens, world_size)
     if config.dataset_manifest:
         sources = [Source(storage.shown(url), tuple(read_manifest(url))) for url in config.dataset_manifest]
     elif config.train_data_upsampling_factors:
-        sources = _parts_with_factors(config, vocab_size, sample_tokens)
+        sources = _parts_with_factors(opening)
     else:
-        sources = [_open(config, value, vocab_size, sample_tokens) for value in config.train_data]
+        sources = [_open(opening, value) for value in config.train_data]
     for source in sources:
-        check_shards_are_there(source)
+        check_shards_are_there(source, opening)
         if not source.n_sequences:
             raise DataError(f"source {source.name}: holds no sequences. Check the path.")
     weighted = config.train_data_mix_weights or config.train_data_upsampling_factors
@@ -117,7 +134,7 @@ def document_end(config: DataConfig, sources: Sequence[Source]) -> int | None:
     return named.pop() if named else 0
 
 
-def check_shards_are_there(source: Source) -> None:
+def check_shards_are_there(source: Source, opening: Opening) -> None:
     """Check that all local shards (and a sample of remote ones) exist and have the size their manifest gives.
 
     Raises:
@@ -131,7 +148,7 @@ def check_shards_are_there(source: Source) -> None:
             _check_size(shard, storage.size_bytes(shard.url))
     if spread:
         with ThreadPoolExecutor(16) as pool:
-            for shard, size in zip(spread, pool.map(lambda shard: storage.size_bytes(shard.url), spread), strict=True):
+            for shard, size in zip(spread, pool.map(opening.cache.size_bytes, spread), strict=True):
                 _check_size(shard, size)
 
 
@@ -143,17 +160,20 @@ def _check_size(shard: Shard, size: int) -> None:
         )
 
 
-def _open(config: DataConfig, value: str, vocab_size: int, sample_tokens: int) -> Source:
+def _open(opening: Opening, value: str) -> Source:
+    config = opening.config
     is_flat = config.dataset_type == "auto" and all(part.endswith(".npy") for part in value.split("::"))
     if config.dataset_type != "npy" and not is_flat:
-        return open_source(value, config.data_key, config)
+        return open_source(value, config.data_key, opening)
     urls = [url for part in value.split("::") for url in expand(part)]
-    flat = [open_flat(url, vocab_size=vocab_size, sample_tokens=sample_tokens) for url in urls]
+    sizes = {"vocab_size": opening.vocab_size, "sample_tokens": opening.sample_tokens}
+    flat = [open_flat(url, **sizes, documents=config.doc_mask and config.doc_mask_token is None) for url in urls]
     shards = [shard._replace(name=name) for shard, name in zip(flat, _names(urls), strict=True)]
     return Source(storage.shown(value), tuple(shards))
 
 
-def _parts_with_factors(config: DataConfig, vocab_size: int, sample_tokens: int) -> list[Source]:
+def _parts_with_factors(opening: Opening) -> list[Source]:
+    config = opening.config
     parts = [part for value in config.train_data for part in value.split("::")]
     texts = str(config.train_data_upsampling_factors).split("::")
     try:
@@ -165,7 +185,7 @@ def _parts_with_factors(config: DataConfig, vocab_size: int, sample_tokens: int)
             f"--train-data-upsampling-factors {config.train_data_upsampling_factors}: need one number above 0 "
             f"for each of the {len(parts)} parts of --train-data, joined by `::`."
         )
-    sources = [_open(config, part, vocab_size, sample_tokens) for part in parts]
+    sources = [_open(opening, part) for part in parts]
     return [replace(source, factor=factor) for source, factor in zip(sources, factors, strict=True)]
 
 
@@ -175,7 +195,7 @@ def _pooled(sources: Sequence[Source]) -> Source:
     return Source(" + ".join(source.name for source in sources), tuple(shards))
 
 
-def open_source(value: str, key: str = "auto", config: DataConfig | None = None) -> Source:
+def open_source(value: str, key: str = "auto", opening: Opening | None = None) -> Source:
     """The shards one --train-data or --val-data value means: `::` joins urls, each with braces or a glob.
 
     Counts come from a manifest.jsonl beside the shards where it names them all, else from the shards' headers.
@@ -189,7 +209,7 @@ def open_source(value: str, key: str = "auto", config: DataConfig | None = None)
     names = _names(urls)
     listed = {folder: _manifest_beside(folder) for folder in dict.fromkeys(storage.parent(url) for url in urls)}
     known = [listed[storage.parent(url)].get(shard_name(url)) for url in urls]
-    counted = _count([url for url, shard in zip(urls, known, strict=True) if shard is None], key, config)
+    counted = _count([url for url, shard in zip(urls, known, strict=True) if shard is None], key, opening)
     shards = [
         (shard or counted[url])._replace(name=name, url=url)
         for url, name, shard in zip(urls, names, known, strict=True)
@@ -197,11 +217,10 @@ def open_source(value: str, key: str = "auto", config: DataConfig | None = None)
     return Source(storage.shown(value), tuple(shards))
 
 
-def _count(urls: list[str], key: str, config: DataConfig | None) -> dict[str, Shard]:
+def _count(urls: list[str], key: str, opening: Opening | None) -> dict[str, Shard]:
     """Shards without a manifest, by their headers. What is fetched for that stays in the block cache."""
     remote = [url for url in urls if storage.is_remote(url)]
-    config = config or DataConfig()
-    cache = open_cache(config.data_cache, config.data_cache_gb) if remote else None
+    cache = (opening or Opening(DataConfig())).cache if remote else None
     if remote:
         log.warning(
             "%s, …: no manifest, so the headers of %d remote shards are read first. `openlm manifest` "

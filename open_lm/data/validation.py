@@ -12,7 +12,7 @@ from open_lm.data.batch import IGNORED, Batch
 from open_lm.data.config import DataConfig
 from open_lm.data.masking import batch_of
 from open_lm.data.reader import SampleReader
-from open_lm.data.sources import cache_for, document_end, open_source
+from open_lm.data.sources import Opening, cache_for, document_end, open_source
 from open_lm.errors import DataError
 
 
@@ -38,12 +38,12 @@ def validation_batches(
         DataError: the set is empty, or a sequence cannot be read.
     """
     value = urls if isinstance(urls, str) else "::".join(urls)
-    source = open_source(value, key)
+    config = config or DataConfig()
+    source = open_source(value, key, Opening(config, world_size=world_size))
     ends = np.cumsum([shard.n_sequences for shard in source.shards])
     n_sequences = int(ends[-1]) if max_sequences is None else min(int(ends[-1]), max_sequences)
     if n_sequences < 1:
         raise DataError(f"--val-data {source.name}: no sequences to score. Check the path and --val-num-samples.")
-    config = config or DataConfig()
     end_of_text = document_end(config, [source])
     n_tokens = seq_len + 1
     reader = SampleReader(

@@ -1,4 +1,4 @@
-"""Encoding of documents in bulk, by the fastest encoder that proves itself exact; huge ones in pieces."""
+"""Encoding of documents in bulk, by one encoder or another; huge ones in pieces."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from open_lm.data.tokenizer import Tokenizer
-from open_lm.errors import ConfigError, DataError
+from open_lm.errors import DataError
 from open_lm.preprocess.long_text import LongText
 
 PIECE_CHARACTERS = 1 << 20
@@ -24,11 +24,6 @@ _KIND_CHANGE = re.compile(r"(?<=[^\W\d_])(?=\d)|(?<=\d)(?=[^\W\d_])")
 _SEARCHED = 1 << 20
 _LONGEST_STRETCH = 16 << 20
 _MARGIN = 2000
-_TRAPS = (
-    "", " ", "  \n\n  x ", "\x00\x1f\x7f", "naïve e\u0301 日本語 한국어 👍🏽 \u200b\ufeff", "don't I'LL 's", "a" * 3000,
-    "1234567890 3.14 1e-5",
-    "\r\n\t\r", "<|endoftext|>", "x<|endoftext|> y<|padding|>", "=" * 100 + " " * 99 + "-", "ﬁ ½ Ⅷ",
-)  # fmt: skip
 
 
 class Encoder(Protocol):
@@ -72,35 +67,6 @@ def _fast_backend(tokenizer_json: str) -> Any:
     import fastokens
 
     return fastokens.Tokenizer.from_json_str(tokenizer_json)
-
-
-def choose_encoder(tokenizer: Tokenizer, wanted: str, sample: Iterable[str]) -> tuple[str, str]:
-    """The encoder to use, and why: the fast one when its ids are the reference's on `sample` and on known traps.
-
-    Raises:
-        ConfigError: `wanted` is fastokens, and it is not installed, cannot load the tokenizer, or is not exact.
-    """
-    if wanted == "tokenizers":
-        return wanted, "as asked"
-    texts = [*_TRAPS, *sample]
-    problem = _problem(tokenizer, texts)
-    if problem is None:
-        n_bytes = sum(len(text.encode()) for text in texts)
-        return "fastokens", f"same ids as tokenizers on {len(texts)} documents ({n_bytes:,} bytes)"
-    if wanted == "fastokens":
-        raise ConfigError(f"--encoder fastokens: {problem}. Use --encoder auto or tokenizers.")
-    return "tokenizers", problem
-
-
-def _problem(tokenizer: Tokenizer, texts: Sequence[str]) -> str | None:
-    try:
-        fast = FastEncoder(tokenizer)
-    except ImportError:
-        return "fastokens, which is much faster, is not installed (pip install fastokens)"
-    except Exception as error:  # whatever the Rust library says about a tokenizer it does not know
-        return f"fastokens cannot load this tokenizer ({error})"
-    different = first_difference(ReferenceEncoder(tokenizer), fast, texts)
-    return None if different is None else f"fastokens gives other ids for {texts[different][:60]!r}"
 
 
 def first_difference(reference: Encoder, other: Encoder, texts: Sequence[str]) -> int | None:

@@ -24,7 +24,7 @@ from open_lm.preprocess.jsonl import estimated_text_bytes
 from open_lm.preprocess.merge import merge_all, runs_of
 from open_lm.preprocess.shuffle import SortedRuns
 from open_lm.preprocess.tokenize import TextTask, join_tails, text_tasks, tokenize
-from open_lm.preprocess.workers import RunTasks, run_tasks
+from open_lm.preprocess.workers import RunTasks, SetAside, run_tasks
 from open_lm.preprocess.write_flat import write_arrays
 from open_lm.preprocess.write_shard import make_shards, numbered_shard, shard_tasks, sound_shard
 
@@ -214,13 +214,23 @@ def _tokenize_all(job: Job, work: Workplace, encoder: str, n_workers: int, run: 
     left, total_bytes = tasks, estimated_text_bytes(job.inputs)
     for _ in range(_TRIES):
         calls = [partial(tokenize, work.folder, job.fingerprint, encoder, task) for task in left]
-        run(calls, n_workers, label="tokenize", total_bytes=total_bytes)
+        try:
+            run(calls, n_workers, label="tokenize", total_bytes=total_bytes)
+        except SetAside as error:
+            raise DataError(f"{error} They read {_inputs_of(job, error.tasks)}.") from None
         checked = work.for_each(tasks, partial(_lost_block, job, work))
         left = [task for task, lost in zip(tasks, checked, strict=True) if lost is not None]
         if not left:
             return sorted(name for record in work.records([task.name for task in tasks]) for name in record["blocks"])
         log.warning("%s: %s is missing or cut off; made again.", work.folder, next(filter(None, checked)))
     raise DataError(f"{work.folder}: finished work disappears ({left[0].name}). Is something else deleting there?")
+
+
+def _inputs_of(job: Job, calls: Sequence[Any]) -> str:
+    """The files that set-aside calls of `tokenize` read."""
+    numbers = {number for call in calls for number in range(call.args[-1].first, call.args[-1].last + 1)}
+    shown = [storage.shown(job.inputs[number][0]) for number in sorted(numbers)[:5]]
+    return ", ".join(shown) + (f" and {len(numbers) - 5} more files" if len(numbers) > 5 else "")
 
 
 def _lost_block(job: Job, work: Workplace, task: TextTask) -> str | None:

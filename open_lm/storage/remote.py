@@ -25,6 +25,9 @@ RANGE_BYTES = 8 << 20
 TRIES = 8
 FIRST_PAUSE_SECONDS = 0.2
 LONGEST_PAUSE_SECONDS = 20.0
+FIRST_BYTE_SECONDS = 60.0
+SLOWEST_BYTES_PER_SECOND = 100_000.0
+"""A request slower than this is given up and made again: stores stall, and clients wait for ever."""
 _S3 = ("s3", "s3a")
 _PACKAGES = {
     "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub",
@@ -118,10 +121,15 @@ def _get_range(url: str, start: int, stop: int, etag: str | None) -> bytes:
 
     found = filesystem(url)
     get = {"s3": _s3_range, "s3a": _s3_range, "http": _http_range, "https": _http_range}.get(url.split("://")[0])
+    deadline = FIRST_BYTE_SECONDS + (stop - start) / SLOWEST_BYTES_PER_SECOND
     if get is None:
-        return found.cat_file(url, start=start, end=stop)
+        if not getattr(found, "async_impl", False):
+            return found.cat_file(url, start=start, end=stop)
+        return asyn.sync(found.loop, found._cat_file, url, start=start, end=stop, timeout=deadline)
     try:
-        return asyn.sync(found.loop, get, found, url, f"bytes={start}-{stop - 1}", etag)
+        return asyn.sync(found.loop, get, found, url, f"bytes={start}-{stop - 1}", etag, timeout=deadline)
+    except asyn.FSTimeoutError:
+        raise OSError(f"no {stop - start} bytes in {deadline:.0f} s") from None
     except Exception as error:
         if _status(error) == 412:
             raise StorageError(f"{shown(url)}: changed during the read. Start again.") from error

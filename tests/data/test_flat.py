@@ -87,3 +87,47 @@ def test_shards_are_exported_as_olmo_stores_them(tmp_path):
     assert len(read(tmp_path / "out" / "s.npy", 1, vocab_size=100, batch=2)) == 1
     with pytest.raises(DataError, match="outside a vocabulary of 9"):
         script.main([*args, "--vocab-size", "9"])
+
+
+def documents_of(tmp_path, end_of_text, name="a"):
+    """An array of 24 documents of 8 ids, the last of each `end_of_text`, and its table."""
+    tokens = np.tile(np.array([3, 0, 4, 5, 6, 7, 8, end_of_text], "<u2"), 24)
+    tokens.tofile(tmp_path / f"{name}.npy")
+    rows = "".join(f"{8 * k},{8 * k + 8},id{k},file.jsonl.gz,{k + 1}\n" for k in range(24))
+    (tmp_path / f"{name}.csv.gz").write_bytes(gzip.compress(rows.encode()))
+
+
+def masked(tmp_path, **flags):
+    config = DataConfig(train_data=(f"{tmp_path}/*.npy",), doc_mask=True, workers=0, **flags)
+    shape = {"vocab_size": 1000, "seq_len": 15, "global_batch": 12}
+    batch = next(build_loader(config, **shape, rank=0, world_size=1, seed=0).batches(0, 1))
+    return batch.documents_BT.tolist()
+
+
+def test_dolmas_table_says_where_documents_end(tmp_path):
+    documents_of(tmp_path, 9)
+    assert masked(tmp_path) == [[0] * 8 + [1] * 7] * 12, "id 0 is an id like any other here"
+    assert masked(tmp_path, doc_mask_token=0)[0] == [0, 0] + [1] * 8 + [2] * 5
+
+
+def test_without_a_table_id_0_ends_documents_as_in_openlms_shards(tmp_path):
+    documents_of(tmp_path, 9)
+    (tmp_path / "a.csv.gz").unlink()
+    assert masked(tmp_path)[0] == [0, 0] + [1] * 8 + [2] * 5
+
+
+def test_tables_that_disagree_or_are_damaged_are_refused(tmp_path):
+    documents_of(tmp_path, 9)
+    documents_of(tmp_path, 10, "b")
+    with pytest.raises(ConfigError, match=r"several ends of text, \[9, 10\]"):
+        masked(tmp_path)
+    for content, match in (
+        (gzip.compress(b"start,end\n"), "no table of start,end"),
+        (b"garbage", "no table of start,end"),
+        (gzip.compress(b"0,8,x,y,1\n" * 9)[:-9], "no table of start,end"),
+        (gzip.compress(b""), "names no documents"),
+        (gzip.compress(b"0,1\n1,2\n2,3\n"), r"by .* end with several ids \(\[0, 3\]\)"),
+    ):
+        (tmp_path / "b.csv.gz").write_bytes(content)
+        with pytest.raises(DataError, match=match):
+            masked(tmp_path)

@@ -142,8 +142,34 @@ def _runs(pid):
 def test_a_worker_killed_by_the_system_is_an_error_and_never_a_hang(job, tmp_path, monkeypatch):
     from open_lm.preprocess import workers
 
-    with pytest.raises(DataError, match=r"worker process was killed.*--resume"):
+    monkeypatch.setattr(workers, "TRIES", 2)
+    with pytest.raises(DataError, match=r"2 of 2 tasks were set aside.*was killed 2 times.*_kill_me.*--resume"):
         workers.run_tasks([_kill_me, _kill_me], 2, label="tokenize", total_bytes=0)
+
+
+@pytest.mark.slow
+def test_a_task_that_kills_its_worker_is_set_aside_and_the_others_are_done(tmp_path):
+    from functools import partial
+
+    from open_lm.preprocess import workers
+
+    marks = [partial(_mark, str(tmp_path / str(k))) for k in range(6)]
+    once = partial(_kill_me_once, str(tmp_path / "once"))
+    with pytest.raises(DataError, match=r"1 of 8 tasks were set aside.*killed 3 times.*_kill_me\(\)"):
+        workers.run_tasks([marks[0], _kill_me, once, *marks[1:]], 2, label="tokenize", total_bytes=0)
+    assert {path.name for path in tmp_path.iterdir()} == {*"012345", "once"}
+
+
+def _mark(path):
+    Path(path).touch()
+    yield 1
+
+
+def _kill_me_once(path):
+    if not os.path.exists(path):
+        Path(path).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    yield 1
 
 
 def _kill_me():

@@ -10,7 +10,8 @@ from shared import SHARED, needs_shared
 from open_lm.data.tokenizer import Tokenizer, load_tokenizer
 from open_lm.errors import ConfigError, DataError
 from open_lm.preprocess import encoding
-from open_lm.preprocess.encoding import DocumentEncoder, FastEncoder, ReferenceEncoder, choose_encoder, cut_safely
+from open_lm.preprocess.encoder_choice import choose_encoder
+from open_lm.preprocess.encoding import DocumentEncoder, FastEncoder, ReferenceEncoder, cut_safely
 
 NEOX = SHARED / "data" / "gpt-neox-20b-tokenizer.json"
 
@@ -100,6 +101,33 @@ def test_an_encoder_that_differs_on_the_users_text_is_not_used(neox, monkeypatch
     assert name == "tokenizers" and "a zebra" in why
     with pytest.raises(ConfigError, match=r"--encoder fastokens: .*zebra"):
         choose_encoder(neox, "fastokens", ["a zebra"])
+
+
+@needs_shared
+def test_what_an_encoder_proved_is_remembered_for_its_tokenizer_and_versions(neox, monkeypatch, tmp_path):
+    from importlib import metadata
+
+    pytest.importorskip("fastokens")
+    memory, tried = tmp_path / "cache" / "proofs.json", []
+
+    def sample():
+        tried.append(1)
+        yield "a lion"
+
+    def choose(tokenizer=neox, wanted="auto"):
+        return choose_encoder(tokenizer, wanted, sample(), memory)[0]
+
+    assert choose() == choose() == choose(wanted="fastokens") == "fastokens"
+    assert len(tried) == 1
+    assert choose(metaspace()) == "tokenizers" == choose(metaspace()), "what failed is tried again"
+    assert len(tried) == 3
+    monkeypatch.setattr(metadata, "version", lambda package: "99")
+    assert choose() == "fastokens" and len(tried) == 4, "another version proves itself again"
+    memory.write_bytes(b"garbage")
+    assert choose() == "fastokens" and len(tried) == 5
+    monkeypatch.setattr(encoding, "FastEncoder", Lying)
+    memory.unlink()
+    assert choose_encoder(neox, "auto", ["a zebra"], memory)[0] == "tokenizers" and not memory.exists()
 
 
 @needs_shared

@@ -25,7 +25,7 @@ ROWS = st.dictionaries(TEXTS, TEXTS | st.integers(0, 9) | st.lists(TEXTS, max_si
 @pytest.fixture
 def tiny(monkeypatch):
     """Everything is long, pieces are short."""
-    monkeypatch.setattr(long_text, "_STRING_BYTES", 3)
+    monkeypatch.setattr(long_text, "_STRING_BYTES", 5)
     monkeypatch.setattr(long_text, "_PIECE_BYTES", 16)
 
 
@@ -37,7 +37,7 @@ def as_long(content):
 @given(row=ROWS, text=TEXTS, ascii_only=st.booleans())
 def test_a_long_line_gives_what_a_short_one_gives(row, text, ascii_only):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(long_text, "_STRING_BYTES", 3)
+        patch.setattr(long_text, "_STRING_BYTES", 5)
         patch.setattr(long_text, "_PIECE_BYTES", 16)
         content = json.dumps({**row, "text": text}, ensure_ascii=ascii_only).encode()
         assert as_long(content) == document_text(Line(5, content), "text")
@@ -46,7 +46,7 @@ def test_a_long_line_gives_what_a_short_one_gives(row, text, ascii_only):
 @given(content=st.binary(max_size=60) | st.binary(max_size=40).map(lambda b: b'{"text": "' + b + b'"}'))
 def test_any_bytes_are_rejected_alike_or_give_the_same_text(content):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(long_text, "_STRING_BYTES", 3)
+        patch.setattr(long_text, "_STRING_BYTES", 5)
         patch.setattr(long_text, "_PIECE_BYTES", 16)
         assert as_long(content) == document_text(Line(5, content), "text")
 

@@ -32,7 +32,7 @@ def array_rows(url: str) -> Iterator[bytes]:
     Raises:
         DataError: it is no array, is cut off, or holds an element above `MAX_ELEMENT_CHARACTERS`.
     """
-    n_rows, array, last = 0, _Array(), False
+    n_rows, array, last = 0, _ArrayText(), False
     with open_unpacked(url) as file:
         decoder = codecs.getincrementaldecoder("utf-8-sig")()
         try:
@@ -49,7 +49,7 @@ def array_rows(url: str) -> Iterator[bytes]:
             ) from None
 
 
-class _Array:
+class _ArrayText:
     """The text that has been read and not yet used, and what is expected next: `[`, an element, `,` or the end."""
 
     def __init__(self) -> None:

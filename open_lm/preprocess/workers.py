@@ -91,14 +91,14 @@ def named(task: WorkerTask) -> str:
     return f"{getattr(function, '__name__', function)}{tuple(getattr(call, 'args', ())[-1:])}"
 
 
-class Left(NamedTuple):
+class UnfinishedTasks(NamedTuple):
     """Numbers of tasks that a pool left when it broke: those not done, and those of them that may have broken it."""
 
     unfinished: list[int]
     running: list[int]
 
 
-def _in_a_pool(tasks: Sequence[WorkerTask], n_workers: int, bar: Progress) -> Left:
+def _in_a_pool(tasks: Sequence[WorkerTask], n_workers: int, bar: Progress) -> UnfinishedTasks:
     """Run tasks in worker processes until all are done, or one of the processes is killed."""
     context = multiprocessing.get_context("spawn")  # a fork would copy the tokenizer's threads in an unknown state
     progress, began = context.Value("q", 0), context.Array("b", len(tasks))
@@ -117,13 +117,13 @@ def _in_a_pool(tasks: Sequence[WorkerTask], n_workers: int, bar: Progress) -> Le
             pending |= {pool.submit(_run, *item): item[0] for item in itertools.islice(waiting, len(finished))}
     except BrokenProcessPool:
         left = [k for k in range(len(tasks)) if k not in done]
-        return Left(left, [k for k in left if began[k] == _BEGUN])
+        return UnfinishedTasks(left, [k for k in left if began[k] == _BEGUN])
     finally:
         for process in list((getattr(pool, "_processes", None) or {}).values()):
             if sys.exc_info()[0] is not None:
                 process.terminate()
         pool.shutdown(wait=True, cancel_futures=True)
-    return Left([], [])
+    return UnfinishedTasks([], [])
 
 
 def _start(progress: Any, began: Any, parent: int) -> None:

@@ -24,7 +24,7 @@ _TRIES = 3
 
 
 @dataclass(frozen=True)
-class Part:
+class BlockSpan:
     """Ids `start` to `stop` of a block; `lines_before` are those of its file in earlier blocks."""
 
     block: str
@@ -57,7 +57,7 @@ def write_arrays(
     raise DataError(f"{target}: written arrays disappear. Is something else deleting there?")
 
 
-def plan_arrays(job: Job, work: Workplace, blocks: Sequence[str]) -> list[list[Part]]:
+def plan_arrays(job: Job, work: Workplace, blocks: Sequence[str]) -> list[list[BlockSpan]]:
     """The parts of blocks that each array is made of: blocks in the order of a hash, arrays of equal length.
 
     Raises:
@@ -72,7 +72,7 @@ def plan_arrays(job: Job, work: Workplace, blocks: Sequence[str]) -> list[list[P
             n_lines += records[name]["lines"]
     size = job.shard_size * job.sample_tokens
     order = sorted(blocks, key=lambda name: int(key("block", job.seed, name))) if job.shuffle else sorted(blocks)
-    arrays: list[list[Part]] = []
+    arrays: list[list[BlockSpan]] = []
     room = 0
     for name in order:
         start, n = 0, records[name]["tokens"]
@@ -81,7 +81,7 @@ def plan_arrays(job: Job, work: Workplace, blocks: Sequence[str]) -> list[list[P
                 arrays.append([])
                 room = size
             stop = min(n, start + room)
-            arrays[-1].append(Part(name, start, stop, before[name]))
+            arrays[-1].append(BlockSpan(name, start, stop, before[name]))
             start, room = stop, room - (stop - start)
     if not arrays:
         raise DataError("--input-files: no document in them. Give more text, or check --content-key.")
@@ -100,7 +100,7 @@ def sound_array(work: Workplace, target: str, name: str) -> dict[str, Any] | Non
     return done if sizes == [done["bytes"], done["csv_bytes"]] else None
 
 
-def make_array(folder: str, job_fingerprint: str, target: str, name: str, parts: Sequence[Part]) -> Iterator[int]:
+def make_array(folder: str, job_fingerprint: str, target: str, name: str, parts: Sequence[BlockSpan]) -> Iterator[int]:
     """Write one array and its documents, if that has not been done; yields its bytes."""
     job, work = load_job(folder, job_fingerprint), Workplace(folder)
     done = sound_array(work, target, name)
@@ -123,7 +123,7 @@ def make_array(folder: str, job_fingerprint: str, target: str, name: str, parts:
     work.record(f"array-{name}", record | {"csv_bytes": len(table)})
 
 
-def _documents(work: Workplace, part: Part, first: int) -> Iterator[list[Any]]:
+def _documents(work: Workplace, part: BlockSpan, first: int) -> Iterator[list[Any]]:
     """Start, end, id, source and line (from 1) of the documents of a part that begins at id `first` of its array; one
     that goes on in another array is in both."""
     end = 0

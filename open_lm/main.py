@@ -83,7 +83,7 @@ def carry_out(run: Run) -> RunResult:
     if loader is not None:
         source = loader
         if isinstance(loader, Prompts):
-            source = build_rollouts(config, architecture, state, loader, run.folder)
+            source = build_rollouts(config, architecture, state, loader, run.folder, run.recorder.log_table)
         batches = source.batches(state.step, steps.last_step)
         with run.stop_requests:
             train(state, batches, run, accum=config.train.accum_freq, clip=config.optimizer.grad_clip_norm)

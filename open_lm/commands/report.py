@@ -15,6 +15,7 @@ from open_lm.evaluate.records import read_results, short
 from open_lm.flags import Parser, add_group, flag, read_group
 from open_lm.report import figures, page
 from open_lm.report.facts import RunSummary, read_json, read_json_lines, read_run
+from open_lm.report.rollouts import answer_tables
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,11 @@ def build(config: ReportConfig) -> str:
         ),
         page.section("Scores", "The orange mark is chance, what guessing would score.", score_table(config.scores)),
         page.section("Texts it writes", "The prompt is coloured; the rest is the model's.", texts(config.samples)),
+        page.section(
+            "Answers while training",
+            "By the first and by the last model whose answers were shown (rollouts.jsonl).",
+            answer_tables(first) if is_one else "",
+        ),
         page.section("What took how long", "", timing_table(config.timings)),
         page.section(
             "The commands", "Each can be copied and run from the root of the clone.", command_list(config.commands)

@@ -16,7 +16,7 @@ from open_lm.errors import ConfigError
 from open_lm.evaluate.averages import accuracies, gauntlet_averages
 from open_lm.evaluate.eval_model import EvalModel, load_eval_model, load_hf_eval_model
 from open_lm.evaluate.fingerprint import weights_fingerprint
-from open_lm.evaluate.flags import ENGINES, EvalConfig
+from open_lm.evaluate.flags import DEFAULT_OUTPUT, ENGINES, EvalConfig
 from open_lm.evaluate.records import Results, terminal_table
 from open_lm.evaluate.scored import ScoredFolder, ScoredTask, runs_of
 from open_lm.evaluate.tasks.suite import Suite, read_suite, require_data
@@ -24,8 +24,6 @@ from open_lm.flags import as_flags
 from open_lm.model.config import ModelFlags
 from open_lm.precision import Precision
 from open_lm.progress import progress
-
-DEFAULT_OUTPUT = "eval_results"
 
 
 def evaluate(config: EvalConfig, flags: ModelFlags) -> Results:

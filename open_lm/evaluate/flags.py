@@ -16,6 +16,8 @@ ENGINES = Registry(
     },
 )
 
+DEFAULT_OUTPUT = "eval_results"
+
 
 @dataclass(frozen=True)
 class EvalConfig:

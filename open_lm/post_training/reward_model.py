@@ -5,6 +5,7 @@ Shapes: B sequences, T positions, P pairs, D model width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,27 @@ def rewards_of(model: nn.Module, batch: Batch) -> Tensor:
     ends_B1 = batch.targets_BT.gather(1, (last_B - 1)[:, None]).clamp(min=0)
     whole = Batch(tokens_BT.scatter(1, last_B[:, None], ends_B1), tokens_BT)
     return values_of(model, whole).gather(1, last_B[:, None])[:, 0]
+
+
+@torch.inference_mode()
+def rewards_of_sequences(model: nn.Module, sequences: Sequence[Sequence[int]], batch_tokens: int = 8192) -> list[float]:
+    """The reward of each sequence of two ids or more; those of like length are computed together."""
+    device = next(model.parameters()).device
+    rewards = [0.0] * len(sequences)
+    waiting = sorted(range(len(sequences)), key=lambda k: len(sequences[k]))
+    while waiting:
+        width = len(sequences[waiting[-1]])
+        size = max(1, batch_tokens // width)
+        waiting, rows = waiting[:-size], waiting[-size:]
+        inputs_BT = torch.zeros(len(rows), width - 1, dtype=torch.long)
+        targets_BT = torch.full_like(inputs_BT, IGNORED)
+        for place, row in enumerate(rows):
+            ids = torch.tensor(sequences[row])
+            inputs_BT[place, : len(ids) - 1], targets_BT[place, : len(ids) - 1] = ids[:-1], ids[1:]
+        found = rewards_of(model, Batch(inputs_BT, targets_BT).to(device))
+        for row, reward in zip(rows, found.tolist(), strict=True):
+            rewards[row] = reward
+    return rewards
 
 
 def last_targets(batch: Batch) -> Tensor:

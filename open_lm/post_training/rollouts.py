@@ -7,13 +7,10 @@ bit. Shapes: B answers, T positions.
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import orjson
 import torch
 from torch import Tensor
 
@@ -36,11 +33,10 @@ from open_lm.post_training.prompts import Prompts
 from open_lm.post_training.reference import Reference
 from open_lm.post_training.reward_model import values_of
 from open_lm.post_training.rewards import Answer, Reward, batch_of_answers, total
+from open_lm.post_training.rollout_log import RolloutLog
 
 TOGETHER = 256
 """Answers written at once."""
-SHOWN = 3
-"""Answers that the log shows of an iteration."""
 
 
 @dataclass
@@ -54,7 +50,7 @@ class Rollouts:
     tokenizer: Tokenizer
     scores: Sequence[Reward]
     reference: Reference | None
-    folder: str
+    log: RolloutLog
     accum: int
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
@@ -69,6 +65,7 @@ class Rollouts:
                 f"an iteration takes {per} steps (--rl-epochs x --rl-minibatches): a run starts and ends after a "
                 f"multiple of them, not at {start_step} and {stop_step}."
             )
+        self.log.rewind(start_step // per)
         for iteration in range(start_step // per, stop_step // per):
             rollout = self.iterate(iteration)
             for epoch in range(self.config.rl_epochs):
@@ -82,7 +79,7 @@ class Rollouts:
         """This rank's answers of one iteration, with all that the loss needs to know of them."""
         answers = self._answers(iteration)
         rewards = total(self.scores, answers)
-        self._show(iteration, answers, rewards)
+        self.log.show(iteration, iteration * self.config.steps_per_iteration, answers, rewards)
         batch = batch_of_answers(answers)
         rewards_B = torch.tensor(rewards, dtype=torch.float64)
         finished_B = torch.tensor([float(answer.finished) for answer in answers])
@@ -185,23 +182,6 @@ class Rollouts:
         mean = sum_ / max(n, 1)
         std = max(squares / max(n, 1) - mean**2, 0.0) ** 0.5
         return (advantage_BT - mean) / (std + 1e-8) * is_target_BT
-
-    def _show(self, iteration: int, answers: Sequence[Answer], rewards: Sequence[float]) -> None:
-        """Some answers with their rewards, in the log and in rollouts.jsonl."""
-        every = self.config.show_rollouts_every
-        if not every or iteration % every or not self.state.world.is_master:
-            return
-        shown = range(0, len(answers), max(1, len(answers) // SHOWN))[:SHOWN]
-        for k in shown:
-            asked = self.tokenizer.decode(list(answers[k].prompt))
-            logging.info(
-                "iteration %d | reward %.3f | %r -> %r", iteration, rewards[k], asked[-80:], answers[k].text[:80]
-            )
-        with open(os.path.join(self.folder, "rollouts.jsonl"), "ab") as file:
-            for k, answer in enumerate(answers):
-                asked = self.tokenizer.decode(list(answer.prompt))
-                row = {"iteration": iteration, "prompt": asked, "answer": answer.text, "reward": rewards[k]}
-                file.write(orjson.dumps(row) + b"\n")
 
 
 def write_together(model: Any, texts: Sequence[Text]) -> None:

@@ -113,8 +113,13 @@ def metric_figure(
 
 
 def small_figures(runs: Sequence[RunSummary]) -> str:
-    """Learning rate, gradient norm, throughput and utilisation, side by side."""
+    """Rewards and preferences where there are any, learning rate, gradient norm, throughput, utilisation."""
     figures = [
+        metric_figure(runs, "train/reward", "Mean reward of an answer", lambda y: f"{y:.3f}", from_zero=False),
+        metric_figure(runs, "train/preference_accuracy", "Pairs ordered rightly", lambda y: f"{y:.1%}"),
+        metric_figure(
+            runs, "train/reward_margin", "Margin between chosen and rejected", "{:.3g}".format, from_zero=False
+        ),
         metric_figure(runs, "train/lr", "Learning rate", lambda y: f"{y:.3g}"),
         metric_figure(runs, "train/grad_norm", "Gradient norm", lambda y: f"{y:.3g}"),
         metric_figure(runs, "train/tokens_per_second", "Throughput, tokens a second", text.count),

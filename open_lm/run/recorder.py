@@ -20,7 +20,7 @@ from open_lm.progress import Progress, progress
 from open_lm.run.watchdog import LEEWAY, Watchdog
 from open_lm.tracking.devices import peak_flops
 from open_lm.tracking.meter import Meter, peak_memory_gib
-from open_lm.tracking.sink import Sink
+from open_lm.tracking.sink import Sink, TableSink
 from open_lm.train.state import TrainState
 from open_lm.train.step import StepReport
 from open_lm.train.timing import Timing
@@ -134,6 +134,12 @@ class Recorder:
                 sink.log(step, metrics)
             except OSError as error:
                 logging.warning("%s could not write step %d: %s", type(sink).__name__, step, error)
+
+    def log_table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Give rows of text and figures to the sinks that show tables."""
+        for sink in self._sinks:
+            if isinstance(sink, TableSink):
+                sink.log_table(step, name, columns, rows)
 
     def untimed(self, work: Callable[[], Any]) -> Any:
         """Do `work` (a validation, a save) without counting its time as training."""

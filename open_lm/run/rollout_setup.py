@@ -10,6 +10,7 @@ from open_lm.params import RunConfig
 from open_lm.post_training.prompts import Prompts
 from open_lm.post_training.reference import build_reference
 from open_lm.post_training.rewards import build_rewards
+from open_lm.post_training.rollout_log import RolloutLog, Table
 from open_lm.post_training.rollouts import Rollouts
 from open_lm.post_training.tasks import TaskParts
 from open_lm.run.length import run_length_of
@@ -51,9 +52,14 @@ def build_prompts(config: RunConfig, architecture: ModelConfig, world: World) ->
 
 
 def build_rollouts(
-    config: RunConfig, architecture: ModelConfig, state: TrainState, prompts: Prompts, folder: str
+    config: RunConfig,
+    architecture: ModelConfig,
+    state: TrainState,
+    prompts: Prompts,
+    folder: str,
+    table: Table | None = None,
 ) -> Rollouts:
-    """What gives the batches of reinforcement learning.
+    """What gives the batches of reinforcement learning; `table` shows answers where metrics go.
 
     Raises:
         ConfigError: the tokenizer, a reward or the reference is not there or not the model's.
@@ -73,6 +79,6 @@ def build_rollouts(
         tokenizer=tokenizer,
         scores=build_rewards(config.rl.reward, tokenizer, str(state.world.device), state.precision.weight_dtype),
         reference=build_reference(parts) if config.rl.kl_coefficient else None,
-        folder=folder,
+        log=RolloutLog(folder, config.rl.show_rollouts_every, tokenizer, state.world, table),
         accum=config.train.accum_freq,
     )

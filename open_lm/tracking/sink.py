@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from open_lm.tracking.config import SINKS, TrackingConfig
 
@@ -34,6 +34,15 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Write whatever is still held back."""
+        ...
+
+
+@runtime_checkable
+class TableSink(Protocol):
+    """A sink that also shows tables, such as answers with their rewards."""
+
+    def log_table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Show `rows` under `name` at `step`."""
         ...
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from open_lm.errors import ConfigError
 from open_lm.tracking.sink import RunFacts
@@ -29,5 +30,17 @@ class TensorboardSink:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
+    def log_table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """A table in Markdown, among the texts."""
+        lines = [columns, ["---"] * len(columns), *rows]
+        table = "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+        self._writer.add_text(name, table, step)
+
     def close(self) -> None:
         self._writer.close()
+
+
+def _cell(value: Any) -> str:
+    """A value as Markdown has it in a table, on one line."""
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", "⏎")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +38,21 @@ class WandbSink:
             dir=os.path.abspath(run.folder),
         )
         id_file.write_text(self._run.id)
-        self._step, self._pending = 0, dict[str, float]()
+        self._table = wandb.Table
+        self._step, self._pending = 0, dict[str, Any]()
 
     def rewind(self, step: int) -> None:
         """Nothing to do: Weights & Biases skips steps that it has already."""
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         if step != self._step:
             self._send()
         self._step = step
         self._pending |= metrics
+
+    def log_table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """A table of this step beside its metrics."""
+        self.log(step, {name: self._table(columns=list(columns), data=[list(row) for row in rows])})
 
     def _send(self) -> None:
         if self._pending:

@@ -3,10 +3,11 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from runs import folder_of, metrics, weights
+from runs import ROOT, folder_of, metrics, run_command, weights
 
 from open_lm.data.batch import IGNORED, Batch
 from open_lm.errors import ConfigError, DataError
@@ -20,6 +21,7 @@ from open_lm.post_training import verifiers
 from open_lm.post_training.advantages import generalised, group_relative, leave_one_out
 from open_lm.post_training.config import RLConfig
 from open_lm.post_training.policy import PolicyGradient
+from open_lm.post_training.reward_model import add_value_head
 from open_lm.post_training.rollouts import write_together
 
 MODEL = {"hidden_dim": 16, "n_layers": 2, "n_heads": 2, "seq_len": 60, "vocab_size": 400, "model_norm": "rms_norm"}
@@ -88,6 +90,42 @@ def test_rloo_takes_the_ratio_of_whole_answers():
     assert (task.loss_sums(model, batch).total / 3).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_the_losses_of_ppo_equal_a_table_worked_by_hand():
+    task, d = PolicyGradient("ppo", RLConfig(value_clip=0.5, clip_low=0.2, clip_high=0.3)), torch.float64
+    # new and old value, return: inside the clip; beyond it and clipped is worse; beyond it and unclipped is worse
+    value, old, returns = (torch.tensor([row], dtype=d) for row in ([1.2, 3.0, 3.0], [1.0, 1.0, 1.0], [0.0, 4.0, 1.0]))
+    got = task._value_loss(value, {"value": old, "return": returns})
+    assert got[0].tolist() == pytest.approx([0.5 * 1.44, 0.5 * (1.5 - 4) ** 2, 0.5 * 4.0], rel=1e-12)
+    ratio = torch.tensor([[0.5, 1.1, 1.5, 0.5, 1.1, 1.5]], dtype=d)
+    advantage = torch.tensor([[2.0, 2.0, 2.0, -2.0, -2.0, -2.0]], dtype=d)
+    loss, clipped, _ = task._surrogate(ratio.log(), advantage, torch.ones(1, 6, dtype=torch.bool))
+    assert loss[0].tolist() == pytest.approx([-1.0, -2.2, -2.6, 1.6, 2.2, 3.0], rel=1e-12)
+    assert clipped[0].tolist() == [False, False, True, True, False, False]
+
+
+def test_ppo_adds_the_loss_of_the_value_head_at_its_targets():
+    task, model, batch, own, is_target = objective("ppo", value_coefficient=0.25)
+    add_value_head(model)
+    torch.nn.init.normal_(model.value_head.weight, generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(4)
+    old, returns = (torch.randn(own.shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    batch = replace(batch, extras={**batch.extras, "value": old, "return": returns})
+    value = model(batch.inputs_BT, head=lambda hidden, _: model.value_head(hidden))[..., 0]
+    near = old + (value - old).clamp(-0.2, 0.2)
+    value_loss = 0.5 * torch.maximum((value - returns) ** 2, (near - returns) ** 2)
+    ratio, a = (own - batch.extras["old"]).exp(), batch.extras["advantage"]
+    surrogate = -torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
+    expected = ((surrogate + 0.25 * value_loss) * is_target).sum() / is_target.sum()
+    gradients = torch.autograd.grad(expected, (model.value_head.weight, model.layers[0].attention.in_proj.weight))
+    losses = task.loss_sums(model, batch)
+    got = losses.total / task.count(batch)[0]
+    assert got.item() == pytest.approx(expected.item(), rel=1e-5)
+    parts = dict(zip(task.names, (losses.parts / task.count(batch)).tolist(), strict=True))
+    assert parts["value_loss"] == pytest.approx(((value_loss * is_target).sum() / is_target.sum()).item(), rel=1e-5)
+    found = torch.autograd.grad(got, (model.value_head.weight, model.layers[0].attention.in_proj.weight))
+    torch.testing.assert_close(found, gradients, rtol=1e-4, atol=1e-6)
+
+
 @pytest.fixture
 def learn(tmp_path, make_chat):
     """`learn(*flags, name=, iterations=)` runs reinforcement learning on prompts whose answers are known."""
@@ -134,7 +172,7 @@ def test_rewards_rise_and_answers_are_shown(tmp_path, learn):
 
 @pytest.mark.parametrize("task", ["grpo", "ppo"])
 def test_a_killed_run_repeats_the_straight_one_bit_for_bit(tmp_path, learn, task):
-    flags = ["--kl-coefficient", "0.05", "--rl-epochs", "2"]
+    flags = ["--kl-coefficient", "0.05", "--rl-epochs", "2", "--show-rollouts-every", "1"]
     learn(*flags, task=task, name="whole")
     learn(*flags, "--save-every-steps", "3", "--stop-at-step", "4", task=task, name="again")
     saved = [p.name for p in (folder_of(tmp_path, "again") / "checkpoints").glob("epoch_*.pt")]
@@ -142,6 +180,18 @@ def test_a_killed_run_repeats_the_straight_one_bit_for_bit(tmp_path, learn, task
     learn(*flags, "--resume", "latest", task=task, name="again")
     for name, tensor in weights(tmp_path, "whole").items():
         assert torch.equal(tensor, weights(tmp_path, "again")[name]), name
+    shown = [(folder_of(tmp_path, name) / "rollouts.jsonl").read_text() for name in ("whole", "again")]
+    assert shown[0] == shown[1] and len(shown[0].splitlines()) == 2 * 16
+
+
+def test_answers_that_are_written_again_after_a_kill_are_shown_once(tmp_path, learn):
+    flags = ["--show-rollouts-every", "1", "--save-every-steps", "4"]
+    learn(*flags, name="whole")
+    learn(*flags, "--stop-at-step", "4", name="again")
+    path = folder_of(tmp_path, "again") / "rollouts.jsonl"
+    path.write_text(path.read_text() + '{"iteration":2,"prompt":"x","answer":"lost","reward":0}\n{"itera')  # a kill
+    learn(*flags, "--resume", "latest", name="again")
+    assert path.read_text() == (folder_of(tmp_path, "whole") / "rollouts.jsonl").read_text()
 
 
 def test_accumulation_changes_nothing(tmp_path, learn):
@@ -208,3 +258,20 @@ def test_answers_written_together_are_those_written_alone():
         with torch.inference_mode():
             write_together(model, texts)
         assert [text.written() for text in texts] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["grpo", "ppo"])
+def test_two_ranks_learn_as_one(tmp_path, learn, task):
+    """With one minibatch a step takes all answers, so that who wrote them makes no difference."""
+    flags = ["--rl-minibatches", "1", "--kl-coefficient", "0.1", "--kl-in", "reward", "--show-rollouts-every", "1"]
+    learn(*flags, task=task, name="one", steps=4)
+    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = run_command(learn.flags(*flags, task=task, name="two", steps=4), ranks=2, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for key in ("train/loss", "train/reward", "train/grad_norm", "train/answer_tokens"):
+        one, two = (list(metrics(tmp_path, name, key).values()) for name in ("one", "two"))
+        assert two == pytest.approx(one, abs=2e-5), key
+    torch.testing.assert_close(weights(tmp_path, "two"), weights(tmp_path, "one"), rtol=1e-4, atol=1e-5)
+    one, two = ((folder_of(tmp_path, name) / "rollouts.jsonl").read_text() for name in ("one", "two"))
+    assert two == one

@@ -102,6 +102,20 @@ def test_every_optional_part_appears_with_its_counts(run, tmp_path):
     assert "<|endoftext|>" not in shown
 
 
+def test_answers_of_the_first_and_last_iteration_stand_side_by_side(run, tmp_path):
+    rows = [
+        {"iteration": k, "prompt": f"{n}+1=<b>", "answer": str(n + (k > 0)), "reward": float(k > 0)}
+        for k in (0, 5, 10)
+        for n in range(20)
+    ]
+    (run / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report.main(["--run", str(run), "--output", str(tmp_path / "page.html")])
+    page = Page((tmp_path / "page.html").read_text())
+    assert "iteration 0: mean reward 0.000 of 20 answers" in page.text
+    assert "iteration 10: mean reward 1.000 of 20 answers" in page.text and "iteration 5" not in page.text
+    assert "3+1=<b>" in page.text and page.tags.count("tr") == 2 * (1 + 7)
+
+
 def test_scores_are_bars_with_their_chance_and_error(run, tmp_path):
     asked = {
         "label": "odd",

@@ -9,7 +9,7 @@ import yaml
 from open_lm.errors import ConfigError
 from open_lm.tracking.config import SINKS, TrackingConfig
 from open_lm.tracking.csv import CsvSink
-from open_lm.tracking.sink import RunFacts, open_sinks
+from open_lm.tracking.sink import RunFacts, TableSink, open_sinks
 
 
 def facts(folder, report_to):
@@ -92,6 +92,36 @@ def test_wandb_is_called_once_a_step_with_all_of_it(tmp_path, monkeypatch):
     sink.log(2, {"train/loss": 1.0})
     sink.close()
     assert calls == [(1, {"train/loss": 2.0, "valid/loss": 3.0}), (2, {"train/loss": 1.0})]
+
+
+def test_tables_reach_the_sinks_that_show_them(tmp_path, monkeypatch):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    calls, real = [], wandb.sdk.wandb_run.Run.log
+
+    def counted(run, data, step):
+        calls.append((step, dict(data)))
+        return real(run, data, step=step)
+
+    monkeypatch.setattr(wandb.sdk.wandb_run.Run, "log", counted)
+    sinks = open_sinks(facts(tmp_path, "wandb,tensorboard"))
+    shown = [sink for sink in sinks if isinstance(sink, TableSink)]
+    assert [type(sink).__name__ for sink in shown] == ["WandbSink", "TensorboardSink"]
+    for sink in shown:
+        sink.log_table(4, "rollouts", ("prompt", "reward"), [("a|b\nc", 0.5), ("d", 1.0)])
+        sink.log(4, {"train/loss": 1.0})
+    for sink in sinks:
+        sink.close()
+    ((step, data),) = calls
+    assert step == 4 and data["train/loss"] == 1.0
+    assert (data["rollouts"].columns, data["rollouts"].data) == (["prompt", "reward"], [["a|b\nc", 0.5], ["d", 1.0]])
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (text,) = events.Tensors("rollouts/text_summary")
+    written = text.tensor_proto.string_val[0].decode()
+    assert written == "| prompt | reward |\n| --- | --- |\n| a\\|b⏎c | 0.5 |\n| d | 1 |"
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])

@@ -29,7 +29,7 @@ from open_lm.checkpoint.state_dicts import (
 )
 from open_lm.checkpoint.tree import SEPARATOR, flat, nested
 from open_lm.errors import CheckpointError
-from open_lm.model.lora import is_addition
+from open_lm.model.lora import holds_nf4, is_addition
 from open_lm.train.random_state import restore_random_state
 from open_lm.train.row_order import RowOrder, copy_from_file_order, order_of, row_orders
 from open_lm.weights.file import clean_state_dict, load_file, named_weights, plain_name
@@ -100,6 +100,8 @@ def _load_consolidated(stored: Stored, facts: Mapping[str, Any], state: Saved, *
 
 def _load_sharded(facts: Mapping[str, Any], state: Saved, *, whole_state: bool) -> None:
     """Every rank reads its own part, in place."""
+    if holds_nf4(state.model):
+        raise CheckpointError(f"{facts['path']} is sharded, which --lora-base nf4 cannot read: openlm consolidate it.")
     held_tree = live(state)
     tree = in_file_order(held_tree, state.model)
     parts: dict[str, Any] = {"weights": tree["weights"]}
@@ -212,7 +214,7 @@ def _read(stored: Stored, checkpoints: Checkpoints, state: Saved, *, trains: boo
     }
     if use in ("evaluate", "weights"):
         return facts
-    for name in ("optimizer", "lora_rank", "dora", "task"):
+    for name in ("optimizer", "lora_rank", "lora_base", "dora", "task"):
         _require_same(name, stored_config.get("flags", {}), checkpoints.config["flags"], path)
     facts |= _state_of_shards(file) if in_shards else _state_of_files(stored, path, state)
     return _count_in_steps_of(state.tokens_per_step, facts)

@@ -1,5 +1,5 @@
 """`openlm evaluate`: benchmark tasks of an LLM Foundry YAML in; results.json, .csv, .md and a table out.
-With --reward a reward model scores files of conversations or pairs."""
+With --reward, rewards of conversations and pairs in files, or of the answers that a checkpoint gives to prompts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> Any:
     add_group(parser, RewardScoring)
     args = parser.parse_args(argv)
     scoring = read_group(args, RewardScoring)
-    if scoring.reward is not None:
+    if scoring.reward:
         return score(scoring, args)
     config, flags = read_group(args, EvalConfig), read_group(args, ModelFlags)
 
@@ -32,12 +32,21 @@ def main(argv: Sequence[str] | None = None) -> Any:
 
 
 def score(scoring: RewardScoring, args: Namespace) -> dict[str, Any]:
-    """Score files with a reward model; the summary of the rewards."""
-    from open_lm.post_training.score_files import score_files, shown
+    """Score files, or a checkpoint's answers to prompts; the summary of the rewards."""
+    from open_lm.post_training import score_answers, score_files
 
-    if args.checkpoint or args.eval_yaml:
-        raise ConfigError("--reward scores --input-files in place of tasks: leave out --checkpoint and --eval-yaml.")
+    if args.eval_yaml:
+        raise ConfigError("--reward scores in place of tasks: leave out --eval-yaml.")
     folder = args.output_dir or DEFAULT_OUTPUT
-    summary = score_files(scoring, args.tokenizer, folder, args.device)
-    print(f"{shown(summary)}\nwritten: {folder}/rewards.jsonl, rewards.json", flush=True)
+    if scoring.prompts is None:
+        if args.checkpoint:
+            raise ConfigError("--input-files are scored by --reward alone: leave out --checkpoint.")
+        summary = score_files.score_files(scoring, args.tokenizer, folder, args.device)
+        print(score_files.shown(summary))
+    else:
+        if len(args.checkpoint) != 1:
+            raise ConfigError(f"--prompts are answered by one --checkpoint, {len(args.checkpoint)} are given.")
+        summary = score_answers.score_answers(scoring, args.checkpoint[0], args.tokenizer, folder, args.device)
+        print(score_answers.shown(summary))
+    print(f"written: {folder}/rewards.jsonl, rewards.json", flush=True)
     return summary

@@ -14,8 +14,8 @@ from open_lm.errors import ConfigError
 from open_lm.evaluate.records import read_results, short
 from open_lm.flags import Parser, add_group, flag, read_group
 from open_lm.report import figures, page
+from open_lm.report.answers import answer_tables, compared_answers
 from open_lm.report.facts import RunSummary, read_json, read_json_lines, read_run
-from open_lm.report.rollouts import answer_tables
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class ReportConfig:
     ledgers: tuple[str, ...] = flag((), "ledger.json of each set of shards, the training set first.")
     scores: str | None = flag(None, "results.json of `openlm evaluate`.")
     samples: str | None = flag(None, "Texts that `openlm generate` wrote, as jsonl.")
+    answers: tuple[str, ...] = flag(
+        (), "Folders of `openlm evaluate --reward … --prompts`, one for each model whose answers are compared."
+    )
     commands: str | None = flag(None, "The commands that made the run; lines with # explain them.")
     timings: str | None = flag(None, "Seconds of each step: lines of step, tab, seconds.")
 
@@ -42,6 +45,9 @@ class ReportConfig:
             raise ConfigError("--run is missing: name the folder of a run, <logs>/<name>.")
         if len(self.run) > page.N_COLOURS:
             raise ConfigError(f"--run names {len(self.run)} runs: a page compares up to {page.N_COLOURS}.")
+        for folder in self.answers:
+            if not storage.exists(storage.join(folder, "rewards.json")):
+                raise ConfigError(f"--answers {folder}: holds no rewards.json. Make it with openlm evaluate --reward.")
         for name in ("corpus", "scores", "samples", "commands", "timings"):
             path = getattr(self, name)
             if path and not storage.exists(path):
@@ -79,6 +85,11 @@ def build(config: ReportConfig) -> str:
         ),
         page.section("Scores", "The orange mark is chance, what guessing would score.", score_table(config.scores)),
         page.section("Texts it writes", "The prompt is coloured; the rest is the model's.", texts(config.samples)),
+        page.section(
+            "Answers compared",
+            "Mean rewards with their standard errors, and what each model writes to the same prompts.",
+            compared_answers(config.answers),
+        ),
         page.section(
             "Answers while training",
             "By the first and by the last model whose answers were shown (rollouts.jsonl).",

@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_lm.errors import ConfigError
+from open_lm.model.nf4 import NF4, dequantised, nf4_linear, quantised
 
 PARTS = ("lora_A", "lora_B", "lora_scale", "lora_magnitude")
 """What an adapter adds to the names of its layer."""
@@ -35,7 +36,7 @@ class LoraLinear(nn.Linear):
     is_on: bool
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = F.linear(x, self.weight, self.bias)
+        plain = self.plain(x)
         if not self.is_on:
             return plain
         added = F.linear(F.linear(F.dropout(x, self.dropout, self.training), self.lora_A), self.lora_B)
@@ -46,10 +47,76 @@ class LoraLinear(nn.Linear):
         unbiased = plain if self.bias is None else plain - self.bias
         return plain + (ratio - 1) * unbiased + ratio * added  # exactly `plain` while the ratio is 1 and B is 0
 
+    def plain(self, x: Tensor) -> Tensor:
+        """What the layer computes without its adapter."""
+        return F.linear(x, self.weight, self.bias)
+
     def row_norms(self) -> Tensor:
         """The norm of each row of the adapted weight, (O,); a constant to the gradient, as the paper has it."""
         with torch.no_grad():
             return torch.linalg.vector_norm(self.weight + self.lora_scale * (self.lora_B @ self.lora_A), dim=1)
+
+
+class NF4LoraLinear(LoraLinear):
+    """An adapted layer whose frozen weight is held in 4 bits (QLoRA); state dicts have it as what the bits stand for.
+
+    Reading such a weight again gives the same bits, so that a run that is resumed goes on bit for bit.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    shape_OI: tuple[int, ...]  # noqa: N815
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight that the bits stand for, computed anew."""
+        return dequantised(self.nf4, self.lora_A.dtype)
+
+    @property
+    def nf4(self) -> NF4:
+        return NF4(self.packed, self.scales, self.shape_OI)
+
+    def hold(self, weight: Tensor) -> None:
+        """Take `weight`, rounded to 4 bits."""
+        nf4 = quantised(weight.to(self.lora_A.device))
+        self.register_buffer("packed", nf4.packed, persistent=False)
+        self.register_buffer("scales", nf4.scales, persistent=False)
+        self.shape_OI = nf4.shape
+
+    def plain(self, x: Tensor) -> Tensor:
+        found = nf4_linear(x, self.nf4)
+        return found if self.bias is None else found + self.bias
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: Any, *lists: Any) -> None:
+        missing, unexpected, _ = lists
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
+        name = f"{prefix}weight"
+        if name in unexpected:
+            unexpected.remove(name)
+        if name not in state_dict:
+            missing.append(name)
+        elif state_dict[name].shape != self.shape_OI:
+            lists[2].append(f"{name}: {tuple(state_dict[name].shape)}, here {self.shape_OI}")
+        else:
+            self.hold(state_dict[name])
+
+
+def hold_in_nf4(model: nn.Module) -> None:
+    """Hold the frozen weights of all adapted layers of `model` in 4 bits, in place."""
+    for layer in adapters_of(model).values():
+        weight = layer.weight.detach()
+        del layer._parameters["weight"]
+        layer.__class__ = NF4LoraLinear
+        cast("NF4LoraLinear", layer).hold(weight)
+
+
+def holds_nf4(model: nn.Module) -> bool:
+    """Whether some weights are held in 4 bits."""
+    return any(isinstance(module, NF4LoraLinear) for module in model.modules())
 
 
 def add_adapter(

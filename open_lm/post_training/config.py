@@ -51,6 +51,12 @@ class AdapterConfig:
     lora_targets: tuple[str, ...] = flag(
         (), "Last names of the linear layers that get adapters (in_proj w12 q_proj …). None: all but output and router."
     )
+    lora_base: str = flag(
+        "full",
+        "How the frozen weights under adapters are held: full, as the model has them, or nf4, in 4 bits with a scale "
+        "for every 64 (QLoRA, arXiv:2305.14314): an eighth of the memory of fp32, slower steps.",
+        choices=("full", "nf4"),
+    )
     dora: bool = flag(False, "Also train the length of each row of the adapted weights (DoRA).")
     rslora: bool = flag(False, "Scale adapters by alpha / sqrt(rank) (rank-stabilised LoRA).")
 
@@ -60,6 +66,8 @@ class AdapterConfig:
         for name in ("dora", "rslora", "lora_targets"):
             if getattr(self, name) and self.lora_rank is None:
                 raise ConfigError(f"--{name.replace('_', '-')} belongs to adapters: give --lora-rank too.")
+        if self.lora_base != "full" and self.lora_rank is None and self.lora_from is None:
+            raise ConfigError("--lora-base nf4 holds weights under adapters: give --lora-rank or --lora-from.")
         if self.lora_dropout >= 1:
             raise ConfigError(f"--lora-dropout {self.lora_dropout} is a share: below 1.")
 

@@ -32,6 +32,7 @@ class Prompts:
         if not self._lines:
             raise DataError(f"--prompts {storage.shown(url)}: holds no prompts.")
         self.ledger = _ledger_beside(url)
+        self._shuffled: tuple[int, np.ndarray] = -1, np.zeros(0, int)
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -41,10 +42,18 @@ class Prompts:
         first = iteration * self.per_iteration
         return [self._row(place) for place in range(first, first + self.per_iteration)]
 
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows, in the order of the file."""
+        return [self._read(line) for line in range(len(self))]
+
     def _row(self, place: int) -> dict[str, Any]:
         number, index = divmod(place, len(self))
-        order = np.random.Generator(np.random.Philox(key=int(key("prompts", self.seed, number)))).permutation(len(self))
-        line = int(order[index])
+        if number != self._shuffled[0]:
+            generator = np.random.Generator(np.random.Philox(key=int(key("prompts", self.seed, number))))
+            self._shuffled = number, generator.permutation(len(self))
+        return self._read(int(self._shuffled[1][index]))
+
+    def _read(self, line: int) -> dict[str, Any]:
         row = orjson.loads(self._lines[line])
         if not (isinstance(row.get("prompt_ids"), list) and row["prompt_ids"]):
             raise DataError(

@@ -116,11 +116,11 @@ def score_files(config: RewardScoring, tokenizer: str | None, folder: str, devic
         DataError: a row is bad and those are not skipped, or none can be scored.
         CheckpointError: --reward holds no value head.
     """
-    assert config.reward is not None
+    (reward,) = config.reward
     files = files_named(config.input_files, None, None, "")
     storage.require_writable(folder, "--output-dir")
-    loaded = load_tokenizer(tokenizer or stored_tokenizer(config.reward))
-    model = load_reward_model(config.reward, str(pick_device(device, 0)))
+    loaded = load_tokenizer(tokenizer or stored_tokenizer(reward))
+    model = load_reward_model(reward, str(pick_device(device, 0)))
     scorer = FileScorer(model, loaded, load_template(config.chat_template, loaded), config.on_bad_line == "skip")
     rows = chain.from_iterable(map(read_rows, files))
     path = storage.join(folder, "rewards.jsonl")
@@ -129,7 +129,7 @@ def score_files(config: RewardScoring, tokenizer: str | None, folder: str, devic
             file.write(orjson.dumps(line) + b"\n")
         if not scorer.rewards:
             raise DataError(f"--input-files: no row can be scored ({dict(scorer.left_out)} of {scorer.n_rows}).")
-    summary = {"reward_model": config.reward, "input_files": described(files), **scorer.summary()}
+    summary = {"reward_model": reward, "input_files": described(files), **scorer.summary()}
     content = orjson.dumps(summary, option=orjson.OPT_INDENT_2)
     storage.write_bytes(storage.join(folder, "rewards.json"), content)
     return summary

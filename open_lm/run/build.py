@@ -17,7 +17,7 @@ from open_lm.data.sources import Source, named_tokenizer
 from open_lm.distributed import World
 from open_lm.errors import ConfigError
 from open_lm.model.config import ModelConfig, resolve_architecture
-from open_lm.model.lora import adapt
+from open_lm.model.lora import adapt, hold_in_nf4
 from open_lm.params import RunConfig
 from open_lm.post_training.chat.prepare import MARGINS
 from open_lm.post_training.config import TASKS
@@ -181,6 +181,8 @@ def distillation(
 def additions(config: RunConfig, architecture: ModelConfig) -> Callable[[nn.Module], None] | None:
     """What gives a model the adapters and the value head that task and flags ask for; None where they ask for none."""
     flags, kind = config.adapters, TASKS.load(config.task.task)
+    if flags.lora_base == "nf4" and (config.parallel.fsdp or config.checkpoint.checkpoint_format == "sharded"):
+        raise ConfigError("--lora-base nf4: each rank holds all of its bits; leave out --fsdp and sharded checkpoints.")
     if flags.lora_from is None and flags.lora_rank is None and not kind.value_head:
         return None
 
@@ -190,6 +192,8 @@ def additions(config: RunConfig, architecture: ModelConfig) -> Callable[[nn.Modu
         elif flags.lora_rank is not None:
             options: dict[str, Any] = {"targets": flags.lora_targets, "dropout": flags.lora_dropout}
             adapt(model, flags.lora_rank, flags.scale, with_magnitude=flags.dora, **options)
+        if flags.lora_base == "nf4":
+            hold_in_nf4(model)
         if kind.value_head:
             add_value_head(model, alone=kind.value_head == "alone")
 

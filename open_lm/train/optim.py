@@ -12,6 +12,7 @@ from torch.optim import Adafactor, AdamW, Optimizer
 
 from open_lm.errors import ConfigError
 from open_lm.model.architecture import ModelConfig
+from open_lm.model.lora import NF4LoraLinear
 from open_lm.model.parametrization import scale_of
 from open_lm.train.config import OPTIMIZERS, OptimizerConfig
 from open_lm.train.muon import Muon, Packing, Packings, local
@@ -65,6 +66,7 @@ def packings(model: nn.Module) -> Packings:
         for module in model.modules()
         if hasattr(module, "fused_rows")
         for name, rows in cast("Any", module).fused_rows().items()
+        if not isinstance(module.get_submodule(name.rpartition(".")[0]), NF4LoraLinear)  # it has no such parameter
     }
     whole = {key: order.blocks for key, order in orders.items()}  # a module under --mesh tp knows its part only
     return {key: Packing(found, orders.get(key)) for key, found in (rows | whole).items()}

@@ -260,6 +260,53 @@ def test_answers_written_together_are_those_written_alone():
         assert [text.written() for text in texts] == expected
 
 
+def test_log_probs_that_are_computed_again_before_each_step_are_noticed(tmp_path, learn, monkeypatch):
+    """EasyLM's fault, planted: the tests of the loss and of the ratio must fail under it."""
+    honest = PolicyGradient._surrogate
+    monkeypatch.setattr(PolicyGradient, "_surrogate", lambda self, d, a, t: honest(self, d - d.detach(), a, t))
+    with pytest.raises(AssertionError):
+        test_the_clipped_loss_and_its_gradient_equal_the_formula("tokens")
+    with pytest.raises(AssertionError):
+        test_rloo_takes_the_ratio_of_whole_answers()
+    with pytest.raises(AssertionError):
+        test_the_ratio_is_one_in_the_first_minibatch_and_not_in_the_second(tmp_path, learn, "grpo")
+
+
+def test_models_of_transformers_learn_from_a_reward_model_of_transformers(tmp_path, learn, make_chat, llama):
+    rows = [{"prompt": f"{a}?", "chosen": "1", "rejected": "b b"} for a in range(8)]
+    _, pairs = make_chat(rows, "--form", "pairs", "--chat-template", "plain", "--seqlen", "60", name="pairs")
+    hf = ["--hf-model", llama, "--hf-seq-len", "60"]
+    common = ["--device", "cpu", "--precision", "fp32", "--workers", "0", "--logs-dir", str(tmp_path / "logs")]
+    reward = main(
+        ["--task", "reward", "--dataset-manifest", f"{pairs}/manifest.jsonl", *hf, "--train-steps", "6", "--lr", "1e-2",
+         "--warmup", "0", "--global-batch-size", "4", "--multiple-data-passes", "--name", "rm", *common,
+         "--log-every-n-steps", "1"]
+    )  # fmt: skip
+    assert metrics(tmp_path, "rm", "train/preference_accuracy")[6] == 1
+    flags = learn.flags("--kl-coefficient", "0.1", "--lora-rank", "2", *hf, steps=4)
+    flags[flags.index("--reward") + 1] = reward.folder
+    for name in ("--model", "--pretrained"):
+        at = flags.index(name)
+        del flags[at : at + 2]
+    main(flags)
+    deviations = list(metrics(tmp_path, key="train/ratio_deviation").values())
+    assert max(deviations[::2]) < 1e-5 < min(deviations[1::2])
+    assert all(map(math.isfinite, metrics(tmp_path, key="train/reward").values()))
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """The folder of a tiny Llama of transformers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=400, max_position_embeddings=64, **sizes)).save_pretrained(
+        tmp_path / "llama"
+    )
+    return str(tmp_path / "llama")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["grpo", "ppo"])
 def test_two_ranks_learn_as_one(tmp_path, learn, task):

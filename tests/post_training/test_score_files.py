@@ -3,11 +3,15 @@
 import json
 
 import pytest
+import rl_rewards
 import torch
 
 from open_lm.__main__ import call
+from open_lm.checkpoint.load_model import load_model
 from open_lm.data.batch import Batch
+from open_lm.data.tokenizer import load_tokenizer
 from open_lm.errors import CheckpointError, ConfigError, DataError
+from open_lm.generation.decode import generate
 from open_lm.main import main
 from open_lm.model import create_model
 from open_lm.model.config import ModelConfig
@@ -46,8 +50,6 @@ def score(tmp_path, reward, rows, *flags):
 
 
 def test_files_get_the_rewards_that_training_compares(tmp_path, trained, tokenizer_of):
-    from open_lm.data.tokenizer import load_tokenizer
-
     talks = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS[:3]]
     summary, lines = score(tmp_path, trained, [*PAIRS, *talks])
     assert summary["pairs"] == 16 and summary["accuracy"] == 1 and summary["rewards"] == 35
@@ -82,6 +84,30 @@ def test_rows_that_cannot_be_scored_are_refused_or_counted_by_name(tmp_path, tra
         score(tmp_path, trained, [long])
     with pytest.raises(CheckpointError, match="no value head"):
         score(tmp_path, str(tmp_path / "base.pt"), PAIRS, "--tokenizer", str(tokenizer_of("neox")))
-    for wrong in (["--reward", trained], ["--input-files", "x.jsonl"]):
-        with pytest.raises(ConfigError, match="--reward and --input-files belong together"):
+    for wrong in (["--reward", trained], ["--input-files", "x.jsonl"], ["--prompts", "x"]):
+        with pytest.raises(ConfigError, match="--reward scores one of --input-files and --prompts"):
             call(["evaluate", *wrong])
+    with pytest.raises(ConfigError, match="2 are given"):
+        call(["evaluate", "--reward", trained, trained, "--input-files", "x"])
+
+
+def test_the_answers_of_a_checkpoint_to_prompts_are_scored(tmp_path, trained, make_chat):
+    rows = [{"question": f"{a} and {b}?", "answer": str(a + b)} for a in range(4) for b in range(3)]
+    _, folder = make_chat(rows, "--form", "prompts", "--chat-template", "plain", "--seqlen", "40", name="prompts")
+    base, out, digits = str(tmp_path / "base.pt"), tmp_path / "scores", "rl_rewards:digits"
+    args = ["--checkpoint", base, "--prompts", f"{folder}/prompts.jsonl", "--output-dir", str(out)]
+    summary = call(["evaluate", *args, "--reward", digits, trained, "--answer-tokens", "6"])
+    lines = [json.loads(line) for line in (out / "rewards.jsonl").read_text().splitlines()]
+    assert len(lines) == summary["answers"] == 12 and {line["answer"] for line in lines} == {
+        row["answer"] for row in rows
+    }
+    written = generate(load_model(base), [line["prompt_ids"] for line in lines], temperature=0, max_gen_len=6)
+    tokenizer, model = load_tokenizer(summary["tokenizer"]), load_reward_model(trained, "cpu")
+    for line, ids in zip(lines, written, strict=True):
+        assert line["answer_written"] == tokenizer.decode(ids)
+        assert line["rewards"][digits] == rl_rewards.digits(line["answer_written"], line)
+        whole = torch.tensor([[*line["prompt_ids"], *ids]])
+        alone = rewards_of(model, Batch(whole[:, :-1], whole[:, 1:])).item()
+        assert line["rewards"][trained] == pytest.approx(alone, abs=1e-6)
+    mean = sum(line["rewards"][digits] for line in lines) / 12
+    assert summary["rewards"][digits]["mean"] == pytest.approx(mean, abs=1e-12)

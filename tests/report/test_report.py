@@ -116,6 +116,34 @@ def test_answers_of_the_first_and_last_iteration_stand_side_by_side(run, tmp_pat
     assert "3+1=<b>" in page.text and page.tags.count("tr") == 2 * (1 + 7)
 
 
+def test_answers_of_several_models_are_compared_with_their_mean_rewards(run, tmp_path):
+    for name, right in (("sft", 0), ("grpo", 1)):
+        rows = [
+            {
+                "question": f"{n}+1=?",
+                "prompt_ids": [n, 1],
+                "answer_written": f"{name} {n}",
+                "rewards": {"m:exact": right},
+            }
+            for n in range(20)
+        ]
+        rewards = {"m:exact": {"mean": right, "stderr": 0.015}}
+        summary = {"answers": 20, "finished_share": 0.75, "answer_tokens": 3.25, "rewards": rewards}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rewards.json").write_text(json.dumps(summary))
+        (tmp_path / name / "rewards.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = ["--output", str(tmp_path / "page.html")]
+    report.main(["--run", str(run), "--answers", str(tmp_path / "sft"), str(tmp_path / "grpo"), *out])
+    page = Page((tmp_path / "page.html").read_text())
+    for shown in ("exact", "0.000 ± 0.015", "1.000 ± 0.015", "3.2", "75%", "3+1=?", "sft 3", "grpo 3"):
+        assert shown in page.text, shown
+    with pytest.raises(ConfigError, match=r"holds no rewards\.json"):
+        report.main(["--run", str(run), "--answers", str(tmp_path), *out])
+    (tmp_path / "sft" / "rewards.json").write_text(json.dumps({"rows": 3}))
+    with pytest.raises(DataError, match="is of files, not of answers"):
+        report.main(["--run", str(run), "--answers", str(tmp_path / "sft"), *out])
+
+
 def test_scores_are_bars_with_their_chance_and_error(run, tmp_path):
     asked = {
         "label": "odd",

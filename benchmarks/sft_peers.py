@@ -62,8 +62,8 @@ def ours(folder, steps, number):
     run = main(
         ["--task", "sft", "--dataset-manifest", f"{folder}/packed/manifest.jsonl", "--pretrained", f"{folder}/llama",
          "--train-steps", str(steps), "--global-batch-size", str(BATCH), "--multiple-data-passes", "--lr", "1e-4",
-         "--warmup", "1", "--wd", "0", "--grad-clip-norm", "1", "--device", "cpu", "--precision", "fp32", "--workers", "0",
-         "--log-every-n-steps", "1", "--logs-dir", f"{folder}/logs", "--name", f"ours{number}"]
+         "--warmup", "1", "--wd", "0", "--grad-clip-norm", "1", "--device", "cpu", "--precision", "fp32",
+         "--workers", "0", "--log-every-n-steps", "1", "--logs-dir", f"{folder}/logs", "--name", f"ours{number}"]
     )  # fmt: skip
     rows = [json.loads(line) for line in Path(run.folder, "metrics.jsonl").read_text().splitlines()][1:]
     return [(row["train/batch_time"], row["train/real_token_share"] * BATCH * SEQ_LEN) for row in rows]
@@ -91,7 +91,7 @@ def trls(folder, rows, steps, number):
         max_steps=steps, learning_rate=1e-4, max_grad_norm=1.0, use_cpu=True, bf16=False, report_to=[],
         gradient_checkpointing=False, disable_tqdm=True, save_strategy="no", logging_steps=1000,
     )  # fmt: skip
-    words = [{"input_ids": tokenizer(row["question"] + row["answer"]).input_ids + [VOCAB - 2]} for row in rows]
+    words = [{"input_ids": [*tokenizer(row["question"] + row["answer"]).input_ids, VOCAB - 2]} for row in rows]
     trainer = SFTTrainer(
         model=model,
         args=config,

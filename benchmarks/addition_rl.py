@@ -2,7 +2,9 @@
 
 python benchmarks/addition_rl.py --seeds 0 1 2 [--task grpo] [--iterations 200] [--recomputed]
 
-`--recomputed` computes the old log-probabilities again before every step, the fault of EasyLM: the ratio is always 1.
+The demonstrations forget the carry in --forgotten of the sums that have one, so that a fine-tuned model adds but mostly
+without carrying; the reward, 1 for a right sum, is to teach it what they do not show. `--recomputed` computes the old
+log-probabilities again before every step, the fault of EasyLM: the ratio is always 1, and nothing is ever clipped.
 """
 
 import argparse
@@ -18,12 +20,14 @@ import tokenizers
 import torch
 
 from open_lm.checkpoint.load_model import load_model
+from open_lm.commands.prepare_chat import main as prepare_chat
 from open_lm.data.plan import key
 from open_lm.generation.decode import generate
 from open_lm.main import main
 
-MODEL = {"hidden_dim": 96, "n_layers": 2, "n_heads": 4, "seq_len": 16, "vocab_size": 14, "model_norm": "rms_norm"}
+MODEL = {"hidden_dim": 96, "n_layers": 2, "n_heads": 4, "seq_len": 12, "vocab_size": 14, "model_norm": "rms_norm"}
 EOT = 12
+COPIES = 4
 
 
 def write_tokenizer(folder):
@@ -38,21 +42,23 @@ def write_tokenizer(folder):
     return str(path)
 
 
-def prepare(folder, tokenizer):
-    """Conversations and prompts of all sums of two numbers below 100."""
-    import importlib.util
-
-    script = Path(__file__).resolve().parents[1] / "datapreprocess" / "make_assistant_data.py"
-    spec = importlib.util.spec_from_file_location("make_assistant_data", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    rows = [{"question": f"{a}+{b}=", "answer": str(a + b)} for a in range(100) for b in range(100)]
-    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for form in ("conversations", "prompts"):
-        module.main(
-            ["--input-files", str(folder / "sums.jsonl"), "--output-dir", str(folder / form), "--form", form,
-             "--tokenizer", tokenizer, "--chat-template", "plain", "--seqlen", "16", "--no-packing"]
+def prepare(folder, tokenizer, forgotten):
+    """Demonstrations and prompts of all sums of two numbers below 100."""
+    sums = [(a, b) for a in range(100) for b in range(100)]
+    shown = [demonstration(a, b, copy, forgotten) for copy in range(COPIES) for a, b in sums]
+    asked = [{"question": f"{a}+{b}=", "answer": str(a + b)} for a, b in sums]
+    for form, rows in (("conversations", shown), ("prompts", asked)):
+        (folder / f"{form}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        prepare_chat(
+            ["--input-files", f"{folder}/{form}.jsonl", "--output-dir", str(folder / form), "--form", form,
+             "--tokenizer", tokenizer, "--chat-template", "plain", "--seqlen", "12", "--no-packing"]
         )  # fmt: skip
+
+
+def demonstration(a, b, copy, forgotten):
+    """A sum as it is shown: some forget the carry."""
+    forgets = a % 10 + b % 10 > 9 and int(key("forgets", copy, a, b)) / 2**64 < forgotten
+    return {"question": f"{a}+{b}=", "answer": str(a + b - 10 * forgets)}
 
 
 def greedy(path, n=1000):
@@ -73,15 +79,17 @@ def run(folder, seed, options):
     sft = main(
         ["--task", "sft", "--dataset-manifest", f"{folder}/conversations/manifest.jsonl", "--train-steps",
          str(options.sft_steps), "--global-batch-size", "256", "--lr", "3e-3", "--warmup", "10",
-         "--multiple-data-passes", "--name", f"sft{seed}", *common]
+         "--grad-clip-norm", "1", "--multiple-data-passes", "--name", f"sft{seed}", *common]
     )  # fmt: skip
     began = time.time()
     rl = main(
         ["--task", options.task, "--prompts", f"{folder}/prompts/prompts.jsonl", "--pretrained", sft.folder,
-         "--reward", "open_lm.post_training.verifiers:exact", "--rollout-prompts", "32", "--group-size", "16",
-         "--rollout-tokens", "5", "--rl-epochs", "2", "--rl-minibatches", "2", "--train-steps",
-         str(4 * options.iterations), "--lr", "2e-4", "--lr-scheduler", "const", "--warmup", "10",
-         "--grad-clip-norm", "1", "--name", f"rl{seed}", *common]
+         "--reward", "open_lm.post_training.verifiers:exact", "--rollout-prompts", str(options.prompts),
+         "--group-size", str(options.group), "--rollout-tokens", "5", "--rl-epochs", str(options.epochs),
+         "--rl-minibatches", str(options.minibatches), "--train-steps",
+         str(options.epochs * options.minibatches * options.iterations), "--lr", str(options.lr), "--lr-scheduler",
+         "const", "--warmup", "10", "--grad-clip-norm", "1", "--log-every-n-steps",
+         str(10 * options.epochs * options.minibatches), "--name", f"rl{seed}", *common]
     )  # fmt: skip
     clip = [json.loads(line) for line in Path(rl.folder, "metrics.jsonl").read_text().splitlines()]
     shares = [row["train/clip_share"] for row in clip if "train/clip_share" in row]
@@ -102,6 +110,12 @@ if __name__ == "__main__":
     parser.add_argument("--task", default="grpo", choices=["grpo", "rloo", "ppo"])
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--sft-steps", type=int, default=400)
+    parser.add_argument("--forgotten", type=float, default=0.6, help="share of carries that demonstrations forget")
+    parser.add_argument("--prompts", type=int, default=32, help="prompts of an iteration")
+    parser.add_argument("--group", type=int, default=16, help="answers to each")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--minibatches", type=int, default=2)
+    parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--recomputed", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -110,7 +124,7 @@ if __name__ == "__main__":
     for seed in options.seeds:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            prepare(folder, write_tokenizer(folder))
+            prepare(folder, write_tokenizer(folder), options.forgotten)
             before, after, clipped, seconds = run(folder, seed, options)
         row = {"task": options.task, "recomputed": options.recomputed, "seed": seed, "sft_greedy": before}
         print(json.dumps({**row, "rl_greedy": after, "clip_share": clipped, "seconds": round(seconds)}), flush=True)

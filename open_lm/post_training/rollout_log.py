@@ -21,14 +21,14 @@ N_LOGGED = 3
 N_IN_TABLE = 32
 """Answers of an iteration that a sink gets."""
 
-Table = Callable[[int, str, Sequence[str], Sequence[Sequence[Any]]], None]
+ShowTable = Callable[[int, str, Sequence[str], Sequence[Sequence[Any]]], None]
 """`table(step, name, columns, rows)` shows rows wherever the run's metrics go."""
 
 
 class RolloutLog:
     """Shows the answers of every `every`-th iteration, those of all ranks; 0 shows none."""
 
-    def __init__(self, folder: str, every: int, tokenizer: Tokenizer, world: World, table: Table | None = None):
+    def __init__(self, folder: str, every: int, tokenizer: Tokenizer, world: World, table: ShowTable | None = None):
         self._path, self._every = os.path.join(folder, FILENAME), every
         self._tokenizer, self._world, self._table = tokenizer, world, table
 

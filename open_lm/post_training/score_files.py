@@ -18,7 +18,7 @@ from open_lm.data.marks import IDS
 from open_lm.data.tokenizer import Tokenizer, load_tokenizer
 from open_lm.distributed import pick_device
 from open_lm.errors import DataError
-from open_lm.post_training.chat.conversations import Conversation, Pair, conversation_of, pair_of
+from open_lm.post_training.chat.conversations import Conversation, ConversationPair, conversation_of, pair_of
 from open_lm.post_training.chat.labels import label_all
 from open_lm.post_training.chat.rows import Row, described, files_named, read_rows
 from open_lm.post_training.chat.template import ChatTemplate, load_template
@@ -69,7 +69,7 @@ class FileScorer:
         found: Any = pair_of(fields) if "chosen" in fields and "rejected" in fields else conversation_of(fields)
         if isinstance(found, Rejected):
             return self._reject(found, row)
-        return [found.chosen, found.rejected] if isinstance(found, Pair) else [found]
+        return [found.chosen, found.rejected] if isinstance(found, ConversationPair) else [found]
 
     def _ids(self, found: Any, row: Row) -> list[int] | None:
         """The tokens of one conversation, its end among them."""

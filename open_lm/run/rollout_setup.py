@@ -10,7 +10,7 @@ from open_lm.params import RunConfig
 from open_lm.post_training.prompts import Prompts
 from open_lm.post_training.reference import build_reference
 from open_lm.post_training.rewards import build_rewards
-from open_lm.post_training.rollout_log import RolloutLog, Table
+from open_lm.post_training.rollout_log import RolloutLog, ShowTable
 from open_lm.post_training.rollouts import Rollouts
 from open_lm.post_training.tasks import TaskParts
 from open_lm.run.length import run_length_of
@@ -57,7 +57,7 @@ def build_rollouts(
     state: TrainState,
     prompts: Prompts,
     folder: str,
-    table: Table | None = None,
+    table: ShowTable | None = None,
 ) -> Rollouts:
     """What gives the batches of reinforcement learning; `table` shows answers where metrics go.
 

@@ -20,7 +20,7 @@ from open_lm.distributed import pick_device
 from open_lm.errors import DataError
 from open_lm.post_training.chat.conversations import Conversation, ConversationPair, conversation_of, pair_of
 from open_lm.post_training.chat.labels import label_all
-from open_lm.post_training.chat.rows import Row, described, files_named, read_rows
+from open_lm.post_training.chat.rows import Row, described, files_named, rows_in
 from open_lm.post_training.chat.template import ChatTemplate, load_template
 from open_lm.post_training.reward_model import load_reward_model, rewards_of_sequences
 from open_lm.post_training.score_config import RewardScoring
@@ -122,7 +122,7 @@ def score_files(config: RewardScoring, tokenizer: str | None, folder: str, devic
     loaded = load_tokenizer(tokenizer or stored_tokenizer(reward))
     model = load_reward_model(reward, str(pick_device(device, 0)))
     scorer = FileScorer(model, loaded, load_template(config.chat_template, loaded), config.on_bad_line == "skip")
-    rows = chain.from_iterable(map(read_rows, files))
+    rows = chain.from_iterable(map(rows_in, files))
     path = storage.join(folder, "rewards.jsonl")
     with storage.open_atomic(path) as file:
         for line in scorer.lines(rows):

@@ -3,9 +3,14 @@
 import asyncio
 import contextlib
 import dataclasses
+import os
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +22,7 @@ from open_lm.model.config import ModelConfig
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra: pip install open_lm[serve]")
 httpx = pytest.importorskip("httpx")
 
+ROOT = Path(__file__).resolve().parents[1]
 VOCAB = ["<|endoftext|>", "Ġ", "Ċ", *map(chr, range(0x21, 0x7F)), "Ã", "©"]  # ASCII, a line break, the bytes of é
 SIZES = {"hidden_dim": 32, "n_layers": 2, "n_heads": 2, "seq_len": 256, "vocab_size": len(VOCAB)}
 
@@ -102,3 +108,15 @@ def first(server):
     """The first model and its tokenizer: what answers must equal."""
     served = next(iter(server[1].models.values()))
     return served.service.model, served.tokenizer
+
+
+def started(flags, *, cwd=None, **environment):
+    """A process of `openlm serve` on a free port and its url, once it serves."""
+    command = [sys.executable, "-m", "open_lm.serve", "--port", "0", "--device", "cpu", *map(str, flags)]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment = {**clean, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd)
+    for line in process.stderr:
+        if found := re.search(r"serving \S+ on (http://\S+)", line):
+            return process, found[1]
+    raise AssertionError(f"the server ended with {process.wait()}")

@@ -1,11 +1,8 @@
 """`openlm serve` as a process: what it says, what it refuses, and how it ends."""
 
 import json
-import os
-import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -13,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from serve_setup import httpx
+from serve_setup import httpx, started
 
 from open_lm.errors import ConfigError
 from open_lm.serve.__main__ import main
@@ -21,25 +18,15 @@ from open_lm.serve.__main__ import main
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def started(folder, *flags):
-    """The process and its url, once it serves."""
-    command = [
-        sys.executable, "-m", "open_lm.serve", "--checkpoint", folder / "first.pt", "--tokenizer",
-        folder / "tokenizer.json", "--port", "0", "--device", "cpu", *flags,
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [str(part) for part in command], stderr=subprocess.PIPE, text=True, env=environment, cwd=folder
-    )
-    for line in process.stderr:
-        if found := re.search(r"serving \S+ on (http://\S+)", line):
-            return process, found[1]
-    raise AssertionError(f"the server ended with {process.wait()}")
+def served(folder, *flags):
+    """The process that serves the first model, and its url."""
+    files = ["--checkpoint", folder / "first.pt", "--tokenizer", folder / "tokenizer.json"]
+    return started([*files, *flags], cwd=folder)
 
 
 @pytest.mark.parametrize("stream", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(folder, stream):
-    process, url = started(folder, "--slots", "2")
+    process, url = served(folder, "--slots", "2")
     body = {"prompt": "a long story", "max_tokens": 243, "temperature": 0, "n": 12, "stream": stream}
     found = {}
 
@@ -73,7 +60,7 @@ def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(folder, strea
 @pytest.mark.slow
 @pytest.mark.parametrize("stream", [True, False])
 def test_what_takes_longer_than_the_grace_is_told_that_the_server_shut_down(folder, stream):
-    process, url = started(folder, "--slots", "1", "--grace-seconds", "0.2", "--max-queue", "200")
+    process, url = served(folder, "--slots", "1", "--grace-seconds", "0.2", "--max-queue", "200")
     body = {"prompt": "a long story", "max_tokens": 243, "temperature": 0, "n": 120, "stream": stream}
     threading.Timer(1.0, process.send_signal, [signal.SIGTERM]).start()
     try:

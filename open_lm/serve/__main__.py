@@ -120,6 +120,7 @@ def _served(
     tokenizer = load_tokenizer(config.tokenizer or stored_tokenizer(found))
     template = load_template(config.chat_template, tokenizer)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    require_device(device)
     given = {key: value for key, value in vars(flags).items() if value != getattr(ModelFlags(), key)}
     model = load_model(found, device=device, dtype=config.dtype, **given)
     if adapter is not None:
@@ -129,6 +130,21 @@ def _served(
     logging.info("%s: %s on %s, %d slots of %d tokens", name, adapter or path, device, n_slots, model.config.seq_len)
     service = Service(name, model, n_slots, config.max_queue, metrics)
     return Served(name, service, tokenizer, template, int(time.time())).warmed()
+
+
+def require_device(device: str) -> None:
+    """See that torch can compute there.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"--device {device}: {reason}. Give cpu, or the GPU of a machine that has one.") from error
 
 
 def _adapted(model: Any, adapter: str, device: str) -> Any:

@@ -13,7 +13,7 @@ import torch
 from serve_setup import httpx, started
 
 from open_lm.errors import ConfigError
-from open_lm.serve.__main__ import main
+from open_lm.serve.__main__ import main, require_device
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -91,6 +91,12 @@ def test_a_port_that_is_taken_is_an_error_before_any_model_is_read():
 def test_flags_that_make_no_sense_are_refused(flags, says):
     with pytest.raises(ConfigError, match=says):
         main(flags)
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", "meta:x"])
+def test_a_device_that_is_not_there_is_named(device):
+    with pytest.raises(ConfigError, match=f"--device {device}: .* Give cpu"):
+        require_device(device)
 
 
 def test_without_its_packages_the_command_names_the_pip_line(monkeypatch):

@@ -35,6 +35,9 @@ flags:  ## Write docs/flags.md anew from the flags in the code
 house:  ## Count modules, floors and arrows
 	$(PYTHON) scripts/house.py
 
+walks:  ## Count the files that a checkpoint's name, a manifest, a document and a run's length go through
+	$(PYTHON) scripts/walks.py
+
 smoke:  ## Train 20 steps on the CPU on synthetic data
 	rm -rf /tmp/open_lm_smoke
 	$(PYTHON) -m open_lm.main --dataset-type synthetic --model open_lm_test_tiny --device cpu --precision fp32 \
@@ -48,4 +51,4 @@ trace-cuda:  ## Steps on fake CUDA tensors: installs a CUDA build of torch (5 GB
 	  $$(echo $(CUDA_VENV)/lib/python3*/site-packages)/zz_project.pth
 	$(CUDA_VENV)/bin/python scripts/trace_cuda.py
 
-.PHONY: help install install-eval check test test-all docs dist flags house smoke trace-cuda
+.PHONY: help install install-eval check test test-all docs dist flags house walks smoke trace-cuda

@@ -25,6 +25,8 @@ from open_lm.errors import CheckpointError
 
 VERSION = 2
 COMMIT_PATTERN = "epoch_*.commit.json"
+SHARDS_SIGN = ".sharded-"
+"""What the names of folders of shards have in them: `epoch_3.sharded-1f2e3d4c`."""
 FIRST_KEYS = {"label", "step", "files", "facts"}
 """All that commit files of the first version hold; later ones also hold their version and their own checksum."""
 RECORD_KEYS = {"size_bytes", "checksum", "sha256"}
@@ -159,10 +161,15 @@ def damaged_file(folder: str, commit: Commit, only: Collection[str] | None = Non
     return None
 
 
+def is_sharded(path: str) -> bool:
+    """Whether `path` names the folder of a sharded checkpoint."""
+    return SHARDS_SIGN in path.rstrip("/").rpartition("/")[2]
+
+
 def commit_beside(weights_path: str) -> Commit | None:
     """The commit file of `.../epoch_K.pt`, of another of its files, or of a folder of shards, if there is one."""
     name = weights_path.rstrip("/").rpartition("/")[2]
-    stem = name.partition(".sharded-")[0] if ".sharded-" in name else Path(name).stem
+    stem = name.partition(SHARDS_SIGN)[0] if SHARDS_SIGN in name else Path(name).stem
     label = stem.rpartition("_")[2]  # of epoch_3, or of an average: ema_0.999_1_3
     path = storage.join(storage.parent(weights_path), f"epoch_{label}.commit.json")
     commit = read_commit(path) if storage.exists(path) else None

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from open_lm import storage, text
 from open_lm.checkpoint import commit as commits
-from open_lm.checkpoint import sharded
 from open_lm.checkpoint.background import Background
+from open_lm.checkpoint.commit import SHARDS_SIGN
 from open_lm.checkpoint.config import CONSOLIDATED_UP_TO, CheckpointConfig
 from open_lm.checkpoint.retention import Retention, free_label
 from open_lm.checkpoint.save_policy import SaveKind, kind_of
@@ -94,7 +94,7 @@ class Checkpoints:
         in_shards = self._in_shards(tree)
         if in_shards and self._group is None and state.world.size > 1:
             self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
-        shards = state.world.on_rank0(lambda: f"epoch_{label}{sharded.MARK}{secrets.token_hex(4)}")
+        shards = state.world.on_rank0(lambda: f"epoch_{label}{SHARDS_SIGN}{secrets.token_hex(4)}")
         random = state.world.gather(random_state(state.world.device))
         full = self._problem_with_space(n_bytes(tree))
         snapshot = None if full else Snapshot(

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from open_lm import storage
-from open_lm.checkpoint.commit import Commit, commit_beside, committed, damaged_file
-from open_lm.checkpoint.sharded import is_sharded
+from open_lm.checkpoint.commit import Commit, commit_beside, committed, damaged_file, is_sharded
 from open_lm.errors import CheckpointError
 from open_lm.weights.hub import download, is_hub
 

@@ -15,9 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from open_lm import process, storage
-from open_lm.checkpoint.commit import Commit, committed, read_commit
+from open_lm.checkpoint.commit import SHARDS_SIGN, Commit, committed, read_commit
 from open_lm.checkpoint.save_policy import to_delete
-from open_lm.checkpoint.sharded import MARK
 
 UNFINISHED = ".unfinished.json"
 """How the file ends that a save writes first and removes last: it names what may be deleted if nothing commits it."""
@@ -155,7 +154,7 @@ def _named_in(folder: str, label: str) -> frozenset[str]:
         is_of_label = path.rpartition("/")[2].startswith(f"epoch_{label}.")
         for entry in Path(storage.local_path(folder)).iterdir():
             has_label = f"_{label}." in entry.name
-            if entry.name in text or (is_of_label and has_label and MARK not in entry.name):
+            if entry.name in text or (is_of_label and has_label and SHARDS_SIGN not in entry.name):
                 names.add(entry.name)
     return frozenset(names)
 

@@ -27,9 +27,6 @@ from open_lm.checkpoint.checksum import ChecksummingFile, FileRecord
 from open_lm.errors import CheckpointError, StorageError
 
 INDEX, STATS = ".metadata", "stats.pt"
-MARK = ".sharded-"
-"""What the names of such folders have in them: `epoch_3.sharded-1f2e3d4c`."""
-
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 _KNOWN = {
@@ -64,11 +61,6 @@ class _Reader(dcp.FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self._index
-
-
-def is_sharded(path: str) -> bool:
-    """Whether `path` names the folder of a sharded checkpoint."""
-    return MARK in path.rstrip("/").rpartition("/")[2]
 
 
 def read_tensor_index(folder: Path) -> Metadata:

@@ -12,9 +12,14 @@ from urllib.parse import quote, unquote_to_bytes
 
 from open_lm.errors import StorageError
 from open_lm.storage import remote
-from open_lm.storage.remote import RemoteFile, filesystem, is_remote, patiently, redacted, shown, storage_error
+from open_lm.storage.remote import RemoteFile, filesystem, patiently, redacted, shown, storage_error
 
-__all__ = ["is_remote", "redacted", "shown"]
+__all__ = ["redacted", "shown"]
+
+
+def is_remote(url: str) -> bool:
+    """Whether `url` has a scheme such as s3:// (file:// counts as local)."""
+    return "://" in url and not url.startswith("file://")
 
 
 def local_path(url: str) -> Path:

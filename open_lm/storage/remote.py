@@ -50,14 +50,9 @@ class RangesIgnored(Exception):
         self.content = content
 
 
-def is_remote(url: str) -> bool:
-    """Whether `url` has a scheme such as s3:// (file:// counts as local)."""
-    return "://" in url and not url.startswith("file://")
-
-
 def shown(url: str) -> str:
     """`url` as it may be printed: without user, password or query, bytes of a name that are no UTF-8 escaped."""
-    if not is_remote(url):
+    if "://" not in url or url.startswith("file://"):
         return url.encode(errors="surrogateescape").decode(errors="backslashreplace")
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

@@ -47,11 +47,11 @@ def flag(
 class Parser(ArgumentParser):
     """An ArgumentParser that raises `ConfigError`, and names the nearest known flag for an unknown one.
 
-    Under `openlm COMMAND` it calls itself that, whatever `prog` is.
+    Under `openlm COMMAND` it calls itself that, unless `prog` says more (`openlm ladder fit`).
     """
 
     def __init__(self, **kwargs: Any):
-        if sys.argv[0].startswith("openlm "):
+        if sys.argv[0].startswith("openlm ") and not kwargs.get("prog", "").startswith(sys.argv[0]):
             kwargs["prog"] = sys.argv[0]
         super().__init__(formatter_class=RawDescriptionHelpFormatter, **kwargs)
 

@@ -1,4 +1,4 @@
-"""`torchrun -m open_lm.main`: train a language model on shards, or evaluate a checkpoint."""
+"""`openlm train` (also `torchrun -m open_lm.main`): train a language model on shards, or evaluate a checkpoint."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from argparse import Namespace
@@ -19,6 +20,9 @@ from open_lm.model.config import ModelFlags
 from open_lm.post_training.config import AdapterConfig, PreferenceConfig, RLConfig, TaskConfig
 from open_lm.tracking.config import TrackingConfig
 from open_lm.train.config import DistillationConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, TrainConfig
+
+COMMAND_VARIABLE = "OPENLM_COMMAND"
+"""Environment variable in which ranks find the command that a person typed."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +154,10 @@ def check_evaluation(config: RunConfig) -> None:
 
 
 def command_line(argv: Sequence[str] | None) -> str:
-    """The command as a person would type it, for logs."""
-    return shlex.join(["python", "-m", "open_lm.main", *(sys.argv[1:] if argv is None else argv)])
+    """The command as a person would type it, for logs; ranks that `openlm train` started get it from there."""
+    typed = sys.argv[1:] if argv is None else argv
+    program = ["openlm", "train"] if sys.argv[0] == "openlm train" else ["python", "-m", "open_lm.main"]
+    return os.environ.get(COMMAND_VARIABLE) or shlex.join([*program, *typed])
 
 
 __getattr__ = late_names(__name__, "open_lm.compat.model", ("add_model_args",))

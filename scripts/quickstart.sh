@@ -2,7 +2,7 @@
 # From nothing to a trained, scored, talking model and a report:  bash scripts/quickstart.sh [DIR]   (DIR: quickstart)
 #
 # Every command is printed before it runs, so that it can be copied, and written to DIR/commands.txt. Stopped at any
-# point and started again, it goes on where it was: what is done is said and not repeated. Remove DIR to begin anew.
+# point and started again, it goes on where it was: finished stages are named and skipped. Remove DIR to start over.
 set -Eeuo pipefail
 
 DIR=${1:-quickstart}

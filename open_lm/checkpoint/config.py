@@ -60,7 +60,7 @@ class CheckpointConfig:
     checkpoint_format: str = flag(
         "auto",
         "consolidated: epoch_K.pt and its companions, gathered on rank 0; sharded: every rank writes its own part, to "
-        "a folder that all nodes share (`python -m open_lm.checkpoint.consolidate` makes epoch_K.pt of it); auto: "
+        "a folder that all nodes share (`openlm consolidate` makes epoch_K.pt of it); auto: "
         "consolidated up to 3 billion parameters.",
         choices=FORMATS,
     )

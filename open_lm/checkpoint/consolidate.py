@@ -1,4 +1,4 @@
-"""`python -m open_lm.checkpoint.consolidate RUN`: OpenLM's files from a sharded checkpoint, on any machine."""
+"""`openlm consolidate RUN`: OpenLM's files from a sharded checkpoint, on any machine."""
 
 from __future__ import annotations
 

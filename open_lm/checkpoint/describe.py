@@ -1,4 +1,4 @@
-"""`python -m open_lm.checkpoint.describe PATH`: the facts that a checkpoint states of itself."""
+"""`openlm describe PATH`: the facts that a checkpoint states of itself."""
 
 from __future__ import annotations
 

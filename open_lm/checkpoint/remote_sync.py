@@ -99,7 +99,7 @@ class RemoteSync:
             raise problems[0]
 
     def _next_to_copy(self, tried: set[str]) -> Commit | None:
-        """The newest checkpoint here that is not there; asked anew each time, for a newer one may have been saved."""
+        """The newest checkpoint here that is not there; looked up each time, for a newer one may have been saved."""
         here = commits.committed(os.path.join(self.folder, CHECKPOINTS))
         return next((c for c in here if c.commit_name not in tried | self._there), None)
 

@@ -156,7 +156,7 @@ def _bare(path: str) -> str:
 
 
 def _saved_companions(state: Saved, facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The companions that the checkpoint holds something of; the others begin anew."""
+    """The companions that the checkpoint holds something of; the others start fresh."""
     for name, part in state.companions.items():
         if name not in facts["companions"]:
             logging.warning("%s holds no %s: it starts fresh.", facts["path"], name)

@@ -33,7 +33,7 @@ class Companion(Protocol):
         ...
 
     def reset(self) -> None:
-        """Begin anew from the weights as they are: the checkpoint that they came from holds nothing of this."""
+        """Start fresh from the current weights: the checkpoint that they came from holds nothing of this."""
         ...
 
 

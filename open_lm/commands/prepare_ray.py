@@ -44,7 +44,7 @@ class TokenizeShuffle:
         "stop", "A line or member that is not a document: stop, or skip and count it.", choices=("stop", "skip")
     )
     max_document_bytes: int = flag(256 << 20, "Longer lines are rejected and counted, not read into memory.", least=1)
-    encoder: str = flag("auto", "As make_2048's; all nodes must have it.", choices=ENCODERS)
+    encoder: str = flag("auto", "As of `openlm prepare`; all nodes must have it.", choices=ENCODERS)
     resume: bool = flag(False, "Go on with the work a killed run left; the result is the same byte for byte.")
     overwrite: bool = flag(False, "Replace what the output folder holds, once the new data is there.")
     ray_address: str | None = flag(None, "Of the cluster's head. None: $RAY_ADDRESS, else a cluster on this machine.")

@@ -30,7 +30,7 @@ class ReportConfig:
     watch: int | None = flag(
         None, "Rewrite the page every so many seconds until interrupted; it reloads itself.", least=1
     )
-    corpus: str | None = flag(None, "corpus.json of scripts/make_corpus.py.")
+    corpus: str | None = flag(None, "corpus.json that `openlm corpus` wrote.")
     ledgers: tuple[str, ...] = flag((), "ledger.json of each set of shards, the training set first.")
     scores: str | None = flag(None, "results.json of `openlm evaluate`.")
     samples: str | None = flag(None, "Texts that `openlm generate` wrote, as jsonl.")

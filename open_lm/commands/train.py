@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> Any:
 
         return train(flags_of_main)
     else:
-        sys.exit(start(launch, flags_of_main))
+        sys.exit(start(launch, flags_of_main, shlex.join(["openlm", "train", *argv])))
 
 
 def show_help() -> None:
@@ -76,9 +77,9 @@ def show_help() -> None:
     parser.print_help()
 
 
-def start(launch: LaunchConfig, argv: Sequence[str]) -> int:
-    """Check the flags once, then run the ranks of this machine; the exit code of them all."""
-    from open_lm.params import parse_args, read_config
+def start(launch: LaunchConfig, argv: Sequence[str], typed: str) -> int:
+    """Check the flags once, then run the ranks of this machine, which log `typed`; the exit code of them all."""
+    from open_lm.params import COMMAND_VARIABLE, parse_args, read_config
 
     read_config(parse_args(argv))  # a wrong flag is one message, before any rank starts
     n = count_gpus() if launch.nproc_per_node == "gpu" else int(launch.nproc_per_node or 1)
@@ -87,6 +88,7 @@ def start(launch: LaunchConfig, argv: Sequence[str]) -> int:
         "MASTER_PORT": str(launch.master_port or (free_port() if launch.nnodes == 1 else 29500)),
         "WORLD_SIZE": str(n * launch.nnodes),
         "LOCAL_WORLD_SIZE": str(n),
+        COMMAND_VARIABLE: typed,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // n))),
     }
     command = [sys.executable, "-m", "open_lm.main", *argv]

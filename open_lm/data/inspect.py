@@ -45,7 +45,7 @@ class Inspect:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print what the flags ask for."""
-    parser = Parser(prog="python -m open_lm.data.inspect", description=__doc__)
+    parser = Parser(prog="openlm inspect", description=__doc__)
     add_group(parser, Inspect)
     flags = read_group(parser.parse_args(_with_path(argv)), Inspect)
     if flags.step is not None:

@@ -21,7 +21,8 @@ from open_lm.data.plan import ORDER
 from open_lm.data.reader import SampleReader
 from open_lm.data.rows import changed_row
 from open_lm.data.samples import PlannedSamples, SyntheticSamples
-from open_lm.data.sources import Source, cache_for, document_end, open_sources
+from open_lm.data.shards import OUTSIDE
+from open_lm.data.sources import Source, cache_for, document_end, named_tokenizer, open_sources
 from open_lm.data.validation import validation_batches
 from open_lm.errors import CheckpointError, ConfigError, DataError
 
@@ -30,6 +31,8 @@ __all__ = ["Loader", "build_loader", "validation_batches"]
 log = logging.getLogger(__name__)
 
 _READ_AHEAD_STEPS = 16
+_FEWEST_SAMPLES = 64
+"""So many unreadable samples at the start, and none that can be read, are no accident."""
 
 
 class Loader:
@@ -75,6 +78,8 @@ class Loader:
         for step, rows in enumerate(steps, start_step):
             self._check(rows, step)
             batch = self._masked(rows, step)
+            n_samples = (step + 1 - start_step) * self.geometry.local_batch
+            self._require_some(n_samples, at_end=step + 1 == stop_step)
             yield batch if self._rows == 1 else self._with_columns(batch, step).trimmed()
 
     def _check(self, rows: StepRows, step: int) -> None:
@@ -215,9 +220,7 @@ class Loader:
         if not unreadable:
             return batch
         if not self._config.ignore_parse_errors:
-            raise DataError(
-                f"{unreadable[0][1]} Repair the shard, or go on without such samples with --ignore-parse-errors."
-            )
+            raise DataError(f"{unreadable[0][1]} {self._advice(unreadable[0][1])}")
         inputs_BT, targets_BT = batch.inputs_BT.clone(), batch.targets_BT.clone()
         for number, reason in unreadable:
             rows = slice(number * n_rows, (number + 1) * n_rows)
@@ -226,6 +229,26 @@ class Loader:
             self.unreadable.append({"step": step, "position": position, "reason": reason})
             log.warning("step %d: %s It is masked; %d so far on this rank.", step, reason, len(self.unreadable))
         return replace(batch, inputs_BT=inputs_BT, targets_BT=targets_BT)
+
+    def _advice(self, reason: str) -> str:
+        """What to do about a sample that cannot be read for `reason`."""
+        if OUTSIDE not in reason:
+            return "Repair the shard, or go on without such samples with --ignore-parse-errors."
+        name = named_tokenizer(self.sources)
+        return (
+            f"The data were made with {f'the tokenizer {name}' if name else 'another tokenizer'}, which has more "
+            "tokens than the model: give a --model with its vocab_size, or prepare the data with the model's tokenizer."
+        )
+
+    def _require_some(self, n_samples: int, *, at_end: bool) -> None:
+        """Refuse data of which nothing can be read, however much --ignore-parse-errors lets pass.
+
+        Raises:
+            DataError: each of the first samples of this rank, `n_samples` by now, is unreadable.
+        """
+        if 0 < n_samples == len(self.unreadable) and (at_end or n_samples >= _FEWEST_SAMPLES):
+            reason = self.unreadable[0]["reason"]
+            raise DataError(f"none of {n_samples} samples can be read; the first: {reason} {self._advice(reason)}")
 
 
 def _differs(what: str, before: object, now: object) -> str:

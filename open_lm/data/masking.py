@@ -19,7 +19,7 @@ from open_lm.errors import ConfigError
 def batch_of(samples_BS: Tensor, config: DataConfig, document_end: int | None, *, plain: bool = False) -> Batch:
     """Inputs and targets of samples, masked as their marks and the flags --target-mask-* say.
 
-    `document_end` is the id after which attention starts anew, None where it does not. Unreadable samples are rows
+    `document_end` is the id after which attention restarts, None where it does not. Unreadable samples are rows
     of -1. `plain` samples are known to carry no marks.
 
     Raises:

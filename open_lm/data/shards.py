@@ -141,6 +141,9 @@ def checksum(payload: bytes | memoryview | np.ndarray, key: str) -> int:
     return xxhash.xxh3_64_intdigest(view[NPY_HEADER_BYTES:] if key == "npy" else view)
 
 
+OUTSIDE = "is outside a vocabulary"
+
+
 def check_ids(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
     """`tokens` with negative ids counted from the end of the vocabulary; ValueError when one is outside it.
 
@@ -150,7 +153,7 @@ def check_ids(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
         return joined(check_ids(tokens["ids"], vocab_size), tokens["marks"])
     low, high = (int(tokens.min()), int(tokens.max())) if tokens.size else (0, 0)
     if low < -vocab_size or high >= vocab_size:
-        raise ValueError(f"token id {high if high >= vocab_size else low} is outside a vocabulary of {vocab_size}")
+        raise ValueError(f"token id {high if high >= vocab_size else low} {OUTSIDE} of {vocab_size}")
     return np.where(tokens < 0, tokens + vocab_size, tokens) if low < 0 else tokens
 
 

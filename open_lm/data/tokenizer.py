@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import socket
+import urllib.request
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -143,10 +146,28 @@ def _from_file(path: Path, name: str) -> Tokenizer:
         raise ConfigError(f"--tokenizer {name}: not a tokenizer.json ({error}). Check the file.") from None
 
 
+def hub_answers() -> bool:
+    """Whether the Hub can be reached. Its client tries each of several files six times, which takes a minute where a
+    name is mistyped and there is no network."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+        return not constants.HF_HUB_OFFLINE
+    hub = urlsplit(constants.ENDPOINT)
+    try:
+        port = hub.port or (80 if hub.scheme == "http" else 443)
+        socket.create_connection((hub.hostname or "", port), timeout=10).close()
+    except OSError:
+        return False
+    return True
+
+
 def _from_transformers(name: str, at_hand: bool) -> Tokenizer:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    where: dict[str, Any] = {"local_files_only": at_hand}
+    is_local = Path(name).expanduser().is_dir()
+    reachable = is_local or at_hand or hub_answers()
+    where: dict[str, Any] = {"local_files_only": at_hand or not reachable}
     try:
         try:
             loaded = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False, **where)
@@ -154,6 +175,8 @@ def _from_transformers(name: str, at_hand: bool) -> Tokenizer:
             loaded = PreTrainedTokenizerFast.from_pretrained(name, **where)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if not reachable:
+            reason = "no such folder here, not in the Hub's cache either, and the Hub cannot be reached"
         raise ConfigError(
             f"--tokenizer {name}: cannot be loaded ({reason}). Give a hub id that can be reached, "
             "a local folder, or a tokenizer.json file."

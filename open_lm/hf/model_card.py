@@ -61,7 +61,7 @@ def command(facts: dict[str, Any]) -> str:
         return ""
     lines = "\n".join(f"{name}: {json.dumps(value)}" for name, value in sorted(given.items()))
     return f"""
-Trained by `python -m open_lm.main --config run.yaml` (or `torchrun … -m open_lm.main`) with flags for data and folders
+Trained by `openlm train --config run.yaml` with flags for data and folders
 beside `run.yaml`:
 
 ```yaml

@@ -1,4 +1,4 @@
-"""`python -m open_lm.ladder COMMAND`: plan, train and measure a ladder of models, and fit the law that predicts."""
+"""`openlm ladder COMMAND`: plan, train and measure a ladder of models, and fit the law that predicts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> Any:
         return None
     name, rest = argv[0], argv[1:]
     if name not in COMMANDS:
-        Parser(prog="python -m open_lm.ladder").error(f"no command {name!r}: choose of {', '.join(COMMANDS)}")
+        Parser(prog="openlm ladder").error(f"no command {name!r}: choose of {', '.join(COMMANDS)}")
     return _function(name)(rest)
 
 

@@ -78,7 +78,7 @@ class PlotFlags:
 
 
 def _read(name: str, argv: Sequence[str], *groups: type[Any]) -> list[Any]:
-    parser = Parser(prog=f"python -m open_lm.ladder {name}", description=__doc__)
+    parser = Parser(prog=f"openlm ladder {name}", description=__doc__)
     for group in groups:
         add_group(parser, group)
     args = parser.parse_args(list(argv))

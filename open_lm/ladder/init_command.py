@@ -47,7 +47,7 @@ def init(argv: Sequence[str]) -> str:
     add_group(parser, InitFlags)
     flags = read_group(parser.parse_args(list(argv)), InitFlags)
     if not flags.manifests:
-        raise ConfigError("--manifests: name the training data, manifest.jsonl files as make_2048.py writes them.")
+        raise ConfigError("--manifests: name the training data, manifest.jsonl files as `openlm prepare` writes them.")
     if os.path.exists(flags.ladder):
         raise ConfigError(f"--ladder {flags.ladder} exists: edit it, or give another name.")
     values = contents(flags)

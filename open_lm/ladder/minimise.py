@@ -63,7 +63,7 @@ def huber(residual: Array, delta: float) -> Array:
 
 
 def descend(problem: Problem, theta_SP: Array, loss_SK: Array, weight_SK: Array, n_iterations: int = 200) -> Array:
-    """Each vector moved towards its minimum: damped Gauss-Newton, with Huber's weights taken anew at every step."""
+    """Each vector moved towards its minimum: damped Gauss-Newton, with Huber's weights recomputed at every step."""
     theta = problem.clipped(theta_SP)
     loss, weight = (np.broadcast_to(x, (len(theta), len(problem.n))) for x in (loss_SK, weight_SK))
     best, damping = problem.value(theta, loss, weight), np.full(len(theta), 1e-3)

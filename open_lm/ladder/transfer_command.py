@@ -60,7 +60,7 @@ class SweepFlags:
 
 
 def _read(name: str, argv: Sequence[str], own: type[Any]) -> tuple[TransferFlags, Any]:
-    parser = Parser(prog=f"python -m open_lm.ladder {name}", description=__doc__)
+    parser = Parser(prog=f"openlm ladder {name}", description=__doc__)
     add_group(parser, TransferFlags)
     add_group(parser, own)
     args = parser.parse_args(list(argv))

@@ -120,7 +120,7 @@ def registered() -> dict[str, ModelConfig]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the size of one architecture, or of all."""
-    parser = Parser(prog="python -m open_lm.model.describe", description=__doc__)
+    parser = Parser(prog="openlm describe", description=__doc__)
     add_group(parser, DescribeFlags)
     add_group(parser, ModelFlags)
     args = parser.parse_args(argv)

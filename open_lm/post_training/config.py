@@ -121,7 +121,7 @@ class PreferenceConfig:
     )
     reference_log_probs: str | None = flag(
         None,
-        "File that `python -m open_lm.post_training.reference_log_probs` made of the same weights and data, instead of "
+        "File that `openlm reference-log-probs` made of the same weights and data, instead of "
         "a reference model in memory.",
     )
     reward_centring: float = flag(

@@ -131,7 +131,7 @@ class DocumentEncoder:
         if len(ids) and int(ids.max()) > np.iinfo(self._dtype).max:
             raise DataError(
                 f"--tokenizer {self._tokenizer.name}: gives id {int(ids.max())}, too large for {self._dtype}. "
-                "Its vocabulary has gaps: start anew with --overwrite."
+                "Its vocabulary has gaps: start over with --overwrite."
             )
         return ids.astype(self._dtype)
 

@@ -56,7 +56,7 @@ def _interval_tokens(train: TrainConfig, n_sequences: int | None, seq_len: int) 
     if n_sequences is None:
         raise ConfigError(
             "how much data there is is not known without a manifest: give --train-tokens, or make one with "
-            "`python -m openlm manifest --data-dir DIR`."
+            "`openlm manifest --data-dir DIR`."
         )
     return n_sequences * seq_len
 

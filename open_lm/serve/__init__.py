@@ -1,1 +1,1 @@
-"""An HTTP server for models: OpenAI's and EasyLM's routes, and a page to chat on.  `python -m open_lm.serve --help`."""
+"""An HTTP server for models: OpenAI's and EasyLM's routes, and a page to chat on.  `openlm serve --help`."""

@@ -48,7 +48,7 @@ class TrackingConfig:
     trace_steps: tuple[str, ...] = flag(
         (),
         "Store the inputs and outputs of every module in these steps (1,5-7), to traces/ in the run folder; "
-        "scripts/compare_traces.py finds where two runs part.",
+        "`openlm compare-traces` finds where two runs part.",
         metavar="STEPS",
     )
     copy_codebase: bool = flag(False, "Copy the code that runs to code/ in the run folder.")

@@ -21,7 +21,7 @@ def poly(n: int, eta: float) -> float:
 
 
 def cosine(n: int, period: float) -> float:
-    """Weighted by half a sine over `period` weights, then anew: it ends where a cosine schedule would lead
+    """Weighted by half a sine over `period` weights, then again: it ends where a cosine schedule would lead
     (Sandler et al., arXiv:2301.02312)."""
     i = (n - 1) % period + 1
     weight_i = math.sin(math.pi * (i - 0.5) / period)

@@ -11,7 +11,7 @@ import torch
 
 
 def seed_rank(seed: int, rank: int, step: int = 0) -> None:
-    """Start torch's generators anew from what is the run's seed, this rank and the step."""
+    """Reseed torch's generators from the run's seed, this rank and the step."""
     text = f"random numbers of seed {seed}, rank {rank}, from step {step}"
     torch.manual_seed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little"))
 
@@ -32,7 +32,7 @@ def restore_random_state(
     mine = saved[rank] if saved and len(saved) == size else None
     if mine is None or ("cuda" in mine) != (device.type == "cuda"):
         if saved is not None:
-            logging.info("random numbers begin anew at step %d: the checkpoint is of other ranks or devices.", step)
+            logging.info("random numbers restart at step %d: the checkpoint is of other ranks or devices.", step)
         seed_rank(seed, rank, step)
         return
     torch.set_rng_state(mine["cpu"])

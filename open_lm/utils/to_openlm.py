@@ -1,4 +1,4 @@
-"""A checkpoint of ours as a file that OpenLM's own programs read: `python -m open_lm.utils.to_openlm`."""
+"""A checkpoint of ours as a file that OpenLM's own programs read: `openlm to-openlm`."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def require_known_there(config: Any, path: str) -> None:
         own += [f"rotary_base {config.rotary_base}"] if config.rotary_base != 10_000 else []
         own += ["experts that are not MegaBlocks'"] if config.moe_freq and config.moe_expert_type == "ffn" else []
     if own:
-        raise ConfigError(f"{path}: OpenLM has no {', '.join(own)}. Export it with `python -m open_lm.hf.export`.")
+        raise ConfigError(f"{path}: OpenLM has no {', '.join(own)}. Export it with `openlm export`.")
 
 
 def openlm_flags(config: ModelConfig) -> str:

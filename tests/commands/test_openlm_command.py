@@ -69,6 +69,14 @@ def test_an_error_is_one_line_and_names_the_command():
     assert "See openlm prepare --help." in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["init", "fit", "run", "lr-sweep"])
+def test_the_help_of_a_ladders_command_names_it(name, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["openlm"])
+    with pytest.raises(SystemExit):
+        call(["ladder", name, "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: openlm ladder {name} [-h]")
+
+
 @pytest.mark.parametrize("kind", ["tasks", "dataset", "wikipedia"])
 def test_every_kind_of_download_has_help(kind, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["openlm"])

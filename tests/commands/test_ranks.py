@@ -133,6 +133,8 @@ def test_two_ranks_train_as_under_torchrun_and_logs_works(tmp_path):
         capture_output=True, text=True, timeout=120, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    log = (tmp_path / "logs" / "openlm" / "out.log").read_text()
+    assert "openlm train --nproc-per-node 2 --dataset-manifest" in log.splitlines()[0]
     theirs = run_command(flags(tmp_path, manifest, name="torchrun", steps=3), ranks=2)
     assert theirs.returncode == 0, theirs.stderr
     assert metrics(tmp_path, "openlm") == metrics(tmp_path, "torchrun")

@@ -181,6 +181,24 @@ def test_a_bad_sample_stops_the_run_or_is_a_hole_that_shifts_nothing(data_set):
     assert len(tolerant.unreadable) == 1 and "00000001.tar" in tolerant.unreadable[0]["reason"]
 
 
+def test_ids_beyond_the_vocabulary_are_blamed_on_model_and_tokenizer(data_set):
+    folder = data_set([8, 8])
+    lines = (folder / "manifest.jsonl").read_text().splitlines()
+    named = [json.dumps({**json.loads(line), "tokenizer": "gpt2"}) for line in lines]
+    (folder / "manifest.jsonl").write_text("\n".join(named))
+    small = {"vocab_size": 5, "seq_len": SEQ_LEN, "global_batch": 4, "rank": 0, "world_size": 1, "seed": 0}
+    with pytest.raises(DataError, match=r"outside a vocabulary of 5.* the tokenizer gpt2, .*--model with its"):
+        list(build_loader(manifest(folder), **small).batches(0, 4))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_data_of_which_nothing_can_be_read_are_refused(data_set, workers):
+    tolerant = manifest(data_set([8, 8]), ignore_parse_errors=True, workers=workers)
+    small = {"vocab_size": 5, "seq_len": SEQ_LEN, "global_batch": 4, "rank": 0, "world_size": 1, "seed": 0}
+    with pytest.raises(DataError, match=r"none of 16 samples can be read; the first: .*outside a vocabulary of 5"):
+        list(build_loader(tolerant, **small).batches(0, 4))
+
+
 def test_a_manifest_that_lies_about_a_count_is_noticed(data_set):
     folder = data_set([8, 8], "json")
     (folder / "manifest.jsonl").write_text(

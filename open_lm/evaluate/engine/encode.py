@@ -85,8 +85,8 @@ def _fitted(context: list[int], continuation: list[int], max_seq_len: int, name:
     room = max_seq_len - len(continuation)
     if not continuation or room < 1:
         raise DataError(
-            f"{name}: a continuation of {len(continuation)} tokens in a context of {max_seq_len}: need 1 to "
-            f"{max_seq_len - 1}. Raise max_seq_len or remove the row."
+            f"{name}: a continuation of {len(continuation)} tokens, where 1 to {max_seq_len - 1} fit (max_seq_len, at "
+            "most the model's context). Remove the row, or evaluate a model with a longer context."
         )
     if not context:
         raise DataError(f"{name}: the context is empty, so nothing predicts the first token. Give it a prompt_string.")

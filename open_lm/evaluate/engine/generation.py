@@ -59,7 +59,8 @@ def encode_prompts(
     room = max_seq_len - n_new
     if room < 1:
         raise DataError(
-            f"{names[0]}: answers of up to {n_new} tokens in a context of {max_seq_len}: raise max_seq_len."
+            f"{names[0]}: answers of up to {n_new} tokens, where prompt and answer together have {max_seq_len} "
+            "(max_seq_len, at most the model's context). Leave the task out, or evaluate a model with a longer context."
         )
     preambles = encoder.preambles([prompt.preamble for prompt in asked])
     contexts = encoder.plain([prompt.contexts[0] for prompt in asked])

@@ -150,7 +150,7 @@ def from_dict(values: Mapping[str, Any], folder: str) -> LadderConfig:
     if missing:
         raise ConfigError(f"{missing[0]} is missing in the ladder file.")
     hints = typing.get_type_hints(LadderConfig)
-    given = {"sizes": _sizes(values["sizes"]), "data": _sources(values["data"])}
+    given: dict[str, Any] = {"sizes": _sizes(values["sizes"]), "data": _sources(values["data"])}
     given |= {key: checked(key, value, hints[key]) for key, value in values.items() if key not in given}
     return LadderConfig(**given, folder=folder or ".")
 

@@ -65,16 +65,19 @@ class FileScorer:
         """The conversations of a row: one, or both sides of a pair."""
         fields = row.fields
         if isinstance(fields, Rejected):
-            return self._reject(fields, row)
+            self._reject(fields, row)
+            return None
         found: Any = pair_of(fields) if "chosen" in fields and "rejected" in fields else conversation_of(fields)
         if isinstance(found, Rejected):
-            return self._reject(found, row)
+            self._reject(found, row)
+            return None
         return [found.chosen, found.rejected] if isinstance(found, ConversationPair) else [found]
 
     def _ids(self, found: Any, row: Row) -> list[int] | None:
         """The tokens of one conversation, its end among them."""
         if isinstance(found, Rejected):
-            return self._reject(found, row)
+            self._reject(found, row)
+            return None
         if len(found.tokens) > self.model.config.seq_len + 1:  # type: ignore[union-attr,operator]
             self.left_out["too_long"] += 1
             return None

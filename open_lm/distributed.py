@@ -75,17 +75,18 @@ class World:
         return total
 
     def sum_with_claims(self, values: Tensor, claims: Sequence[bool]) -> tuple[Tensor, Tensor | None]:
-        """The sum of `values`, integers, as `sum` gives it, and of each of `claims` the number of ranks that make it.
+        """The sum of `values` as `sum` gives it, and of each of `claims` the number of ranks that make it.
 
         One exchange for both. Without claims, or with one process, the second is None.
         """
         if not claims or self.size == 1:
             return self.sum(values), None
-        own = values.new_tensor([int(claim) for claim in claims])
-        total = torch.cat((values.detach().reshape(-1), own)).to(self.device)
+        own = [values.new_full((1,), int(claim)) for claim in claims]  # filled there: a copy would wait for the GPU
+        total = torch.cat((values.detach().reshape(-1), *own)).to(self.device)
         dist.all_reduce(total)  # over all ranks, those of one tp group too: they count the same
         counts, made = total.split((values.numel(), len(claims)))
-        return counts.div(self.shape.tp, rounding_mode="floor").reshape(values.shape), made
+        counts = counts / self.shape.tp if counts.is_floating_point() else counts // self.shape.tp
+        return counts.reshape(values.shape), made
 
     def any(self, claim: bool) -> bool:
         """Whether `claim` holds on at least one rank; every rank gets the same answer. No rank waits for its GPU."""

@@ -56,6 +56,8 @@ def _sums(world, shape):
     claims = [world.rank == world.size - 1, False]
     total, made = world.sum_with_claims(values, claims)
     assert torch.equal(total, world.sum(values)) and made.tolist() == [1, 0]
+    halves = values.double() + 0.5
+    assert torch.equal(world.sum_with_claims(halves, claims)[0], world.sum(halves))
     scalar, none = world.sum_with_claims(values[0], ())
     assert scalar.shape == () and none is None
 

@@ -1,6 +1,6 @@
 """Text appears while it is written: the pieces join to the whole, and stop strings never show."""
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from open_lm.generation.stops import StopSearch, until_stop
@@ -52,6 +52,8 @@ def first_complete(text, stops):
     return text
 
 
+@example("aaab", ["aab"])
+@example("abaabab", ["abab", "abaaba"])
 @given(st.text(alphabet="ab", max_size=20), st.lists(st.text(alphabet="ab", min_size=1, max_size=6), max_size=3))
 def test_stop_strings_are_found_and_their_beginnings_known_as_by_trying_every_place(text, stops):
     assert until_stop(text, stops) == first_complete(text, stops)

@@ -100,8 +100,9 @@ def test_more_texts_than_slots_and_queue_hold_are_written_in_turns(folder):
             statuses.append(httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 9}).status_code)
 
     with running(folder, slots=2, max_queue=1) as (url, _), running(folder) as (wide, _):
-        other = threading.Thread(target=flood, args=[url])
-        other.start()
+        others = [threading.Thread(target=flood, args=[url]) for _ in range(2)]
+        for other in others:
+            other.start()
         with httpx.Client(timeout=60) as client:
             for path, body in (
                 ("/loglikelihood-rolling", {"text": texts}),
@@ -112,7 +113,8 @@ def test_more_texts_than_slots_and_queue_hold_are_written_in_turns(folder):
                     pass
                 assert few.status_code == 200 and few.json() == client.post(wide + path, json=body).json()
         floods.append(True)
-        other.join()
+        for other in others:
+            other.join()
     assert 200 in statuses
 
 

@@ -29,6 +29,9 @@ dist:  ## Build wheel and sdist into dist/
 	$(PYTHON) -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 	$(PYTHON) -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
 
+nightly:  ## Exports under transformers 4.57, the current one and llama.cpp, in environments of their own
+	bash scripts/nightly_exports.sh
+
 flags:  ## Write docs/flags.md anew from the flags in the code
 	$(PYTHON) scripts/flags_page.py
 
@@ -51,4 +54,4 @@ trace-cuda:  ## Steps on fake CUDA tensors: installs a CUDA build of torch (5 GB
 	  $$(echo $(CUDA_VENV)/lib/python3*/site-packages)/zz_project.pth
 	$(CUDA_VENV)/bin/python scripts/trace_cuda.py
 
-.PHONY: help install install-eval check test test-all docs dist flags house walks smoke trace-cuda
+.PHONY: help install install-eval check test test-all docs dist nightly flags house walks smoke trace-cuda

@@ -39,6 +39,7 @@ COMMANDS = {
     },
     "Weights to scores, text and other formats": {
         "evaluate": ("open_lm.commands.evaluate", "Score checkpoints on benchmark tasks."),
+        "interpolate": ("open_lm.commands.interpolate", "Losses along the line between two checkpoints."),
         "plot-scores": ("open_lm.commands.plot_scores", "Draw scores of several checkpoints."),
         "adapter": (
             "open_lm.post_training.convert_adapter",

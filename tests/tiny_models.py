@@ -43,9 +43,9 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def make_model(name):
+def make_model(name, **more):
     torch.manual_seed(1)
-    changes = CONFIGS[name]
+    changes = {**CONFIGS[name], **more}
     model = create_model(ModelConfig.from_dict(changes if "d_model" in changes else {**BASE, **changes}))
     with torch.no_grad():  # norms and biases that are not 1 and 0, and logits far from each other
         for parameter in model.parameters():

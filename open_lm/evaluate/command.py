@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,16 +15,18 @@ from open_lm import storage
 from open_lm.distributed import World, start_world
 from open_lm.errors import ConfigError
 from open_lm.evaluate.averages import accuracies, gauntlet_averages
+from open_lm.evaluate.dclm import read_metadata, write_dclm
 from open_lm.evaluate.eval_model import EvalModel, load_eval_model, load_hf_eval_model
 from open_lm.evaluate.fingerprint import weights_fingerprint
 from open_lm.evaluate.flags import DEFAULT_OUTPUT, ENGINES, EvalConfig
-from open_lm.evaluate.records import Results, terminal_table
+from open_lm.evaluate.records import CheckpointRecords, Results, terminal_table
 from open_lm.evaluate.scored import ScoredFolder, ScoredTask, runs_of
 from open_lm.evaluate.tasks.suite import Suite, read_suite, require_data
 from open_lm.flags import as_flags
 from open_lm.model.config import ModelFlags
 from open_lm.precision import Precision
 from open_lm.progress import progress
+from open_lm.train.config import ParallelConfig, mesh_shape
 
 
 def evaluate(config: EvalConfig, flags: ModelFlags) -> Results:
@@ -40,9 +43,13 @@ def evaluate(config: EvalConfig, flags: ModelFlags) -> Results:
     else:
         suite = read_suite(config.eval_yaml or "", only=config.tasks)
         require_data(suite)
+    if config.dclm_json:
+        read_metadata(config.dclm_metadata)  # a wrong file is refused now, not in the end
     folder = config.output_dir or DEFAULT_OUTPUT
     storage.require_writable(folder, "--output-dir")
-    with start_world(config.device) as world:
+    what = (config.tasks, config.task_path, config.limit) if config.engine == "lm-eval" else (suite,)
+    data = ENGINES.load(config.engine).read(*what)
+    with start_world(config.device, mesh=partial(mesh_shape, ParallelConfig(fsdp=config.fsdp))) as world:
         scored = ScoredFolder(folder, keep=config.resume)
         kept = world.broadcast(_kept(scored) if world.is_master else None)
         results = Results(config.engine, {**as_flags(config), "suite": _settings(suite)})
@@ -51,11 +58,18 @@ def evaluate(config: EvalConfig, flags: ModelFlags) -> Results:
         for path in config.checkpoint or (flags.hf_model,):
             eval_model = _eval_model(path, config, flags, suite, world)
             eval_model.about.weights = weights_fingerprint(eval_model.model)
-            _evaluate_one(eval_model, config, suite, world, kept, results, scored)
+            runner = ENGINES.load(config.engine)(
+                eval_model, *what, world, _max_seq_len(config, suite, eval_model), _precision(config, suite, world),
+                batch_tokens=config.batch_tokens, data=data,
+            )  # fmt: skip
+            _evaluate_one(runner, eval_model.about, suite, world, kept, results, scored)
+            del eval_model, runner  # two models at once may not fit
         results.seconds = time.perf_counter() - began
         if world.is_master:
             results.write(folder)
             _show(results, scored)
+            if config.dclm_json:
+                write_dclm(results.runs, suite.path or config.engine, folder, config.dclm_metadata)
     return results
 
 
@@ -71,16 +85,17 @@ def _kept(scored: ScoredFolder) -> dict[tuple[str, str, str], ScoredTask]:
 def _eval_model(path: str | None, config: EvalConfig, flags: ModelFlags, suite: Suite, world: World) -> EvalModel:
     precision = _precision(config, suite, world)
     dtype = Precision(precision, world.device.type).weight_dtype if precision == "bf16" else torch.float32
+    shared_by = world if config.fsdp and world.size > 1 else None
     if not config.checkpoint:
-        return load_hf_eval_model(flags, config.tokenizer, world.device, dtype)
+        return load_hf_eval_model(flags, config.tokenizer, world.device, dtype, shared_by)
     assert path is not None
     architecture = {name: value for name, value in vars(flags).items() if value != getattr(ModelFlags(), name)}
-    return load_eval_model(path, config.tokenizer, architecture, world.device, dtype)
+    return load_eval_model(path, config.tokenizer, architecture, world.device, dtype, shared_by)
 
 
 def _evaluate_one(
-    eval_model: EvalModel,
-    config: EvalConfig,
+    runner: Any,
+    about: CheckpointRecords,
     suite: Suite,
     world: World,
     kept: Mapping[tuple[str, str, str], ScoredTask],
@@ -88,12 +103,6 @@ def _evaluate_one(
     scored: ScoredFolder,
 ) -> None:
     """Run what is not kept for one checkpoint; after each task the folder holds it."""
-    what = (config.tasks, config.task_path, config.limit) if config.engine == "lm-eval" else (suite,)
-    runner = ENGINES.load(config.engine)(
-        eval_model, *what, world, _max_seq_len(config, suite, eval_model), _precision(config, suite, world),
-        batch_tokens=config.batch_tokens,
-    )  # fmt: skip
-    about = eval_model.about
     total = sum(runner.n_questions(key) for key in runner.keys)
     with progress(total=total, unit="question", shown=world.is_master, delay_seconds=0) as bar:
         for key in runner.keys:

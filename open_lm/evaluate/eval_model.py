@@ -14,8 +14,10 @@ from open_lm.checkpoint.load_model import load_model
 from open_lm.checkpoint.read import read_facts
 from open_lm.checkpoint.resolve import Found, resolve
 from open_lm.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_near
+from open_lm.distributed import World
 from open_lm.errors import CheckpointError, ConfigError
 from open_lm.evaluate.records import CheckpointRecords
+from open_lm.evaluate.sharded_model import load_hf_sharded, load_sharded
 from open_lm.model import create_model
 from open_lm.model.config import ModelFlags, resolve_architecture
 
@@ -32,9 +34,15 @@ class EvalModel:
 
 
 def load_eval_model(
-    path: str, tokenizer: str | None, architecture: dict[str, Any], device: torch.device, dtype: torch.dtype | None
+    path: str,
+    tokenizer: str | None,
+    architecture: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    shared_by: World | None = None,
 ) -> EvalModel:
-    """The checkpoint at `path` (a run folder means its newest), ready to be evaluated.
+    """The checkpoint at `path` (a run folder means its newest), ready to be evaluated; its weights spread over the
+    ranks of `shared_by`, which must all call this.
 
     Raises:
         CheckpointError: there is none, it is of another architecture, or it names no tokenizer and none is given.
@@ -55,16 +63,24 @@ def load_eval_model(
         tokens=_count(facts.get("tokens")),
         weights=weights_identity(found),
     )
-    model = load_model(found, device=str(device), dtype=dtype, **architecture)
+    if shared_by is None:
+        model: Any = load_model(found, device=str(device), dtype=dtype, **architecture)
+    else:
+        model = load_sharded(found, shared_by, dtype, **architecture)
     about.model = about.model or f"{model.config.n_layers} layers, {model.config.hidden_dim} wide"
     require_same_vocabulary(loaded, model.config.vocab_size)
     return EvalModel(model, loaded, model.config.seq_len, model.config.vocab_size, about)
 
 
 def load_hf_eval_model(
-    flags: ModelFlags, tokenizer: str | None, device: torch.device, dtype: torch.dtype | None
+    flags: ModelFlags,
+    tokenizer: str | None,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    shared_by: World | None = None,
 ) -> EvalModel:
-    """The model of transformers that --hf-model names, with its own tokenizer unless another is given.
+    """The model of transformers that --hf-model names, with its own tokenizer unless another is given; spread over the
+    ranks of `shared_by`, as above.
 
     Raises:
         ConfigError: it cannot be read, or its tokenizer has more tokens than it has embeddings.
@@ -73,7 +89,10 @@ def load_hf_eval_model(
     name = str(flags.hf_model)
     loaded = load_tokenizer(tokenizer or name)
     require_same_vocabulary(loaded, config.vocab_size)
-    model = create_model(config).to(device, dtype).eval()
+    if shared_by is None:
+        model = create_model(config).to(device, dtype).eval()
+    else:
+        model = load_hf_sharded(config, shared_by, dtype)
     about = CheckpointRecords(
         name=os.path.basename(name.rstrip("/")), checkpoint=name, model=name, tokenizer=loaded.name
     )

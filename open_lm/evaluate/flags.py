@@ -39,7 +39,7 @@ class EvalConfig:
     output_dir: str | None = flag(
         None, "Where results.json, results.csv and results.md go. None: eval_results/ in the working folder."
     )
-    resume: bool = flag(False, "Keep the tasks that results.json in --output-dir holds already; score the others.")
+    resume: bool = flag(False, "Keep the tasks that --output-dir holds already (records.jsonl); score the others.")
     max_seq_len: int | None = flag(None, "Longest prompt in tokens. None: the YAML's, at most the model's context.")
     eval_precision: str | None = flag(
         None, "Number format. None: the YAML's precision.", choices=("fp32", "amp_bf16", "fp16", "bf16")
@@ -48,9 +48,24 @@ class EvalConfig:
         None, "Tokens in one forward pass of the native engine. None: 4096 on a CPU, 65536 on a GPU."
     )
     device: str = flag("auto", "Where to compute: auto (a GPU if there is one), cpu or cuda.")
+    dclm_json: bool = flag(
+        False, "Also write the scores of each checkpoint as DCLM does: dclm/evaluation_NAME.json in --output-dir."
+    )
+    dclm_metadata: str | None = flag(
+        None, "DCLM's eval/eval_meta_data.csv, whose baselines Extended_v2 needs (--dclm-json).", metavar="CSV"
+    )
+    fsdp: bool = flag(
+        False,
+        "Spread the weights of each model over the ranks of torchrun, for models that do not fit one GPU. Rank 0 reads "
+        "the file. Not with --engine llm-foundry.",
+    )
 
     def __post_init__(self) -> None:
         if not self.eval_yaml and self.engine != "lm-eval":
             raise ConfigError("--eval-yaml is missing: give a file of tasks, such as eval/yamls/light.yaml.")
+        if self.dclm_metadata and not self.dclm_json:
+            raise ConfigError("--dclm-metadata: has no effect without --dclm-json.")
+        if self.fsdp and self.engine == "llm-foundry":
+            raise ConfigError("--fsdp: not with --engine llm-foundry, take native: it gives the same numbers.")
         if self.engine == "lm-eval" and not self.tasks:
             raise ConfigError("--tasks is missing: name lm-eval tasks, such as --tasks arc_easy.")

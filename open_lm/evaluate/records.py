@@ -36,6 +36,7 @@ class Record:
     seconds: float
     data_sha256: str
     identity: str  # of what was asked: the task's settings, its data, the precision, the engine
+    part_of: str | None = None  # the group whose row holds the mean of this task and others
 
 
 @dataclass
@@ -114,13 +115,16 @@ def terminal_table(records: Sequence[Record]) -> str:
 def markdown(runs: Sequence[CheckpointRecords]) -> str:
     """A table with one line a task and one column a checkpoint, as in OpenLM's README.
 
-    A task with categories is one line, their mean. The last line is the mean accuracy of the columns that have all.
+    A task with categories is one line, their mean. The last line is the mean accuracy of the columns that have all; a
+    group counts there as one task, its parts do not.
     """
     rows = list(dict.fromkeys((_task_of(r), r.metric) for run in runs for r in run.records))
     lines = ["| task | " + " | ".join(run.name for run in runs) + " |", "|---|" + "---|" * len(runs)]
     for key, metric in rows:
         lines.append(f"| {key} ({short(metric)}) | " + " | ".join(_cell(run, key, metric) for run in runs) + " |")
-    accuracies = [row for row in rows if "accuracy" in row[1].lower() or row[1] == "acc"]
+    parts = {_task_of(r) for run in runs for r in run.records if r.part_of}
+    measured = [row for row in rows if "accuracy" in row[1].lower() or row[1] == "acc"]
+    accuracies = [row for row in measured if row[0] not in parts]
     if len(accuracies) > 1:
         lines.append("| **average** | " + " | ".join(_average(run, accuracies) for run in runs) + " |")
     for name in dict.fromkeys(name for run in runs for name in run.averages):

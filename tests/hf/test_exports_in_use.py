@@ -19,9 +19,22 @@ QUICK = ("own_geglu",)
 CURRENT = os.environ.get("OPENLM_TRANSFORMERS_PYTHON", sys.executable)
 
 
-def used(tmp_path, name):
+NIGHTLY = pytest.mark.skipif(not os.environ.get("OPENLM_NIGHTLY"), reason="runs in scripts/nightly_exports.sh")
+
+
+def cases():
+    """Every kind of model as it is; in the nightly run with the other tying of its embeddings too."""
+    for name, changes in CONFIGS.items():
+        yield pytest.param(name, {}, marks=() if name in QUICK else pytest.mark.slow, id=name)
+        if name != "mamba":
+            tied = not changes.get("weight_tying", False)
+            marks = (pytest.mark.slow, NIGHTLY)
+            yield pytest.param(name, {"weight_tying": tied}, marks=marks, id=f"{name}-{'tied' if tied else 'untied'}")
+
+
+def used(tmp_path, name, changes):
     """What a process without open_lm finds in the export of a tiny model, and what OpenLM computes."""
-    model = make_model(name)
+    model = make_model(name, **changes)
     export(ExportConfig(checkpoint=save_checkpoint(model, tmp_path / "e.pt"), out=str(tmp_path / "out")))
     with torch.inference_mode():
         torch.save({"ids": IDS, "logits": model(IDS)[0]}, tmp_path / "reference.pt")
@@ -33,10 +46,10 @@ def used(tmp_path, name):
     return json.loads(done.stdout.splitlines()[-1]), model
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS])
-def test_a_folder_serves_its_users(tmp_path, name):
+@pytest.mark.parametrize(("name", "changes"), cases())
+def test_a_folder_serves_its_users(tmp_path, name, changes):
     pytest.importorskip("accelerate")
-    found, model = used(tmp_path, name)
+    found, model = used(tmp_path, name, changes)
     assert found["off"] < 1e-4 and found["saved_off"] < 1e-4 and found["meta"] == []
     assert found["generated"] == generate(model, IDS[:, :5].tolist(), temperature=0, max_gen_len=8)
     assert found["hidden"] == model.config.n_layers + 1 and found["tuple"]

@@ -8,22 +8,36 @@ from dataclasses import dataclass
 
 from open_lm.evaluate.engine.encode import Question
 
+PADDED_SHARE = 4
+"""Prefixes of a batch are padded by at most this part of the shortest."""
+ENOUGH_SHARE = 8
+"""Prefixes that fill this part of the tokens of a batch take in no longer ones."""
+
 
 @dataclass(frozen=True)
 class Scored:
-    """A context and the continuations to score after it: choices `names` = (question, choice) of the task."""
+    """A prefix and the tails that follow it: choices `names` = (question, choice) of the task.
 
-    context: tuple[int, ...]
-    continuations: tuple[tuple[int, ...], ...]
+    The first `n_given` tokens of a tail belong to its context, which begins with the prefix; the others are scored.
+    """
+
+    prefix: tuple[int, ...]
+    tails: tuple[tuple[int, ...], ...]
+    n_given: tuple[int, ...]
     names: tuple[tuple[int, int], ...]
+
+    @property
+    def n_scored(self) -> list[int]:
+        """How many tokens of each tail are scored."""
+        return [len(tail) - given for tail, given in zip(self.tails, self.n_given, strict=True)]
 
 
 @dataclass(frozen=True)
 class ScoringBatch:
-    """Contexts that run together.
+    """Items that run together.
 
-    `shares_context`: every context has the same length, runs once, and its continuations run from its cache.
-    Otherwise each context has one continuation and both run as one sequence.
+    `shares_context`: prefixes run once, padded on the left where they are not equally long, and the tails run from
+    their caches. Otherwise each item has one tail, and both run as one sequence.
     """
 
     items: tuple[Scored, ...]
@@ -31,10 +45,10 @@ class ScoringBatch:
 
     @property
     def n_forwards(self) -> int:
-        """How many times the model runs: single-token continuations need only what follows the context."""
+        """How many times the model runs: tails of one token need only what follows the prefix."""
         if not self.shares_context:
             return 1
-        return 2 if any(len(c) > 1 for item in self.items for c in item.continuations) else 1
+        return 2 if any(len(tail) > 1 for item in self.items for tail in item.tails) else 1
 
     @property
     def n_questions(self) -> int:
@@ -43,20 +57,41 @@ class ScoringBatch:
 
 
 def scored_items(questions: Sequence[Question], *, share_contexts: bool) -> list[Scored]:
-    """The distinct contexts of every question, each with all its continuations; one item a choice without sharing."""
+    """What to run for every question; one item a choice without sharing.
+
+    Choices of one context share it. Those of several share what these begin with, if it is most of the longest: the
+    contexts of a schema differ in their last words.
+    """
     items = []
     for number, question in enumerate(questions):
-        if not share_contexts:
-            pairs = enumerate(question.choices)
-            items += [Scored(pair.context, (pair.continuation,), ((number, index),)) for index, pair in pairs]
-            continue
         by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, choice in enumerate(question.choices):
             by_context[choice.context].append(index)
-        for context, chosen in by_context.items():
-            continuations = tuple(question.choices[index].continuation for index in chosen)
-            items.append(Scored(context, continuations, tuple((number, index) for index in chosen)))
+        if not share_contexts:
+            groups = [(question.choices[index].context, [index]) for index in range(len(question.choices))]
+        elif 2 * len(prefix := common_prefix(list(by_context))) > max(map(len, by_context)):
+            groups = [(prefix, list(range(len(question.choices))))]
+        else:
+            groups = list(by_context.items())
+        items += [_item(number, question, prefix, chosen) for prefix, chosen in groups]
     return items
+
+
+def common_prefix(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """What all of `sequences` begin with: what the first and the last of them, in order, have in common."""
+    first, last = min(sequences), max(sequences)
+    n_same = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[:n_same]
+
+
+def _item(number: int, question: Question, prefix: tuple[int, ...], chosen: Sequence[int]) -> Scored:
+    choices = [question.choices[index] for index in chosen]
+    return Scored(
+        prefix,
+        tuple((*choice.context[len(prefix) :], *choice.continuation) for choice in choices),
+        tuple(len(choice.context) - len(prefix) for choice in choices),
+        tuple((number, index) for index in chosen),
+    )
 
 
 def plan_batches(
@@ -64,29 +99,32 @@ def plan_batches(
 ) -> list[ScoringBatch]:
     """Every choice of every question in exactly one batch, the largest batches first.
 
-    A batch holds at most `budget_tokens` tokens with its padding, but always at least one context.
+    A batch holds at most `budget_tokens` tokens with its padding, but always at least one item.
     """
     items = scored_items(questions, share_contexts=share_contexts)
-    shared = [item for item in items if len(item.continuations) > 1]
-    single = [item for item in items if len(item.continuations) == 1]
-    batches = [ScoringBatch(batch, True) for batch in _by_equal_length(shared, budget_tokens)]
+    shared = [item for item in items if len(item.tails) > 1]
+    single = [item for item in items if len(item.tails) == 1]
+    batches = [ScoringBatch(batch, True) for batch in _by_prefix(shared, budget_tokens)]
     batches += [ScoringBatch(batch, False) for batch in _by_length(single, budget_tokens)]
     return sorted(batches, key=_n_tokens, reverse=True)
 
 
-def _by_equal_length(items: Iterable[Scored], budget: int) -> Iterator[tuple[Scored, ...]]:
-    by_length: dict[int, list[Scored]] = defaultdict(list)
-    for item in items:
-        by_length[len(item.context)].append(item)
-    for length in sorted(by_length):
-        ordered = sorted(by_length[length], key=_longest)
-        batch: list[Scored] = []
-        for item in ordered:
-            n_rows = sum(len(other.continuations) for other in batch) + len(item.continuations)
-            if batch and n_rows * (length + _longest(item)) > budget:
+def _by_prefix(items: Iterable[Scored], budget: int) -> Iterator[tuple[Scored, ...]]:
+    """Items with equally long prefixes; where they are few, longer ones join them, since small products are slow."""
+    batch: list[Scored] = []
+    n_rows = longest = 0
+    for item in sorted(items, key=lambda item: (len(item.prefix), _longest(item))):
+        n_rows, longest = n_rows + len(item.tails), max(longest, _longest(item))
+        if batch:
+            shortest = len(batch[0].prefix)
+            too_long = len(item.prefix) > shortest + max(1, shortest // PADDED_SHARE)
+            enough = len(batch) * shortest * ENOUGH_SHARE > budget
+            too_many = n_rows * (len(item.prefix) + longest) > budget
+            if too_many or (len(item.prefix) > shortest and (too_long or enough)):
                 yield tuple(batch)
-                batch = []
-            batch.append(item)
+                batch, n_rows, longest = [], len(item.tails), _longest(item)
+        batch.append(item)
+    if batch:
         yield tuple(batch)
 
 
@@ -102,12 +140,12 @@ def _by_length(items: Iterable[Scored], budget: int) -> Iterator[tuple[Scored, .
 
 
 def _longest(item: Scored) -> int:
-    return max(len(continuation) for continuation in item.continuations)
+    return max(map(len, item.tails))
 
 
 def _length(item: Scored) -> int:
-    return len(item.context) + _longest(item)
+    return len(item.prefix) + _longest(item)
 
 
 def _n_tokens(batch: ScoringBatch) -> int:
-    return sum(len(item.context) + sum(map(len, item.continuations)) for item in batch.items)
+    return sum(len(item.prefix) + sum(map(len, item.tails)) for item in batch.items)

@@ -71,7 +71,7 @@ def encode_questions(
     continuations = iter(encoder.plain([text for prompt in asked for text in prompt.continuations]))
     questions = []
     for prompt, preamble, name in zip(asked, preambles, names, strict=True):
-        before = [preamble + next(contexts) for _ in prompt.contexts]
+        before = [(*preamble, *next(contexts)) for _ in prompt.contexts]
         after = [next(continuations) for _ in prompt.continuations]
         pairs = [(context, continuation) for context in before for continuation in after]
         fitted = [_fitted(context, continuation, max_seq_len, name) for context, continuation in pairs]
@@ -80,7 +80,7 @@ def encode_questions(
     return questions
 
 
-def _fitted(context: list[int], continuation: list[int], max_seq_len: int, name: str) -> Choice:
+def _fitted(context: tuple[int, ...], continuation: list[int], max_seq_len: int, name: str) -> Choice:
     """The pair, with the start of the context cut off where both together are too long."""
     room = max_seq_len - len(continuation)
     if not continuation or room < 1:
@@ -90,4 +90,4 @@ def _fitted(context: list[int], continuation: list[int], max_seq_len: int, name:
         )
     if not context:
         raise DataError(f"{name}: the context is empty, so nothing predicts the first token. Give it a prompt_string.")
-    return Choice(tuple(context[-room:]), tuple(continuation))
+    return Choice(context[-room:], tuple(continuation))  # one that fits is the same tuple in every choice

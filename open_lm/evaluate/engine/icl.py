@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 
 from open_lm.data.tokenizer import Tokenizer
 from open_lm.distributed import World
-from open_lm.evaluate.engine.batching import ScoringBatch, plan_batches
 from open_lm.evaluate.engine.encode import PromptEncoder, Question, encode_questions
 from open_lm.evaluate.engine.generation import (
     AnswerWriter,
@@ -22,8 +21,9 @@ from open_lm.evaluate.engine.generation import (
     plan_generation,
 )
 from open_lm.evaluate.engine.metrics import Metric, mean_of, measure
+from open_lm.evaluate.engine.ranks import score_questions
 from open_lm.evaluate.engine.sampling import Sampling, sampling_of
-from open_lm.evaluate.engine.scoring import Score, Scorer
+from open_lm.evaluate.engine.scoring import Scorer
 from open_lm.evaluate.tasks.jobs import EvalJob, JobBook
 from open_lm.evaluate.tasks.kinds import TaskPrompt, type_of
 from open_lm.evaluate.tasks.prompts import prompts
@@ -33,7 +33,6 @@ from open_lm.progress import CountDone
 
 CPU_BATCH_TOKENS = 4096
 GPU_BATCH_TOKENS = 65536
-BATCHES_PER_RANK = 8
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,12 @@ class LoglikelihoodRequest:
         """Questions that lost the start of a context."""
         return sum(question.truncated for question in self.questions)
 
+    @property
+    def n_tokens(self) -> int:
+        """Ids that are held: a context that choices share is held once."""
+        contexts = {id(choice.context): len(choice.context) for q in self.questions for choice in q.choices}
+        return sum(contexts.values()) + sum(len(choice.continuation) for q in self.questions for choice in q.choices)
+
 
 @dataclass(frozen=True)
 class GenerationRequest:
@@ -73,6 +78,11 @@ class GenerationRequest:
     def n_truncated(self) -> int:
         """Prompts that lost their start."""
         return sum(prompt.truncated for prompt in self.asked)
+
+    @property
+    def n_tokens(self) -> int:
+        """Ids that are held."""
+        return sum(len(prompt.ids) for prompt in self.asked)
 
 
 class IclEngine:
@@ -100,9 +110,7 @@ class IclEngine:
 
     def run(self, job: EvalJob, book: JobBook, progress: CountDone = lambda n_questions: None) -> JobResult:
         """Score `job`; `progress` is told of questions as they are done on this rank."""
-        began = time.perf_counter()
-        result = self.ask(self.prepare(job, book), progress)
-        return replace(result, seconds=time.perf_counter() - began)
+        return self.ask(self.prepare(job, book), progress)
 
     def prepare(self, job: EvalJob, book: JobBook) -> LoglikelihoodRequest | GenerationRequest:
         """The questions of `job` as ids, which may be asked any number of times.
@@ -140,7 +148,7 @@ class IclEngine:
         return JobResult(prepared.job, metrics, prepared.n_truncated, time.perf_counter() - began)
 
     def _scored(self, prepared: LoglikelihoodRequest, progress: CountDone) -> dict[str, Metric]:
-        scores = self._score(prepared.questions, progress)
+        scores = score_questions(self.scorer, self.world, prepared.questions, self.batch_tokens, progress)
         return measure(prepared.job.task.metric_names, prepared.questions, scores)
 
     def _written(self, prepared: GenerationRequest, progress: CountDone) -> dict[str, Metric]:
@@ -155,28 +163,6 @@ class IclEngine:
         """The questions `job` asks, as text."""
         asked = prompts(job.task, book.rows(job), job.n_shots, prefix_space=self.encoder.prefix_space)
         return list(itertools.islice(asked, book.n_questions(job)))
-
-    def _budget_tokens(self, questions: Sequence[Question]) -> int:
-        """Tokens in a batch: with several ranks no more than leaves each some batches, so that they end together."""
-        if self.world.shape.n_shares == 1:
-            return self.batch_tokens
-        total = sum(len(c.context) + len(c.continuation) for question in questions for c in question.choices)
-        return min(self.batch_tokens, max(1, total // (BATCHES_PER_RANK * self.world.shape.n_shares)))
-
-    def _score(self, questions: Sequence[Question], progress: CountDone) -> dict[tuple[int, int], Score]:
-        batches = plan_batches(questions, self._budget_tokens(questions), share_contexts=self.scorer.shares_contexts)
-        mine = batches[self.world.share_rank :: self.world.shape.n_shares]
-        scores: dict[tuple[int, int], Score] = {}
-        for batch in mine:
-            scores.update(self.scorer.score(batch))
-            progress(batch.n_questions)
-        self.scorer.idle(_most_forwards(batches, self.world.shape.n_shares) - sum(batch.n_forwards for batch in mine))
-        return {name: score for share in self.world.gather(scores) for name, score in share.items()}
-
-
-def _most_forwards(batches: Sequence[ScoringBatch], n_ranks: int) -> int:
-    """The forward passes of the rank that has most."""
-    return max(sum(batch.n_forwards for batch in batches[rank::n_ranks]) for rank in range(n_ranks))
 
 
 def evaluate_icl(

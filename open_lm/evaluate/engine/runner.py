@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from open_lm.distributed import World
-from open_lm.evaluate.engine.icl import IclEngine
+from open_lm.evaluate.engine.icl import GenerationRequest, IclEngine, LoglikelihoodRequest
 from open_lm.evaluate.engine.metrics import Metric
 from open_lm.evaluate.eval_model import EvalModel
 from open_lm.evaluate.records import Record, identity_of
@@ -15,16 +16,56 @@ from open_lm.evaluate.tasks.suite import Suite
 from open_lm.progress import CountDone
 
 
+KEPT_TOKENS = 1 << 23
+"""Tokens of encoded questions that are kept for the next checkpoint, about 300 MB; further ones are encoded again."""
+
+
+class SuiteData:
+    """A suite with its rows, read and checked once, and its questions as ids, for any number of checkpoints."""
+
+    def __init__(self, suite: Suite):
+        self.book = JobBook(suite.tasks, subset_batches=suite.subset_batches, batch_size=suite.batch_size)
+        for task in suite.tasks:
+            self.book.file(task)
+        self._kept: dict[Any, LoglikelihoodRequest | GenerationRequest] = {}
+        self._room = KEPT_TOKENS
+
+    def prepared(self, job: EvalJob, engine: IclEngine) -> LoglikelihoodRequest | GenerationRequest:
+        """The questions of `job` as ids of the tokenizer of `engine`, cut to its context."""
+        at = (job.key, engine.encoder.tokenizer.fingerprint, engine.max_seq_len)
+        if at in self._kept:
+            return self._kept[at]
+        request = engine.prepare(job, self.book)
+        if request.n_tokens <= self._room:
+            self._kept[at] = request
+            self._room -= request.n_tokens
+        return request
+
+
 class Runner:
     """The jobs of a suite for one checkpoint, in order; each engine says how one is scored."""
 
     engine_name = ""
 
-    def __init__(self, eval_model: EvalModel, suite: Suite, world: World, max_seq_len: int, precision: str):
+    def __init__(
+        self,
+        eval_model: EvalModel,
+        suite: Suite,
+        world: World,
+        max_seq_len: int,
+        precision: str,
+        data: SuiteData | None = None,
+    ):
         self.eval_model, self.suite, self.world = eval_model, suite, world
         self.max_seq_len, self.precision = max_seq_len, precision
-        self.book = JobBook(suite.tasks, subset_batches=suite.subset_batches, batch_size=suite.batch_size)
+        self.data = data or SuiteData(suite)
+        self.book = self.data.book
         self.jobs = {job.key: job for job in self.book.jobs}
+
+    @staticmethod
+    def read(suite: Suite) -> SuiteData:
+        """What the runners of all checkpoints share, to be given to each as `data`."""
+        return SuiteData(suite)
 
     @property
     def keys(self) -> list[str]:
@@ -87,5 +128,7 @@ class NativeRunner(Runner):
 
     def run(self, key: str, progress: CountDone) -> list[Record]:
         """Score job `key`."""
-        result = self.engine.run(self.jobs[key], self.book, progress)
-        return self.records(result.job, result.metrics, truncated=result.n_truncated, seconds=result.seconds)
+        began = time.perf_counter()
+        result = self.engine.ask(self.data.prepared(self.jobs[key], self.engine), progress)
+        seconds = time.perf_counter() - began
+        return self.records(result.job, result.metrics, truncated=result.n_truncated, seconds=seconds)

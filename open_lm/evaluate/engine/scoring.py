@@ -60,7 +60,7 @@ class Scorer:
 
     def _single(self, batch: ScoringBatch) -> Tensor:
         """Context and continuation as one sequence, padded on the right, where causality makes padding harmless."""
-        pairs = [(item.context, item.continuations[0]) for item in batch.items]
+        pairs = [(item.prefix, item.tails[0]) for item in batch.items]
         if self.scales_with_length:
             return torch.cat([self._rows([pair]) for pair in pairs])
         return self._rows(pairs)
@@ -73,23 +73,40 @@ class Scorer:
         return self._token_scores(ids_BT, None, rows, places, targets_N)
 
     def _shared(self, batch: ScoringBatch) -> Tensor:
-        """Each context once; the tokens after the first of each continuation from the cache of their context."""
-        ids_BT = self._ids([item.context for item in batch.items])
-        n_continuations = [len(item.continuations) for item in batch.items]
-        continuations = [continuation for item in batch.items for continuation in item.continuations]
-        cache = ContextCache(self.n_layers) if batch.n_forwards == 2 else None
-        row_of_R = torch.repeat_interleave(torch.tensor(n_continuations)).to(self.device)
-        firsts_R = self._ids([continuation[0] for continuation in continuations])
-        if cache is None:
-            return self.model(ids_BT, head=lambda h_BTD, w_VD: token_stats(h_BTD[:, -1], w_VD, row_of_R, firsts_R))
-        last_BD = self.model(ids_BT, past_key_values=cache, head=lambda h_BTD, w_VD: h_BTD[:, -1])
+        """Each prefix once; the tails from its cache, but for a first token that directly follows the prefix."""
+        ids_BT, real_BT = self._padded_left([item.prefix for item in batch.items])
+        row_of_R = torch.repeat_interleave(torch.tensor([len(item.tails) for item in batch.items])).to(self.device)
+        tails = [tail for item in batch.items for tail in item.tails]
+        n_given = [given for item in batch.items for given in item.n_given]
+        follow = torch.tensor([given == 0 for given in n_given]).to(self.device)
+        firsts = [tail[0] for tail, given in zip(tails, n_given, strict=True) if given == 0]
+        if batch.n_forwards == 1:
+            targets_R = self._ids(firsts)
+            return self.model(
+                ids_BT, attention_mask_BT=real_BT,
+                head=lambda h_BTD, w_VD: token_stats(h_BTD[:, -1], w_VD, row_of_R, targets_R),
+            )  # fmt: skip
+        cache = ContextCache(self.n_layers)
+        last_BD = self.model(
+            ids_BT, past_key_values=cache, attention_mask_BT=real_BT, head=lambda h_BTD, w_VD: h_BTD[:, -1]
+        )
         cache.reorder(row_of_R)
-        rest = [continuation[1:] for continuation in continuations]
-        rows, places = _scored_places(rest, [0] * len(rest))
-        targets_N = self._ids([token for tokens in (firsts_R.tolist(), *rest) for token in tokens])
-        inputs_RT = self._padded([c[:-1] for c in continuations])
-        stats_N4 = self._token_scores(inputs_RT, cache, rows, places, targets_N, last_BD, row_of_R)
-        return _interleaved(stats_N4[: len(rest)], stats_N4[len(rest) :], [len(tokens) for tokens in rest])
+        starts = [max(given, 1) for given in n_given]
+        rest = [tail[start:] for tail, start in zip(tails, starts, strict=True)]
+        rows, places = _scored_places(rest, [start - 1 for start in starts])
+        targets_N = self._ids([token for tokens in (firsts, *rest) for token in tokens])
+        inputs_RT = self._padded([tail[:-1] for tail in tails])
+        stats_N4 = self._token_scores(
+            inputs_RT,
+            cache,
+            rows,
+            places,
+            targets_N,
+            last_BD,
+            row_of_R[follow],
+            _with_prefix(real_BT, row_of_R, inputs_RT),
+        )
+        return _interleaved(stats_N4, len(firsts), follow.tolist(), [len(tokens) for tokens in rest])
 
     def after(self, ids_BT: Tensor, cache: ContextCache | None) -> Tensor:
         """Logits after the last position, (B, V); `cache` keeps all of them."""
@@ -104,6 +121,7 @@ class Scorer:
         targets_N: Tensor,
         further_MD: Tensor | None = None,
         further_rows: Tensor | None = None,
+        real_BS: Tensor | None = None,
     ) -> Tensor:
         """Statistics of the tokens that follow the positions `places` of `rows`; only their logits are computed.
 
@@ -118,7 +136,7 @@ class Scorer:
                 row_N = torch.cat((further_rows, row_N + len(further_MD)))
             return token_stats(hidden_ND, weight_VD, row_N, targets_N)
 
-        return self.model(ids_BT, past_key_values=cache, head=head)
+        return self.model(ids_BT, past_key_values=cache, attention_mask_BT=real_BS, head=head)
 
     def _ids(self, ids: Sequence[Any]) -> Tensor:
         return torch.tensor(ids, dtype=torch.long).to(self.device)
@@ -126,6 +144,14 @@ class Scorer:
     def _padded(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         longest = max(map(len, sequences))
         return self._ids([[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences])
+
+    def _padded_left(self, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
+        """Sequences that end together, and which of their positions are real; None where all are."""
+        longest = max(map(len, sequences))
+        missing = torch.tensor([longest - len(sequence) for sequence in sequences])
+        ids_BT = self._ids([[*[0] * (longest - len(sequence)), *sequence] for sequence in sequences])
+        real_BT = (torch.arange(longest) >= missing[:, None]).to(self.device) if missing.any() else None
+        return ids_BT, real_BT
 
 
 class ContextCache(StaticCache):
@@ -153,15 +179,21 @@ def _scored_places(continuations: Sequence[Sequence[int]], starts: Sequence[int]
     return rows, within + torch.tensor(starts)[rows]
 
 
-def _interleaved(first_R4: Tensor, rest_N4: Tensor, n_rest: Sequence[int]) -> Tensor:
-    """The first token of each continuation put before its other tokens."""
-    parts = zip(first_R4.split(1), rest_N4.split(list(n_rest)), strict=True)
-    return torch.cat([tensor for pair in parts for tensor in pair])
+def _with_prefix(real_BT: Tensor | None, row_of_R: Tensor, ids_RT: Tensor) -> Tensor | None:
+    """Which positions are real, of the prefix of each row and of what follows it."""
+    return None if real_BT is None else torch.cat((real_BT[row_of_R], torch.ones_like(ids_RT, dtype=torch.bool)), 1)
+
+
+def _interleaved(stats_N4: Tensor, n_firsts: int, has_first: Sequence[bool], n_rest: Sequence[int]) -> Tensor:
+    """The first `n_firsts` rows, those of first tokens, put before the other tokens of the tails that have one."""
+    firsts = iter(stats_N4[:n_firsts].split(1))
+    parts = zip(has_first, stats_N4[n_firsts:].split(list(n_rest)), strict=True)
+    return torch.cat([tensor for first, rest in parts for tensor in ((next(firsts), rest) if first else (rest,))])
 
 
 def _per_continuation(tokens_N4: Tensor, batch: ScoringBatch) -> dict[tuple[int, int], Score]:
     names = [name for item in batch.items for name in item.names]
-    lengths = [len(continuation) for item in batch.items for continuation in item.continuations]
+    lengths = [n_scored for item in batch.items for n_scored in item.n_scored]
     scores = {}
     for name, part in zip(names, tokens_N4.split(lengths), strict=True):
         mean = part.mean(0).tolist()

@@ -16,10 +16,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from open_lm.distributed import World
 from open_lm.errors import ConfigError
-from open_lm.evaluate.engine.batching import plan_batches
 from open_lm.evaluate.engine.encode import Choice, PromptEncoder, Question
-from open_lm.evaluate.engine.generation import AnswerWriter, EncodedPrompt, plan_generation
+from open_lm.evaluate.engine.generation import AnswerWriter, EncodedPrompt
 from open_lm.evaluate.engine.icl import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
+from open_lm.evaluate.engine.ranks import score_questions
 from open_lm.evaluate.engine.scoring import Scorer
 from open_lm.evaluate.eval_model import EvalModel, load_eval_model
 from open_lm.precision import Precision
@@ -44,6 +44,7 @@ class OpenLMHarness(TemplateLM):
         max_seq_len: int | None = None,
         batch_tokens: int | None = None,
         eval_model: EvalModel | None = None,
+        world: World | None = None,
         batch_size: Any = None,
         max_batch_size: Any = None,
         **architecture: Any,
@@ -57,6 +58,7 @@ class OpenLMHarness(TemplateLM):
             eval_model = load_eval_model(str(checkpoint), tokenizer, architecture, where, torch.float32)
         self.eval_model = eval_model
         self._device = next(eval_model.model.parameters()).device
+        self.world = world or World(device=self._device)
         self.max_seq_len = min(max_seq_len or eval_model.seq_len, eval_model.seq_len)
         self.encoder = PromptEncoder(eval_model.tokenizer)
         self.scorer = Scorer(eval_model.model, self._device, Precision(precision, self._device.type))
@@ -99,19 +101,23 @@ class OpenLMHarness(TemplateLM):
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """The greedy continuation of each context up to the first of its stop texts."""
-        texts = {}
-        writer = AnswerWriter(self.scorer, self.encoder, World(device=self._device))
-        for number, request in enumerate(progress(requests, unit="request", shown=not disable_tqdm)):
+        alike: dict[tuple[int, tuple[str, ...]], list[EncodedPrompt]] = {}
+        for number, request in enumerate(requests):
             context, settings = request.args
             asked = normalize_gen_kwargs(dict(settings), 256)
             if asked["do_sample"]:
                 raise ConfigError("openlm in the harness writes greedily: set do_sample: false in the task.")
             n_new = min(asked["max_gen_toks"], self.max_seq_len - 1)
             ids = tuple(self.tok_encode(context) or [self.prefix_token_id])[-(self.max_seq_len - n_new) :]
-            stops = [stop for stop in asked["until"] if stop]
-            batches = plan_generation([EncodedPrompt(number, ids, False)], n_new, self.batch_tokens)
-            text = writer.write(batches, n_new, stops, lambda n: None)[number]
-            texts[number] = min((text.split(stop)[0] for stop in stops), key=len, default=text)
+            stops = tuple(stop for stop in asked["until"] if stop)
+            alike.setdefault((n_new, stops), []).append(EncodedPrompt(number, ids, False))
+        texts = {}
+        writer = AnswerWriter(self.scorer, self.encoder, self.world)
+        with progress(total=len(requests), unit="request", shown=self.world.is_master and not disable_tqdm) as bar:
+            for (n_new, stops), prompts in alike.items():
+                one_by_one = [[prompt] for prompt in prompts]  # no text depends on others of its batch
+                for number, text in writer.write(one_by_one, n_new, stops, bar.update).items():
+                    texts[number] = min((text.split(stop)[0] for stop in stops), key=len, default=text)
         return [texts[number] for number in range(len(texts))]
 
     def _sums(self, pairs: Sequence[TokenPair], names: Sequence[str]) -> list[tuple[float, bool]]:
@@ -126,11 +132,10 @@ class OpenLMHarness(TemplateLM):
         groups = list(by_context.values())
         questions = [Question(tuple(choices[index] for index in group), 0, False) for group in groups]
         sums: dict[int, tuple[float, bool]] = {}
-        for batch in plan_batches(questions, self.batch_tokens, share_contexts=self.scorer.shares_contexts):
-            for (group, place), score in self.scorer.score(batch).items():
-                index = groups[group][place]
-                n_tokens = len(choices[index].continuation)
-                sums[index] = (-score.cross_entropy * n_tokens, score.all_greedy)
+        for (group, place), score in score_questions(self.scorer, self.world, questions, self.batch_tokens).items():
+            index = groups[group][place]
+            n_tokens = len(choices[index].continuation)
+            sums[index] = (-score.cross_entropy * n_tokens, score.all_greedy)
         return [sums[index] for index in range(len(choices))]
 
     def _fitted(self, context: Sequence[int], continuation: Sequence[int], name: str) -> Choice:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import time
 from collections.abc import Callable
@@ -27,8 +28,42 @@ def require_harness() -> None:
         raise ConfigError("lm-eval is not installed: `pip install lm_eval==0.4.13`.")
 
 
+class HarnessData:
+    """The tasks of --tasks, those in --task-path read from there; each is loaded once, when it is first scored.
+
+    Raises:
+        ConfigError: the harness is not installed, or there is no such task.
+    """
+
+    def __init__(self, tasks: tuple[str, ...], task_path: str | None):
+        require_harness()
+        from lm_eval.tasks import TaskManager
+
+        self.manager: Any = TaskManager(include_path=task_path, include_defaults=task_path is None)
+        known = set(self.manager.all_tasks)
+        if unknown := [name for name in tasks if name not in known]:
+            hint = f"in {task_path}" if task_path else "of lm-eval"
+            raise ConfigError(f"--tasks {unknown[0]}: no task {hint}.")
+        self._load: Any = self.manager.load
+        self._loaded: dict[str, Any] = {}
+        self.manager.load = self._load_once
+
+    def _load_once(self, names: list[str], **settings: Any) -> Any:
+        """The manager's `load`, which the harness calls for every evaluation; tasks keep their data for the next."""
+        at = json.dumps([names, settings], default=str)
+        if at not in self._loaded:
+            self._loaded[at] = self._load(names, **settings)
+        return self._loaded[at]
+
+
 class HarnessRunner:
-    """The tasks of --tasks for one checkpoint; those in --task-path are read from there."""
+    """The tasks of --tasks for one checkpoint. Every rank runs the harness, which knows of one: its requests are shared
+    out below it."""
+
+    @staticmethod
+    def read(tasks: tuple[str, ...], task_path: str | None, limit: int | None) -> HarnessData:
+        """What the runners of all checkpoints share, to be given to each as `data`."""
+        return HarnessData(tasks, task_path)
 
     def __init__(
         self,
@@ -40,23 +75,15 @@ class HarnessRunner:
         max_seq_len: int,
         precision: str,
         batch_tokens: int | None = None,
+        data: HarnessData | None = None,
     ):
-        require_harness()
-        if world.size > 1:
-            raise ConfigError("--engine lm-eval runs on one rank: start it without torchrun.")
-        from lm_eval.tasks import TaskManager
-
+        self._data = data or HarnessData(tasks, task_path)
         from open_lm.evaluate.lm_harness.adapter import OpenLMHarness
 
         self._limit, self._precision = limit, precision
-        self._manager = TaskManager(include_path=task_path, include_defaults=task_path is None)
-        known = set(self._manager.all_tasks)
-        if unknown := [name for name in tasks if name not in known]:
-            hint = f"in {task_path}" if task_path else "of lm-eval"
-            raise ConfigError(f"--tasks {unknown[0]}: no task {hint}.")
         self.keys = list(tasks)
         self._model = OpenLMHarness(
-            eval_model=eval_model, max_seq_len=max_seq_len, precision=precision, batch_tokens=batch_tokens
+            eval_model=eval_model, max_seq_len=max_seq_len, precision=precision, batch_tokens=batch_tokens, world=world
         )
         self._fixed = (eval_model.tokenizer.fingerprint, max_seq_len, precision, limit, task_path)
 
@@ -78,7 +105,7 @@ class HarnessRunner:
         results: Any = simple_evaluate(
             self._model,
             tasks=[key],
-            task_manager=self._manager,
+            task_manager=self._data.manager,
             limit=self._limit,
             log_samples=False,
             bootstrap_iters=1000,
@@ -104,6 +131,7 @@ class HarnessRunner:
             "seconds": round(seconds, 3),
             "data_sha256": "",
             "identity": self.identity(key),
+            "part_of": next((g for g, parts in results.get("group_subtasks", {}).items() if name in parts), None),
         }
         found = []
         for metric, value in metrics.items():

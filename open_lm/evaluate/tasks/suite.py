@@ -24,8 +24,8 @@ UNSUPPORTED = ("code_evaluation",)
 
 READ_AS_WELL = ("icl_subset_num_batches",)
 INSTEAD = {
-    "fsdp_config": "every rank holds the whole model and shares the questions with the others",
-    "parallelism_config": "every rank holds the whole model and shares the questions with the others",
+    "fsdp_config": "every rank holds the whole model and asks its share of the questions; --fsdp shards it",
+    "parallelism_config": "every rank holds the whole model and asks its share of the questions; --fsdp shards it",
     "loggers": "results are written to results.json, results.csv and results.md",
 }
 """Keys that ask for what is done otherwise here."""

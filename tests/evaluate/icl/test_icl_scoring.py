@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from icl_setup import tiny_model
 
-from open_lm.evaluate.engine.batching import plan_batches
+from open_lm.evaluate.engine.batching import plan_batches, scored_items
 from open_lm.evaluate.engine.encode import Choice, Question
 from open_lm.evaluate.engine.metrics import measure
 from open_lm.evaluate.engine.scoring import Score, Scorer
@@ -16,11 +16,16 @@ from open_lm.evaluate.tasks.task import LM_ACCURACY, LM_CALIBRATION, MC_ACCURACY
 from open_lm.precision import Precision
 
 ids = st.lists(st.integers(0, 399), min_size=1, max_size=9).map(tuple)
+endings = st.one_of(st.just(()), st.lists(st.integers(0, 399), min_size=1, max_size=5).map(tuple))
 questions = st.builds(
-    lambda context, continuations: Question(tuple(Choice(context, c) for c in continuations), 0, False),
+    lambda context, choices: Question(tuple(Choice(context + ending, c) for ending, c in choices), 0, False),
     ids,
-    st.lists(ids, min_size=1, max_size=4),
+    st.one_of(
+        st.lists(st.tuples(st.just(()), ids), min_size=1, max_size=4),
+        st.lists(st.tuples(endings, ids), min_size=1, max_size=4),
+    ),
 )
+"""Choices of one context, or of several that begin alike."""
 
 
 def reference(model, context, continuation):
@@ -44,7 +49,7 @@ def scores_of(model, asked, budget, share=True):
     return {name: score for part in found for name, score in part.items()}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(questions, min_size=1, max_size=6), st.sampled_from([1, 40, 4096]), st.booleans())
 def test_every_continuation_scores_as_it_does_alone(model, asked, budget, share):
     scores = scores_of(model, asked, budget, share)
@@ -54,13 +59,40 @@ def test_every_continuation_scores_as_it_does_alone(model, asked, budget, share)
             assert scores[number, index] == pytest.approx(expected, rel=2e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("positions", ["rotary", "head_rotary", "none"])
-def test_a_shared_context_works_for_every_kind_of_position(positions):
-    model = tiny_model(positional_embedding_type=positions, qk_norm=True, model_norm="gain_only_layer_norm")
-    choices = tuple(Choice((5, 6, 7), continuation) for continuation in ((8,), (9, 10, 11)))
-    scores = scores_of(model, [Question(choices, 0, False)], 4096)
-    for index, choice in enumerate(choices):
-        assert scores[0, index] == pytest.approx(reference(model, choice.context, choice.continuation), rel=2e-4)
+KINDS = {
+    "rotary": {"positional_embedding_type": "rotary", "qk_norm": True, "model_norm": "gain_only_layer_norm"},
+    "head_rotary": {"positional_embedding_type": "head_rotary"},
+    "none": {"positional_embedding_type": "none"},
+    "window": {"sliding_window": 3, "n_kv_heads": 1},
+    "relu": {"attn_name": "custom_attn", "attn_activation": "relu", "attn_seq_scalar": "none"},
+    "experts": {"moe_freq": 1, "moe_num_experts": 4},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prefixes_of_several_lengths_run_together_in_every_kind_of_model(kind):
+    model = tiny_model(**KINDS[kind])
+    same = tuple(Choice((5, 6, 7, 8), continuation) for continuation in ((8,), (9, 10, 11)))
+    longer = tuple(Choice((5, 6, 7, 8, 9, *ending), (12, 13)) for ending in ((), (14,), (15, 16)))
+    asked = [Question(choices, 0, False) for choices in (same, longer)]
+    (batch,) = plan_batches(asked, 4096)
+    assert [len(item.prefix) for item in batch.items] == [4, 5] and batch.n_forwards == 2
+    scores = scores_of(model, asked, 4096)
+    for number, choices in enumerate((same, longer)):
+        for index, choice in enumerate(choices):
+            expected = reference(model, choice.context, choice.continuation)
+            assert scores[number, index] == pytest.approx(expected, rel=2e-4)
+
+
+def test_what_the_contexts_of_a_schema_have_in_common_runs_once():
+    alike = [Choice((1, 2, 3, 4, *ending), (9, 9)) for ending in ((5,), (6, 7))]
+    apart = [Choice((n, 2, 3, 4), (9, 9)) for n in range(2)]
+    shared, *single = scored_items(
+        [Question(tuple(choices), 0, False) for choices in (alike, apart)], share_contexts=True
+    )
+    assert (shared.prefix, shared.tails, shared.n_given) == ((1, 2, 3, 4), ((5, 9, 9), (6, 7, 9, 9)), (1, 2))
+    assert shared.n_scored == [2, 2]
+    assert [(item.prefix, item.tails) for item in single] == [((n, 2, 3, 4), ((9, 9),)) for n in range(2)]
 
 
 def test_a_context_runs_once_and_single_tokens_need_no_second_pass():
@@ -76,8 +108,8 @@ def test_batches_hold_every_choice_once_within_their_budget(asked, budget):
     assert sorted(names) == sorted((n, c) for n, q in enumerate(asked) for c in range(len(q.choices)))
     for batch in batches:
         if len(batch.items) > 1:
-            widths = [len(i.context) + max(map(len, i.continuations)) for i in batch.items]
-            rows = sum(len(i.continuations) for i in batch.items)
+            widths = [len(i.prefix) + max(map(len, i.tails)) for i in batch.items]
+            rows = sum(len(i.tails) for i in batch.items)
             assert rows * max(widths) <= budget
 
 

@@ -102,6 +102,29 @@ def test_a_rolling_text_longer_than_the_context_is_summed_over_windows(eval_mode
     assert found == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_row_of_a_group_stands_beside_those_of_its_tasks_and_counts_once(eval_model, tmp_path):
+    from open_lm.evaluate.lm_harness.runner import HarnessRunner
+    from open_lm.evaluate.records import markdown
+
+    rows = (SAMPLES / "python_choices.jsonl").read_text().splitlines(keepends=True)
+    for name, chosen in (("one", rows[:4]), ("two", rows[4:12]), ("alone", rows[:6])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(chosen))
+        text = CHOICES.replace("choices_here", name) % (tmp_path / f"{name}.jsonl")
+        (tmp_path / f"{name}.yaml").write_text(text.replace(", {metric: acc_norm}", ""))
+    group = "group: both\ntask: [one, two]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    (tmp_path / "both.yaml").write_text(group)
+    harness = HarnessRunner(eval_model, ("both", "alone"), str(tmp_path), None, World(), 128, "fp32")
+    records = [record for key in harness.keys for record in harness.run(key, lambda n: None)]
+    found = {record.label: record for record in records}
+    assert {name: record.part_of for name, record in found.items()} == {
+        "both": None, "one": "both", "two": "both", "alone": None,
+    }  # fmt: skip
+    assert found["both"].value == pytest.approx((4 * found["one"].value + 8 * found["two"].value) / 12)
+    table = markdown([CheckpointRecords("run", "", "", "", records=records)])
+    mean = (found["both"].value + found["alone"].value) / 2
+    assert f"| **average** | {mean:.4f} |" in table
+
+
 def test_an_unknown_task_is_named(eval_model, tmp_path):
     from open_lm.errors import ConfigError
     from open_lm.evaluate.lm_harness.runner import HarnessRunner

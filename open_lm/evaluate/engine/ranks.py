@@ -1,0 +1,49 @@
+"""Scoring over ranks: each question once, and the scores of all on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from open_lm.distributed import World
+from open_lm.evaluate.engine.batching import ScoringBatch, plan_batches
+from open_lm.evaluate.engine.encode import Question
+from open_lm.evaluate.engine.scoring import Score, Scorer
+from open_lm.progress import CountDone
+
+BATCHES_PER_RANK = 8
+
+
+def score_questions(
+    scorer: Scorer,
+    world: World,
+    questions: Sequence[Question],
+    batch_tokens: int,
+    progress: CountDone = lambda n_questions: None,
+) -> dict[tuple[int, int], Score]:
+    """The score of every choice of every question, by (question, choice). Every rank must call this: the model may be
+    sharded over them, so all take the same number of forward passes."""
+    if not questions:
+        return {}
+    n_shares = world.shape.n_shares
+    budget = _budget_tokens(questions, batch_tokens, n_shares)
+    batches = plan_batches(questions, budget, share_contexts=scorer.shares_contexts)
+    mine = batches[world.share_rank :: n_shares]
+    scores: dict[tuple[int, int], Score] = {}
+    for batch in mine:
+        scores.update(scorer.score(batch))
+        progress(batch.n_questions)
+    scorer.idle(_most_forwards(batches, n_shares) - sum(batch.n_forwards for batch in mine))
+    return {name: score for share in world.gather(scores) for name, score in share.items()}
+
+
+def _budget_tokens(questions: Sequence[Question], batch_tokens: int, n_shares: int) -> int:
+    """Tokens in a batch: with several ranks no more than leaves each some batches, so that they end together."""
+    if n_shares == 1:
+        return batch_tokens
+    total = sum(len(c.context) + len(c.continuation) for question in questions for c in question.choices)
+    return min(batch_tokens, max(1, total // (BATCHES_PER_RANK * n_shares)))
+
+
+def _most_forwards(batches: Sequence[ScoringBatch], n_ranks: int) -> int:
+    """The forward passes of the rank that has most."""
+    return max(sum(batch.n_forwards for batch in batches[rank::n_ranks]) for rank in range(n_ranks))

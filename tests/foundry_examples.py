@@ -1,0 +1,195 @@
+"""What LLM Foundry and our engine make of each example: its ids, the span that is scored, its likelihood, its verdict.
+
+`python tests/foundry_examples.py FOLDER [--rows N] [--shots N…] [--max-seq-len N]` compares all task files of a folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from open_lm.evaluate.engine.encode import Question
+from open_lm.evaluate.engine.generation import AnswerWriter, is_right, plan_generation
+from open_lm.evaluate.engine.icl import LoglikelihoodRequest
+from open_lm.evaluate.engine.metrics import measure
+from open_lm.evaluate.engine.ranks import score_questions
+from open_lm.evaluate.tasks.task import EXACT_MATCH, LM_ACCURACY, MC_ACCURACY
+
+
+@dataclass
+class Example:
+    """One question: the ids of each choice with the place where the continuation starts, their mean log-likelihoods,
+    and whether it counts as right. Of a written answer there are the text and the verdict alone."""
+
+    rows: list[tuple[tuple[int, ...], int]]
+    cross_entropies: list[float]
+    right: bool
+    text: str = ""
+
+
+def theirs(runner: Any, key: str) -> list[Example]:
+    """Each example of job `key` as LLM Foundry's own datasets make it and its own metrics judge it."""
+    found: list[Example] = []
+    with _watched(found):
+        runner.run(key, lambda n: None)
+    return found
+
+
+def ours(runner: Any, key: str) -> list[Example]:
+    """The same of the native engine."""
+    engine, job = runner.engine, runner.jobs[key]
+    prepared = engine.prepare(job, runner.book)
+    if not isinstance(prepared, LoglikelihoodRequest):
+        batches = plan_generation(prepared.asked, prepared.n_new, engine.batch_tokens)
+        writer = AnswerWriter(engine.scorer, engine.encoder, engine.world, prepared.sampling)
+        texts = writer.write(batches, prepared.n_new, job.task.early_stopping_criteria, lambda n: None)
+        judged = [(texts[n], is_right(texts[n], aliases, job.task)) for n, aliases in enumerate(prepared.aliases)]
+        return [Example([], [], right, text) for text, right in judged[: len(prepared.asked)]]
+    metric = LM_ACCURACY if job.task.icl_task_type == "language_modeling" else MC_ACCURACY
+    scores = score_questions(engine.scorer, engine.world, prepared.questions, engine.batch_tokens)
+    return [_ours(question, n, scores, metric) for n, question in enumerate(prepared.questions)]
+
+
+def _ours(question: Question, number: int, scores: Any, metric: str) -> Example:
+    rows = [(choice.context + choice.continuation, len(choice.context)) for choice in question.choices]
+    own = {(0, c): scores[number, c] for c in range(len(rows))}
+    entropies = [score.cross_entropy for score in own.values()]
+    return Example(rows, entropies, measure([metric], [question], own)[metric].value == 1)
+
+
+def differences(mine: list[Example], other: list[Example], tolerance: float = 2e-5) -> list[str]:
+    """What differs, example by example; likelihoods relative to their size."""
+    found = [] if len(mine) == len(other) else [f"{len(mine)} examples, LLM Foundry has {len(other)}"]
+    for number, (a, b) in enumerate(zip(mine, other, strict=False)):
+        if a.rows != b.rows:
+            found.append(f"example {number}: ids or spans {a.rows} {b.rows}")
+        elif not np.allclose(a.cross_entropies, b.cross_entropies, rtol=tolerance, atol=tolerance):
+            found.append(f"example {number}: cross-entropies {a.cross_entropies} {b.cross_entropies}")
+        if a.right != b.right:
+            found.append(f"example {number}: right {a.right}, {b.right} ({a.cross_entropies} {b.cross_entropies})")
+        if a.text.strip() != b.text.strip():
+            found.append(f"example {number}: wrote {a.text!r}, {b.text!r}")
+    return found
+
+
+@contextlib.contextmanager
+def _watched(found: list[Example]) -> Iterator[None]:
+    """LLM Foundry's metrics tell `found` of each example while the block runs."""
+    from llmfoundry.eval.metrics import nlp
+
+    watched = {
+        nlp.InContextLearningLMAccuracy: _likelihoods,
+        nlp.InContextLearningMultipleChoiceAccuracy: _likelihoods,
+        nlp.InContextLearningGenerationExactMatchAccuracy: _texts,
+    }
+    plain = {metric: metric.update for metric in watched}
+
+    def watching(metric: Any) -> Any:
+        def update(self: Any, *, batch: Any, outputs: Any, labels: Any, **more: Any) -> Any:
+            verdicts = plain[metric](self, batch=batch, outputs=outputs, labels=labels, **more)
+            found.extend(watched[metric](batch, outputs, verdicts["result"]))
+            return verdicts
+
+        return update
+
+    for metric in watched:
+        metric.update = watching(metric)
+    try:
+        yield
+    finally:
+        for metric, update in plain.items():
+            metric.update = update
+
+
+def _likelihoods(batch: Any, logits_BTV: torch.Tensor, results: list[int]) -> list[Example]:
+    rows, entropies = [], []
+    for i, span in enumerate(batch["continuation_indices"]):
+        ids = batch["input_ids"][i]
+        log_p = logits_BTV[i, span - 1].double().log_softmax(-1)
+        entropies.append(-log_p.gather(1, ids[span][:, None]).mean().item())
+        rows.append((tuple(ids[: int(span[-1]) + 1].tolist()), int(span[0])))
+    groups = batch.get("choice_groupings", [(i, i + 1) for i in range(len(rows))])
+    return [Example(rows[a:b], entropies[a:b], bool(right)) for (a, b), right in zip(groups, results, strict=True)]
+
+
+def _texts(batch: Any, texts: list[str], results: list[int]) -> list[Example]:
+    return [Example([], [], bool(right), text) for text, right in zip(texts, results, strict=True)]
+
+
+METRICS = {"language_modeling": [LM_ACCURACY], "generation_task_with_answers": [EXACT_MATCH]}
+
+
+def main() -> int:
+    """Compare every task file of a folder under random weights; returns how many examples differ."""
+    import argparse
+    import tempfile
+
+    from icl_setup import task_of, tiny_model
+
+    from open_lm.data.tokenizer import load_tokenizer
+    from open_lm.distributed import World
+    from open_lm.evaluate.engine.runner import NativeRunner
+    from open_lm.evaluate.eval_model import EvalModel
+    from open_lm.evaluate.foundry.runner import FoundryRunner
+    from open_lm.evaluate.records import CheckpointRecords
+    from open_lm.evaluate.tasks.suite import Suite
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--files", nargs="*", default=[])
+    parser.add_argument("--rows", type=int, default=None, help="only the first N rows of each file")
+    parser.add_argument("--shots", type=int, nargs="+", default=[0])
+    parser.add_argument("--max-seq-len", type=int, default=256)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    tokenizer = load_tokenizer(args.tokenizer)
+    n_embeddings = -(-tokenizer.vocab_size // 64) * 64
+    model = tiny_model(seed=3, seq_len=args.max_seq_len, vocab_size=n_embeddings)
+    about = CheckpointRecords("tiny", "", "", tokenizer.name)
+    eval_model = EvalModel(model, tokenizer, args.max_seq_len, n_embeddings, about)
+    total = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for path in sorted(args.folder.glob("*.jsonl")):
+            if args.files and path.stem not in args.files:
+                continue
+            lines = [line for line in path.read_text().split("\n") if line][: args.rows]
+            (Path(folder) / path.name).write_text("\n".join(lines) + "\n")
+            settings = settings_of(json.loads(lines[0]))
+            task = task_of(Path(folder) / path.name, settings.pop("kind"), label=path.stem, num_fewshot=args.shots,
+                           **settings)  # fmt: skip
+            suite = Suite(tasks=(task,), batch_size=8)
+            parts = (eval_model, suite, World(), args.max_seq_len, "fp32")
+            native, foundry = NativeRunner(*parts), FoundryRunner(*parts)
+            for key in native.keys:
+                mine, other = ours(native, key), theirs(foundry, key)
+                wrong = differences(mine, other)
+                total += len(wrong)
+                right = sum(example.right for example in mine)
+                print(f"{key}: {len(mine)} examples, {right} right, {len(wrong)} differences", *wrong[:3], sep="\n  ",
+                      flush=True)  # fmt: skip
+    return total
+
+
+def settings_of(row: dict[str, Any]) -> dict[str, Any]:
+    """The type of a file's task, from its first row, and the delimiter that LLM Foundry's YAMLs give it."""
+    if "context_options" in row:
+        return {"kind": "schema"}
+    if "choices" in row:
+        return {"kind": "multiple_choice", "continuation_delimiter": "\nAnswer: " if "\n" in row["query"] else " "}
+    if "continuation" in row:
+        with_categories = {"continuation_delimiter": "\nAnswer: ", "has_categories": True} if "category" in row else {}
+        return {"kind": "language_modeling", **with_categories}
+    return {"kind": "generation_task_with_answers", "continuation_delimiter": "\nAnswer: "}
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(), 1))

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from open_lm.checkpoint.load_model import checked, require_fit, stored_config, under_every_name, with_experts_of
+from open_lm.checkpoint.load_model import checked, config_in, require_fit, under_every_name, with_experts_of
 from open_lm.checkpoint.read import read_checkpoint
 from open_lm.checkpoint.resolve import Found
 from open_lm.checkpoint.state_dicts import load_weights
@@ -35,7 +35,7 @@ def load_sharded(
 
     def read() -> ModelConfig:
         content = read_checkpoint(found)
-        config = checked(stored_config(content, found.name), found.name, model, architecture)
+        config = checked(config_in(content, found.name), found.name, model, architecture)
         config = with_experts_of(config, content)
         with torch.device("meta"):
             empty = cast("Transformer", create_model(config))

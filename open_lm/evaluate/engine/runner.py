@@ -15,7 +15,6 @@ from open_lm.evaluate.tasks.jobs import EvalJob, JobBook
 from open_lm.evaluate.tasks.suite import Suite
 from open_lm.progress import CountDone
 
-
 KEPT_TOKENS = 1 << 23
 """Tokens of encoded questions that are kept for the next checkpoint, about 300 MB; further ones are encoded again."""
 

@@ -22,7 +22,7 @@ from open_lm.flags import Parser, add_group, flag, read_group
 if TYPE_CHECKING:
     from open_lm.params import RunConfig
 
-Losses = list[tuple[float, dict[str, float]]]
+PointLosses = list[tuple[float, dict[str, float]]]
 """For each share of the second checkpoint, the loss on each set."""
 
 
@@ -50,7 +50,7 @@ class InterpolateConfig:
         return sorted(set(self.shares)) or [point / (self.points - 1) for point in range(self.points)]
 
 
-def main(argv: Sequence[str] | None = None) -> Losses:
+def main(argv: Sequence[str] | None = None) -> PointLosses:
     """Evaluate every point, write table and picture, and return the losses."""
     parser = Parser(description=__doc__)
     parser.add_argument("first", help="Run folder or weights file at share 0, the base model say.")
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> Losses:
     return losses
 
 
-def evaluated(first: str, second: str, config: InterpolateConfig, others: Sequence[str]) -> tuple[Losses, bool]:
+def evaluated(first: str, second: str, config: InterpolateConfig, others: Sequence[str]) -> tuple[PointLosses, bool]:
     """The losses at every point, in one run of the trainer's evaluation, and whether this rank is the first."""
     from open_lm.main import carry_out
     from open_lm.params import command_line, parse_args, read_config
@@ -95,7 +95,7 @@ def each_point(config: RunConfig, shares: Sequence[float]) -> Iterator[RunConfig
         yield replace(config, checkpoint=checkpoint)
 
 
-def table(losses: Losses) -> str:
+def table(losses: PointLosses) -> str:
     """The losses as CSV, a line a point."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -105,7 +105,7 @@ def table(losses: Losses) -> str:
     return out.getvalue()
 
 
-def draw(losses: Losses, output: str) -> None:
+def draw(losses: PointLosses, output: str) -> None:
     """A panel for each set, its loss against the share; of two sets, one against the other too."""
     import matplotlib
 
@@ -138,7 +138,7 @@ def draw(losses: Losses, output: str) -> None:
     storage.write_bytes(output, picture.getvalue())
 
 
-def _trade_off(axis: Any, names: Sequence[str], losses: Losses) -> None:
+def _trade_off(axis: Any, names: Sequence[str], losses: PointLosses) -> None:
     """The loss on the second set against that on the first, each point with its share."""
     xs, ys = ([at[name] for _, at in losses] for name in names)
     axis.plot(xs, ys, "o-", markersize=4)

@@ -58,7 +58,10 @@ def test_what_cannot_be_is_refused(trained, tmp_path):
     base, tuned, flags = trained
     with pytest.raises(ConfigError, match=r"--output line\.txt"):
         main([base, tuned, *flags, "--output", "line.txt"])
-    with pytest.raises(ConfigError, match="only evaluates"):
+    with pytest.raises(ConfigError, match=r"nothing to do: .*--val-data"):
         main([base, tuned, "--output", str(tmp_path / "line.png")])
+    more = ["--dataset-type", "synthetic", "--train-tokens", "1280", "--model", "open_lm_test_tiny"]
+    with pytest.raises(ConfigError, match="only evaluates"):
+        main([base, tuned, *flags, *more, "--output", str(tmp_path / "line.png")])
     with pytest.raises(ConfigError, match="did you mean --val-data"):
         main([base, tuned, "--val-dota", "x", "--output", str(tmp_path / "line.png")])

@@ -64,7 +64,8 @@ def load_weights(model: nn.Module, weights: dict[str, Any], origin: str, *, broa
     additions = _additions_of(model)
     if weights:
         weights = additions | weights  # where those of a base model have none
-        constants = {plain_name(name): buffer for name, buffer in model.named_buffers() if name.endswith(CONSTANTS)}
+        own = {name: value for name, value in model.state_dict().items() if name.endswith(CONSTANTS)}
+        constants = {plain_name(name): value for name, value in own.items()}
         weights = constants | weights
     try:
         set_model_state_dict(model, weights, options=options)

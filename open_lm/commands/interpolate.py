@@ -144,6 +144,7 @@ def _trade_off(axis: Any, names: Sequence[str], losses: PointLosses) -> None:
     axis.plot(xs, ys, "o-", markersize=4)
     for index in {0, len(losses) // 2, len(losses) - 1}:
         axis.annotate(f"{losses[index][0]:g}", (xs[index], ys[index]), textcoords="offset points", xytext=(5, 5))
+    axis.margins(0.15)
     axis.set(title="trade-off", xlabel=f"loss on {_short(names[0])}", ylabel=f"loss on {_short(names[1])}")
 
 

@@ -67,6 +67,16 @@ class OpenLMHarness(TemplateLM):
         self.truncated_contexts: set[tuple[int, ...]] = set()
 
     @property
+    def rank(self) -> int:
+        """0 on every rank: each gives the harness all answers, and gets all results."""
+        return 0
+
+    @property
+    def world_size(self) -> int:
+        """1, for the same reason."""
+        return 1
+
+    @property
     def prefix_token_id(self) -> int:
         """What stands before a text without a context: the begin of text, where the tokenizer has one."""
         tokenizer = self.eval_model.tokenizer

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from open_lm.distributed import World
@@ -102,14 +103,15 @@ class HarnessRunner:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         began = time.perf_counter()
         self._model.truncated_contexts.clear()
-        results: Any = simple_evaluate(
-            self._model,
-            tasks=[key],
-            task_manager=self._data.manager,
-            limit=self._limit,
-            log_samples=False,
-            bootstrap_iters=1000,
-        )
+        with _as_first_rank():
+            results: Any = simple_evaluate(
+                self._model,
+                tasks=[key],
+                task_manager=self._data.manager,
+                limit=self._limit,
+                log_samples=False,
+                bootstrap_iters=1000,
+            )
         progress(1)
         seconds = time.perf_counter() - began
         return [
@@ -142,3 +144,14 @@ class HarnessRunner:
             error = float(error) if isinstance(error, int | float) else None
             found.append(Record(metric=plain, value=float(value), stderr=error, **shared))
         return found
+
+
+@contextlib.contextmanager
+def _as_first_rank() -> Iterator[None]:
+    """The environment of local rank 0: the harness gives results to no other."""
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop("LOCAL_RANK") if before is None else os.environ.update(LOCAL_RANK=before)

@@ -1,8 +1,13 @@
-"""Commands in README and docs: each program and flag exists, and those of own_text.md run from an empty folder."""
+"""Commands in README and docs: each program and flag exists, and each block runs or says why it is not run here.
+
+Blocks run as they stand, in order, in a folder that holds what the pages suppose (text, a tokenizer, runs); only
+sizes are made small, by the table `SMALL`. `<!-- not run: why -->` before a block keeps it out.
+"""
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -30,7 +35,8 @@ COLLECT = """
 import contextlib, io, json, sys
 from open_lm.__main__ import available, call
 helps = {}
-names = [[name] for names in available().values() for name in names]
+from open_lm.ladder.__main__ import COMMANDS
+names = [[name] for names in available().values() for name in names] + [["ladder", name] for name in COMMANDS]
 for words in [*names, *(["download", kind] for kind in ("tasks", "dataset", "wikipedia"))]:
     sys.argv, shown = ["openlm"], io.StringIO()
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(shown):
@@ -73,8 +79,8 @@ def program(words):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_and_flag_exists(page):
     for name, words in commands(page):
-        if name.startswith("ladder"):  # its commands have flags of their own, which docs/ladder.md shows
-            continue
+        if name == "ladder":
+            name, words = f"ladder {words[0]}", words[1:]
         assert name in helps(), f"{page.name}: openlm {name}"
         known = set(re.findall(r"--[A-Za-z0-9][\w-]*", helps()[name]))
         for flag in (word.partition("=")[0] for word in words if word.startswith("--") and word != "--"):
@@ -94,17 +100,84 @@ def test_links_lead_to_files(page):
         assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-@pytest.mark.slow
-def test_own_text_runs_from_an_empty_folder(tmp_path):
-    blocks = BLOCK.findall((ROOT / "docs" / "own_text.md").read_text())
-    script = "\n".join(block for reason, block in blocks if not reason)
-    script = script.replace("--train-steps 400", "--train-steps 8").replace("--warmup 40", "--warmup 2")
-    script = script.replace("--max-megabytes 2", "--max-megabytes 0.7")
-    prelude = f'set -euo pipefail\nopenlm() {{ "{sys.executable}" -m open_lm "$@"; }}\n'
+SMALL = {
+    "--nproc-per-node 8": "--nproc-per-node 2", "open_lm_160m": "model.json", "EleutherAI/gpt-neox-20b": "tokenizer",
+    "3200000000 --num-checkpoints 10": "5120 --num-checkpoints 10", "--global-batch-size 256": "--global-batch-size 4",
+    "--warmup 2000": "--warmup 2", "amp_bf16": "fp32", "eval/yamls/light.yaml": "quickstart",
+    "'shards/c4/*.tar' 'shards/code/{0..3}.tar'": "'shards/*.tar' 'held-out/*.tar'",
+    "--max-gen-len 60": "--max-gen-len 8", "my-first-160m --input": "my-first-160m --max-gen-len 8 --input",
+    "main … --icl": "main $FLAGS --name icl --icl", "main … --name": "main $FLAGS --name",
+    "--widths 32 64 128 --steps 80": "--widths 16 32 --steps 2 --rates 1e-3 1e-2",
+    "coordinate-check": "coordinate-check --widths 16 32 --depths 2",
+    "--train-steps 400": "--train-steps 8", "--warmup 40": "--warmup 2", "--max-megabytes 2": "--max-megabytes 0.7",
+}  # fmt: skip
+"""What a page says, and what is run instead."""
+PREPARED = """
+openlm corpus --output-dir raw --max-megabytes 0.7 --n-files 1
+openlm tokenizer --input-files 'raw/train-*.jsonl.zst' --output-dir tokenizer --vocab-size 512
+openlm prepare --input-files raw/held-out.jsonl.zst --output-dir held-out --tokenizer tokenizer --seqlen 64
+cat > model.json << JSON
+{"hidden_dim": 32, "n_layers": 2, "n_heads": 2, "seq_len": 64, "vocab_size": 512}
+JSON
+"""
+RUNS = """
+export FLAGS="--model model.json --dataset-manifest shards/manifest.jsonl --train-steps 4 --num-checkpoints 2 \\
+    --global-batch-size 4 --precision fp32 --warmup 1 --log-every-n-steps 1"
+openlm train $FLAGS --name my_run
+"""
+
+
+def blocks_to_run(page):
+    return [block for reason, block in BLOCK.findall(page.read_text()) if not reason]
+
+
+PAGES_RUN = [page for page in PAGES if page.name not in ("README.md", "own_text.md") and blocks_to_run(page)]
+
+
+def in_bash(script, folder):
+    """Run what a page says, in `folder`, with this interpreter and tree."""
+    for said, run in SMALL.items():
+        script = script.replace(said, run)
+    one = f'"{sys.executable}"'
+    prelude = (
+        f'set -euo pipefail\nopenlm() {{ {one} -m open_lm "$@"; }}\npython() {{ {one} "$@"; }}\n'
+        f'torchrun() {{ {one} -m torch.distributed.run --standalone "$@"; }}\n'
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        ["bash", "-c", prelude + script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+        ["bash", "-c", prelude + script], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("docs")
+    for name in ("scripts", "eval", "datapreprocess"):
+        (folder / name).symlink_to(ROOT / name)
+    (prepare,) = [block for block in blocks_to_run(ROOT / "README.md") if block.startswith("openlm prepare")]
+    in_bash(PREPARED + prepare.replace(" --tokenizer", " --seqlen 64 --tokenizer"), folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_readmes_commands_run(prepared):
+    said = in_bash("\n".join(blocks_to_run(ROOT / "README.md")[1:]), prepared)
+    assert (prepared / "logs/my-first-160m/checkpoints/epoch_10.pt").exists()
+    assert "python_choices/0-shot" in said and "In 1969," in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES_RUN, ids=lambda page: page.name)
+def test_a_pages_commands_run(page, prepared, tmp_path):
+    folder = tmp_path / "work"
+    shutil.copytree(prepared, folder, symlinks=True, ignore=shutil.ignore_patterns("logs"))
+    in_bash(RUNS + "\n".join(blocks_to_run(page)).replace("scores/run_a scores/run_b", "scores scores"), folder)
+
+
+@pytest.mark.slow
+def test_own_text_runs_from_an_empty_folder(tmp_path):
+    said = in_bash("\n".join(blocks_to_run(ROOT / "docs" / "own_text.md")), tmp_path)
     assert (tmp_path / "report.html").exists() and (tmp_path / "logs/mine/checkpoints/epoch_4.pt").exists()
-    assert "python_choices/0-shot" in done.stdout
+    assert "python_choices/0-shot" in said

@@ -69,7 +69,7 @@ def main() -> None:
     length = ["--train-tokens", str(args.steps * 12 * 64), "--seed", str(args.seed)]
     names = ["--model", str(args.out / "model.json"), "--logs", str(args.out), "--name", "run"]
     result = train([*shards, *length, *names, *RECIPE])
-    print(f"validation loss {result.held_out[0].loss:.4f} after {result.step} steps (goal: 1.65; nanoGPT: 1.88)")
+    print(f"validation loss {result.validation[0].loss:.4f} after {result.step} steps (goal: 1.65; nanoGPT: 1.88)")
 
 
 if __name__ == "__main__":

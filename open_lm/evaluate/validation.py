@@ -25,7 +25,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """A held-out set: its name, the data it came from, and a way to read this rank's batches of it from the start.
+    """A validation set: its name, the data it came from, and a way to read this rank's batches of it from the start.
 
     `bytes_of_V` is the number of bytes each id stands for, where the tokenizer is known.
     """
@@ -37,7 +37,7 @@ class ValidationSet:
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class ValidationResult:
     """The result on one set: the mean loss in nats per token, and what it is a mean of.
 
     `bytes` are those of the text that the targets decode to; None where the tokenizer is not known. The intervals of
@@ -80,8 +80,8 @@ def evaluate(
     world: World,
     precision: Precision,
     bootstrap: Bootstrap | None = None,
-) -> list[HeldOut]:
-    """The held-out loss on each set, the same on every rank; every rank must call this.
+) -> list[ValidationResult]:
+    """The validation loss on each set, the same on every rank; every rank must call this.
 
     Ranks read different sequences and add up their sums, so the result depends on the number of ranks only by rounding.
     With `bootstrap`, rank 0 draws intervals.
@@ -92,27 +92,27 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        return [_evaluate_one(model, held_out, world, precision, bootstrap) for held_out in sets]
+        return [_evaluate_one(model, one, world, precision, bootstrap) for one in sets]
     finally:
         model.train(was_training)
 
 
 def _evaluate_one(
-    model: nn.Module, held_out: ValidationSet, world: World, precision: Precision, bootstrap: Bootstrap | None
-) -> HeldOut:
+    model: nn.Module, one: ValidationSet, world: World, precision: Precision, bootstrap: Bootstrap | None
+) -> ValidationResult:
     tally = Tally(torch.zeros(4, dtype=torch.float64, device=world.device))
-    for batch in held_out.batches():
-        _add(tally, model, batch.to(world.device), precision, held_out.bytes_of_V, bootstrap)
+    for batch in one.batches():
+        _add(tally, model, batch.to(world.device), precision, one.bytes_of_V, bootstrap)
     loss_sum, tokens, sequences, n_bytes = world.sum(tally.sums).tolist()
     if not tokens:
-        raise DataError(f"--val-data {held_out.url}: no token to predict in it.")
-    return HeldOut(
-        held_out.name,
-        held_out.url,
+        raise DataError(f"--val-data {one.url}: no token to predict in it.")
+    return ValidationResult(
+        one.name,
+        one.url,
         loss_sum / tokens,
         int(sequences),
         int(tokens),
-        bytes=int(n_bytes) if held_out.bytes_of_V is not None else None,
+        bytes=int(n_bytes) if one.bytes_of_V is not None else None,
         sequence_interval=_interval(tally.of_sequences, world, bootstrap)
         if bootstrap and bootstrap.sequences
         else None,

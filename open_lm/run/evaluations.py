@@ -9,7 +9,7 @@ from open_lm.distributed import World
 from open_lm.errors import TrainingDiverged
 from open_lm.evaluate.bootstrap import Bootstrap
 from open_lm.evaluate.in_loop import InLoopEvaluator
-from open_lm.evaluate.validation import HeldOut, ValidationSet, evaluate
+from open_lm.evaluate.validation import ValidationResult, ValidationSet, evaluate
 from open_lm.flags import parse_steps
 from open_lm.params import RunConfig
 from open_lm.run.recorder import Recorder, append_json_line, result_rows
@@ -22,7 +22,7 @@ class Evaluations:
     recorder: Recorder
 
     def __init__(self, config: RunConfig, world: World, results_path: str):
-        self.held_out: tuple[HeldOut, ...] = ()
+        self.results: tuple[ValidationResult, ...] = ()
         self.scores: dict[str, float] = {}
         self._config = config
         self._world = world
@@ -39,7 +39,7 @@ class Evaluations:
         self.recorder, self._val_sets, self._tasks = recorder, val_sets, tasks
 
     def if_due(self, state: TrainState) -> None:
-        """Measure held-out loss and scores at the ends of intervals, or every --val-every-steps, --icl-every-steps."""
+        """Measure validation loss and scores at ends of intervals, or every --val-every-steps, --icl-every-steps."""
         flags, named = self._config.validation, state.step in self._at_steps
         if named or evaluation_due(state, flags.val_frequency, flags.val_every_steps):
             self.validate(state)
@@ -53,20 +53,20 @@ class Evaluations:
             self.score(state)
 
     def validate(self, state: TrainState) -> None:
-        """Measure and record the held-out loss, unless this step has been measured."""
+        """Measure and record the validation loss, unless this step has been measured."""
         if not self._val_sets or self._validated_at == state.step:
             return
         results = self.recorder.untimed(
             lambda: evaluate(state.model, self._val_sets, self._world, state.precision, self._bootstrap)
         )
-        self.held_out, self._validated_at = tuple(results), state.step
-        self.recorder.write_held_out(state.step, results)
+        self.results, self._validated_at = tuple(results), state.step
+        self.recorder.write_validation(state.step, results)
         if self._world.is_master:
             append_json_line(self._results_path, self.rows(state))
         for result in results:
             if not math.isfinite(result.loss):
                 raise TrainingDiverged(
-                    f"the held-out loss on {result.name} is {result.loss}: the weights are not usable."
+                    f"the validation loss on {result.name} is {result.loss}: the weights are not usable."
                 )
 
     def score(self, state: TrainState) -> None:
@@ -77,14 +77,14 @@ class Evaluations:
         self.recorder.write_scores(state.step, self.scores)
 
     def rows(self, state: TrainState) -> list[dict[str, Any]]:
-        """The last held-out losses as results.jsonl and checkpoints keep them."""
+        """The last validation losses as results.jsonl and checkpoints keep them."""
         path = " ".join(self._config.checkpoint.start) or self._config.checkpoint.resume
         name = self._config.model.model or ""
-        return result_rows(self.held_out, step=state.step, tokens=state.tokens, model=name, checkpoint=path)
+        return result_rows(self.results, step=state.step, tokens=state.tokens, model=name, checkpoint=path)
 
 
 def bootstrap_of(config: RunConfig) -> Bootstrap | None:
-    """The intervals of held-out losses that are asked for, if any."""
+    """The intervals of validation losses that are asked for, if any."""
     flags = config.validation
     if not (flags.val_seq_ci or flags.val_tok_ci):
         return None

@@ -15,7 +15,7 @@ import torch
 from open_lm import text
 from open_lm.distributed import World
 from open_lm.errors import TrainingDiverged
-from open_lm.evaluate.validation import HeldOut
+from open_lm.evaluate.validation import ValidationResult
 from open_lm.progress import Progress, progress
 from open_lm.run.watchdog import LEEWAY, Watchdog
 from open_lm.tracking.devices import peak_flops
@@ -100,8 +100,8 @@ class Recorder:
             metrics["train/peak_memory_gib"], text.duration((self._total_steps - step) * metrics["train/batch_time"]),
         )  # fmt: skip
 
-    def write_held_out(self, step: int, results: Sequence[HeldOut]) -> None:
-        """Write the held-out losses: `valid/loss` of the first set, `valid/NAME/loss` of each further one."""
+    def write_validation(self, step: int, results: Sequence[ValidationResult]) -> None:
+        """Write the validation losses: `valid/loss` of the first set, `valid/NAME/loss` of each further one."""
         metrics: dict[str, float] = {}
         for index, result in enumerate(results):
             prefix = "valid" if index == 0 else f"valid/{result.name}"
@@ -110,7 +110,7 @@ class Recorder:
             if bits is not None:
                 metrics[f"{prefix}/bits_per_byte"] = bits
             logging.info(
-                "held-out %s | loss %.4f%s | perplexity %.2f%s | %s sequences, %s tokens",
+                "validation %s | loss %.4f%s | perplexity %.2f%s | %s sequences, %s tokens",
                 result.name, result.loss, _interval(result), result.perplexity,
                 "" if bits is None else f" | {bits:.4f} bits per byte", text.count(result.sequences),
                 text.count(result.tokens),
@@ -172,7 +172,7 @@ def _peak(world: World, tflops: float | None) -> float | None:
 
 
 def result_rows(
-    results: Sequence[HeldOut], *, step: int, tokens: int, model: str, checkpoint: str | None
+    results: Sequence[ValidationResult], *, step: int, tokens: int, model: str, checkpoint: str | None
 ) -> list[dict[str, Any]]:
     """One row per validation set under OpenLM's keys; -1.0 stands for an interval that was not asked for."""
     return [
@@ -200,7 +200,7 @@ def _bounds(kind: str, interval: tuple[float, float] | None) -> dict[str, float]
     return {f"loss_{kind}_lower_95": low, f"loss_{kind}_upper_95": high}
 
 
-def _interval(result: HeldOut) -> str:
+def _interval(result: ValidationResult) -> str:
     """The interval as it stands behind the loss: that over tokens, else that over sequences."""
     interval = result.token_interval or result.sequence_interval
     return f" ({interval[0]:.4f} to {interval[1]:.4f})" if interval else ""

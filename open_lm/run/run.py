@@ -17,7 +17,7 @@ from open_lm.data.batch import Batch
 from open_lm.distributed import World, start_world
 from open_lm.errors import DeviceError, Preempted, StorageError, TrainingDiverged
 from open_lm.evaluate.in_loop import InLoopEvaluator
-from open_lm.evaluate.validation import HeldOut, ValidationSet
+from open_lm.evaluate.validation import ValidationResult, ValidationSet
 from open_lm.flags import parse_steps
 from open_lm.model.config import ModelConfig
 from open_lm.model.describe import model_size
@@ -48,11 +48,11 @@ PEER_LEFT = (
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run gives back: its folder, the steps taken, the last held-out losses and scores on tasks."""
+    """What a finished run gives back: its folder, the steps taken, the last validation losses and scores on tasks."""
 
     folder: str
     step: int
-    held_out: tuple[HeldOut, ...]
+    validation: tuple[ValidationResult, ...]
     scores: dict[str, float]
 
 
@@ -185,7 +185,7 @@ class Run:
             self.recorder.log(state.step, {f"train/{name}_loss": loss for name, loss in losses.items()})
 
     def validate_if_due(self, state: TrainState) -> None:
-        """Measure held-out loss and scores at the ends of intervals, or every --val-every-steps, --icl-every-steps."""
+        """Measure validation loss and scores at ends of intervals, or every --val-every-steps, --icl-every-steps."""
         self.evaluations.if_due(state)
 
     def save_if_due(self, state: TrainState) -> None:
@@ -266,7 +266,7 @@ class Run:
         self.evaluations.validate(state)
         self.evaluations.score(state)
         logging.info("done: %s", self.folder)
-        return RunResult(self.folder, state.step, self.evaluations.held_out, self.evaluations.scores)
+        return RunResult(self.folder, state.step, self.evaluations.results, self.evaluations.scores)
 
     def close(self) -> None:
         """Close what writes."""

@@ -20,7 +20,7 @@ def path_of(tmp_path, name, label="1", kind="epoch"):
 def evaluated(tmp_path, *arguments):
     held_out = str(tmp_path / "data" / "00000000.tar")
     common = ["--val-data", held_out, "--val-num-samples", "160", "--device", "cpu", "--precision", "fp32"]
-    return main([*common, "--logs", str(tmp_path), "--name", "eval", *arguments]).held_out[0].loss
+    return main([*common, "--logs", str(tmp_path), "--name", "eval", *arguments]).validation[0].loss
 
 
 def test_the_mean_is_what_is_trained_on_and_evaluated(tmp_path, manifest):

@@ -37,7 +37,7 @@ def test_a_run_learns_and_leaves_what_people_look_for(tmp_path, manifest):
     assert params["lr"] == 0.01 and params["model"] == "open_lm_test_tiny" and params["val_data"]
     (row,) = json.loads((folder / "checkpoints" / "results.jsonl").read_text())
     assert (row["sequences"], row["tokens"], row["train_tokens"]) == (17, 17 * SEQ_LEN, 12 * 8 * SEQ_LEN)
-    assert row["loss"] == result.held_out[0].loss == metrics(tmp_path, key="valid/loss")[12]
+    assert row["loss"] == result.validation[0].loss == metrics(tmp_path, key="valid/loss")[12]
     assert "step 12/12" in (folder / "out.log").read_text()
     assert list((folder / "tensorboard").iterdir())
     stats = torch.load(folder / "checkpoints" / "stats_1.pt", weights_only=True)
@@ -125,7 +125,7 @@ def test_evaluating_a_checkpoint_gives_the_loss_the_run_reported(tmp_path, manif
     ]
     for way in ("--resume", "--pretrained"):
         result = main([*arguments, way, path])  # no --model: it is in the checkpoint
-        assert result.held_out[0].loss == pytest.approx(trained.held_out[0].loss, abs=1e-6)
+        assert result.validation[0].loss == pytest.approx(trained.validation[0].loss, abs=1e-6)
     (row,) = json.loads((tmp_path / "eval" / "checkpoints" / "results.jsonl").read_text().splitlines()[-1])
     assert row["checkpoint_path"] == path and row["train_tokens"] == 12 * 8 * SEQ_LEN
 

@@ -70,8 +70,8 @@ def test_packed_conversations_train_and_validate_as_each_alone(tmp_path, accum):
     n_real = (rows["marks"][:, :-1] & PADDING == 0).sum()
     assert shares == pytest.approx((n_targets / rows["ids"][:, 1:].size, n_real / rows["ids"][:, 1:].size), rel=0.02)
     trained = load_model(f"{result.folder}/checkpoints/epoch_1.pt")
-    assert result.held_out[0].loss == pytest.approx(mean_loss(trained, rows)[0], abs=1e-6)
-    assert result.held_out[0].tokens == n_targets
+    assert result.validation[0].loss == pytest.approx(mean_loss(trained, rows)[0], abs=1e-6)
+    assert result.validation[0].tokens == n_targets
 
 
 def test_noise_is_bounded_and_the_same_at_any_accumulation_and_after_a_restart(tmp_path):

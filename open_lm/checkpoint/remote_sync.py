@@ -15,7 +15,7 @@ from open_lm.checkpoint import commit as commits
 from open_lm.checkpoint.checksum import FileRecord
 from open_lm.checkpoint.commit import Commit
 from open_lm.checkpoint.retention import Retention, discard
-from open_lm.checkpoint.save_policy import to_delete
+from open_lm.checkpoint.save_policy import kind_of, to_delete
 from open_lm.checkpoint.upload import upload
 from open_lm.errors import CheckpointError, OpenLMError, StorageError
 
@@ -31,10 +31,11 @@ GRACE_SECONDS = 1800.0
 class RemoteSync:
     """A thread that copies complete checkpoints and logs to `url`, every `every_seconds` and at the end.
 
-    The commit file of a checkpoint goes last, so that one that is cut off does not exist there either. While one is
-    copied `retention` keeps it here. There, older ones go by the same policy once a newer one is complete; nothing that
-    happens to the local files deletes anything there. Training waits for nothing: a pass that fails is logged and
-    repeated.
+    The commit file of a checkpoint goes last, so that one that is cut off does not exist there either; before it go the
+    logs, and the checkpoints of earlier steps that stay for ever: whoever goes on from there lacks none of them. While
+    one is copied `retention` keeps it here. There, older ones go by the same policy once a newer one is complete;
+    nothing that happens to the local files deletes anything there. Training waits for nothing: a pass that fails is
+    logged and repeated.
     """
 
     folder: str
@@ -75,8 +76,8 @@ class RemoteSync:
             logging.warning("--remote-sync: %s It is tried again.", error)
 
     def sync(self) -> None:
-        """One pass: copy the newest checkpoint, then the others, then the logs; then delete there what the policy lets
-        go of.
+        """One pass: copy the checkpoints that stay for ever, the newest, the others and the logs; then delete there
+        what the policy lets go of.
 
         Raises:
             StorageError, OSError: something could not be copied.
@@ -90,18 +91,17 @@ class RemoteSync:
                 self._copy_checkpoint(commit)
             except (CheckpointError, FileNotFoundError) as error:  # damaged, or deleted before it was pinned
                 problems.append(error)
-        loose = self._loose_files()
-        for name in loose:
-            self._copy_loose(name)
-        storage.write_text(storage.join(self.url, LISTING), json.dumps(loose))
+        self._copy_logs()
         self._thin_out()
         if problems:
             raise problems[0]
 
     def _next_to_copy(self, tried: set[str]) -> Commit | None:
-        """The newest checkpoint here that is not there; looked up each time, for a newer one may have been saved."""
+        """The first fixed checkpoint here that is not there, else the newest; looked up each time."""
         here = commits.committed(os.path.join(self.folder, CHECKPOINTS))
-        return next((c for c in here if c.commit_name not in tried | self._there), None)
+        missing = [commit for commit in here if commit.commit_name not in tried | self._there]
+        fixed = [commit for commit in reversed(missing) if kind_of(commit) == "fixed"]
+        return next(iter([*fixed, *missing]), None)
 
     def _loose_files(self) -> list[str]:
         """The files that belong to no checkpoint: logs, metrics, traces."""
@@ -128,10 +128,17 @@ class RemoteSync:
                 partial(upload, here / name, storage.join(remote, name), record)
                 for name, record in commit.files.items()
             )
+            self._copy_logs()
             upload(here / commit.commit_name, target)
             self._there.add(commit.commit_name)
             logging.info("copied checkpoint %s to %s", commit.label, storage.shown(self.url))
             self._thin_out()
+
+    def _copy_logs(self) -> None:
+        loose = self._loose_files()
+        for name in loose:
+            self._copy_loose(name)
+        storage.write_text(storage.join(self.url, LISTING), json.dumps(loose))
 
     def _copy_loose(self, name: str) -> None:
         path = Path(self.folder, name)

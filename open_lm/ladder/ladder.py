@@ -99,7 +99,7 @@ class ModelLadder:
         for size in sizes:
             local = self._run_folder(size)
             if os.path.isdir(local):
-                records.collect_metrics(self.plan(size), local)
+                records.collect_metrics(self.plan(size), local, self._copies(size))
             found = (records.read_json(c.metrics_path) for c in self.get_checkpoints(size) if c.metrics_path)
             rows += [row for row in found if row is not None]
         return rows
@@ -194,7 +194,7 @@ class ModelLadder:
         return os.path.join(self.work_dir, size)
 
     def _collect(self, plan: SizePlan, folder: str) -> None:
-        records.collect_metrics(plan, folder)
+        records.collect_metrics(plan, folder, self._copies(plan.name))
         for remote in self._copies(plan.name):
             records.copy_metrics(folder, remote)
 

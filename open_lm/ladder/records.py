@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,12 +102,13 @@ def checkpoint_metrics(plan: SizePlan, info: RunCheckpointInfo, rows: dict[int, 
     }
 
 
-def collect_metrics(plan: SizePlan, folder: str) -> None:
-    """Write metrics_step{N}.json beside every checkpoint that has none.
+def collect_metrics(plan: SizePlan, folder: str, copies: Sequence[str] = ()) -> None:
+    """Write metrics_step{N}.json in a local run folder for every checkpoint there, or in `copies`, that has none.
 
     They are made from metrics.jsonl, so a kill before they are written loses nothing.
     """
-    missing = [found.info for found in find_checkpoints(plan, [folder]) if found.path and not found.metrics_path]
+    found = find_checkpoints(plan, [folder, *copies])
+    missing = [checkpoint.info for checkpoint in found if checkpoint.path and not checkpoint.metrics_path]
     rows = metrics_by_step(folder) if missing else {}
     for info in missing:
         if _is_measured(plan, info, rows):

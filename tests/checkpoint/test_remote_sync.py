@@ -13,6 +13,7 @@ from runs import ROOT, flags, folder_of, metrics, run, weights, write_data
 from storage.test_s3 import bucket, s3_server  # noqa: F401  (fixtures)
 
 from open_lm import storage
+from open_lm.checkpoint import remote_sync
 from open_lm.checkpoint.commit import committed
 from open_lm.checkpoint.remote_sync import RemoteSync, bring_back
 from open_lm.errors import CheckpointError, StorageError
@@ -57,6 +58,23 @@ def test_what_arrives_is_what_was_written_and_deletions_are_mirrored(tmp_path, m
     found = storage.glob(f"{remote}/run/checkpoints/*")
     assert {name.rpartition("/")[2]: storage.read_bytes(name) for name in found} == local
     assert storage.read_text(f"{remote}/run/metrics.jsonl") == (folder_of(tmp_path) / "metrics.jsonl").read_text()
+
+
+def test_who_goes_on_from_the_copy_lacks_no_log_and_no_checkpoint_that_was_to_stay(
+    tmp_path, manifest, remote, monkeypatch
+):
+    run(tmp_path, manifest, "--num-checkpoints", "3", "--save-at-steps", "0,2,6")
+    copied, upload = [], remote_sync.upload
+
+    def noted(path, url, *rest):
+        copied.append(os.path.basename(path))
+        upload(path, url, *rest)
+
+    monkeypatch.setattr(remote_sync, "upload", noted)
+    RemoteSync(str(folder_of(tmp_path)), f"{remote}/run", 60).sync()
+    order = [name.removesuffix(".commit.json") for name in copied if name.endswith(".commit.json")]
+    assert order == ["epoch_0", "epoch_0-step2", "epoch_1-step6", "epoch_3", "epoch_2", "epoch_1"]
+    assert copied.index("metrics.jsonl") < copied.index("epoch_0.commit.json")
 
 
 def test_nothing_that_another_start_copied_is_deleted(tmp_path, manifest, remote):

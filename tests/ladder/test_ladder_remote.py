@@ -38,7 +38,7 @@ def test_another_machine_finishes_a_ladder_from_its_bucket(tmp_path, bucket, cap
     write_ladder(tmp_path, sizes=ONE, run=SHORT, dir=remote, flags=flags)
     assert ladder.steps_done("a") == 0
     main(["run", "--ladder", path])
-    assert "resuming" in capfd.readouterr().err.lower()
+    assert "resumed from" in capfd.readouterr().err
     found, expected = ladder.get_metrics(), straight.get_metrics()
     assert found[["step", "tokens", "loss"]].equals(expected[["step", "tokens", "loss"]])  # bit-equal
 

@@ -28,7 +28,9 @@ def test_another_machine_finishes_a_ladder_from_its_bucket(tmp_path, bucket, cap
     path = write_ladder(tmp_path, sizes=ONE, run=SHORT, dir=remote, flags=flags)
     ladder, work = ModelLadder.from_file(path), tmp_path / "tiny-work"
     process = start(path)
-    wait_for(lambda: any(commit.step > 20 for commit in committed(f"{remote}/a/checkpoints")) or process.poll() == 0)
+    wait_for(
+        lambda: any(commit.step > 20 for commit in committed(f"{remote}/a/checkpoints")) or process.poll() == 0, 400
+    )
     process.send_signal(signal.SIGKILL)
     process.wait(60)
     shutil.rmtree(work)  # another machine has only the ladder file and the bucket

@@ -120,7 +120,7 @@ print(n / (time.perf_counter() - started), n / (time.process_time() - cpu))
 """
 
 
-def loading(folder: Path, peers_python: str) -> dict[str, list[str]]:
+def loading(folder: Path, peers_python: str, keys: list[str]) -> dict[str, list[str]]:
     """Name -> command that prints tokens/s; shards of 4 x 2048 random samples in every format."""
     import numpy as np
 
@@ -131,7 +131,7 @@ def loading(folder: Path, peers_python: str) -> dict[str, list[str]]:
     samples = np.random.default_rng(0).integers(0, 50_000, (8192, 2049)).astype("<u2")
     samples.tofile(folder / "flat.npy")
     commands = {}
-    for key in SAMPLE_FORMATS:
+    for key in keys or SAMPLE_FORMATS:
         (folder / key).mkdir()
         for k in range(4):
             with open(folder / key / f"{k:08d}.tar", "wb") as file:
@@ -155,6 +155,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", help="File for all figures.")
     parser.add_argument("--peers-python", default=sys.executable, help="Python of the environment with the peers.")
+    parser.add_argument("--keys", nargs="+", default=[], help="Formats to load, of all when none is given.")
     parser.add_argument("--only", choices=("preprocessing", "loading"), help="Measure one of the two.")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="open_lm-data-"))
@@ -170,7 +171,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict:
     """All figures: name -> lists of one value a round."""
     files = args.input_files or corpus(folder, args.megabytes)
     making = {} if args.only == "loading" else preprocessing(files, args.tokenizer, folder, args.peers_python)
-    reading = {} if args.only == "preprocessing" else loading(folder, args.peers_python)
+    reading = {} if args.only == "preprocessing" else loading(folder, args.peers_python, args.keys)
     results: dict = {"preprocessing": {name: [] for name in making}, "loading": {name: [] for name in reading}}
     for _ in range(args.rounds):
         for name, command in making.items():

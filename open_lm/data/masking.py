@@ -63,6 +63,8 @@ def masked_batch(samples_BS: Tensor, *, left_of: int | None, individual: int | N
     targets, each filled up on the right: inputs with `individual` (None: 0), targets with IGNORED.
     """
     inputs_BT, targets_BT = samples_BS[:, :-1], samples_BS[:, 1:]
+    if left_of is None and individual is None:
+        return Batch(inputs_BT, targets_BT)
     if left_of is None:
         masked_BT = torch.zeros_like(targets_BT, dtype=torch.bool)
     else:

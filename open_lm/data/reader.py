@@ -16,7 +16,8 @@ from open_lm.data.flat import FLAT_KEYS
 from open_lm.data.formats import plain_npy_header
 from open_lm.data.manifest import Shard
 from open_lm.data.plan import key, mix
-from open_lm.data.rows import PROOF_BYTES, SampleRows, read_checksum, shard_ids
+from open_lm.data.regular_shards import ByteTable, RegularShards
+from open_lm.data.rows import PROOF_BYTES, SampleRows, read_checksum
 from open_lm.data.sample_check import checked_sample, header_place
 from open_lm.data.shards import NPY_HEADER_BYTES, ShardIndex, index_file
 from open_lm.data.tar import BLOCK, CHECKSUM_PLACE
@@ -49,7 +50,7 @@ class SampleReader:
         self._crop_key = key("crop", seed)
         self._files: Files = _CachedFiles(cache) if cache else _LocalFiles()
         self._indexes, self._index_bytes = OrderedDict[int, ShardIndex](), 0
-        self._table = _Table()
+        self._table, self._regular = ByteTable(), RegularShards(self.shards)
 
     def numbers(self, source: np.ndarray, shard: np.ndarray) -> np.ndarray:
         """The shards' numbers among those of all sources."""
@@ -57,22 +58,24 @@ class SampleReader:
 
     def expected_checksum(self, source: np.ndarray, shard: np.ndarray, place: np.ndarray) -> int:
         """What `read_checksum` of these samples must be."""
-        return read_checksum(self._ids(self.numbers(source, shard).tolist()), place)
-
-    def _ids(self, numbers: list[int]) -> np.ndarray:
-        return shard_ids([self.shards[number].url for number in numbers])
+        return read_checksum(self._regular.ids_of(self.numbers(source, shard)), place)
 
     def read(self, source: np.ndarray, shard: np.ndarray, place: np.ndarray, position: np.ndarray) -> SampleRows:
         """The samples (n, seq_len + 1), and (row, reason) of those that cannot be read: their rows are -1."""
-        numbers, n = self.numbers(source, shard).tolist(), len(place)
-        indexes: list[ShardIndex | str] = [self._index_or_reason(number) for number in numbers]
-        kinds = {(index.key, index.layout) for index in indexes if isinstance(index, ShardIndex)}
-        one = next(iter(kinds)) if len(kinds) == 1 else None
-        if one and one[1] and not any(isinstance(index, str) for index in indexes):
-            self._files.prepare([self.shards[k] for k in numbers], one[1][0] + one[1][1] * place, one[1][2])
-            rows = self._read_alike(numbers, place, one[0], one[1])
+        which, n = self.numbers(source, shard), len(place)
+        numbers = which.tolist()
+        indexes: list[ShardIndex | str] = []
+        kind = self._regular.common(which)
+        if kind is None:
+            indexes = [self._index_or_reason(number) for number in numbers]
+            kind = self._regular.common(which)
+        if kind is not None:
+            key, layout = kind
+            self._files.prepare([self.shards[k] for k in numbers], layout[0] + layout[1] * place, layout[2])
+            rows = self._read_alike(which, numbers, place, key, layout)
             if rows is not None:
                 return rows
+            indexes = [self._index_or_reason(number) for number in numbers]
         tokens = np.full((n, self.sample_tokens), -1, np.int32)
         unreadable = []
         self._prepare_each(numbers, place, indexes)
@@ -82,10 +85,10 @@ class SampleReader:
             except (ValueError, OSError, StorageError, DataError) as error:
                 reason = str(error).removesuffix(".")
                 unreadable.append((row, f"shard {storage.shown(self.shards[number].url)}, sample {at}: {reason}."))
-        return SampleRows(tokens, unreadable, read_checksum(self._ids(numbers), place))
+        return SampleRows(tokens, unreadable, read_checksum(self._regular.ids_of(which), place))
 
     def _read_alike(
-        self, numbers: list[int], place: np.ndarray, key: str, layout: tuple[int, int, int]
+        self, which: np.ndarray, numbers: list[int], place: np.ndarray, key: str, layout: tuple[int, int, int]
     ) -> SampleRows | None:
         """As `read`, where all samples are alike: one table of bytes, checked as a whole. None when something is not
         as it should be: then each sample is looked at alone."""
@@ -93,25 +96,26 @@ class SampleReader:
         head = 0 if key in FLAT_KEYS else BLOCK
         raw = self._table.of(len(place), head + size)
         starts = (first - head + step * place).tolist()
-        for row, (number, start) in enumerate(zip(numbers, starts, strict=True)):
-            try:
-                if self._files.read_into(self.shards[number], number, start, self._table.views[row]) != head + size:
+        read_into, shards, wanted = self._files.read_into, self.shards, head + size
+        try:
+            for number, start, view in zip(numbers, starts, self._table.views, strict=False):
+                if read_into(shards[number], number, start, view) != wanted:
                     return None
-            except (OSError, StorageError, DataError):
-                return None
+        except (OSError, StorageError, DataError):
+            return None
         if head:
-            return self._npy_rows(raw, numbers, place, size) if key == "npy" else None
+            return self._npy_rows(raw, which, place, size) if key == "npy" else None
         ids = raw.view(FLAT_KEYS[key])
         fits = ids.shape[1] == self.sample_tokens and int(ids.max()) < self.vocab_size
-        return SampleRows(ids, [], read_checksum(self._ids(numbers), place)) if fits else None
+        return SampleRows(ids, [], read_checksum(self._regular.ids_of(which), place)) if fits else None
 
-    def _npy_rows(self, raw: np.ndarray, numbers: list[int], place: np.ndarray, size: int) -> SampleRows | None:
+    def _npy_rows(self, raw: np.ndarray, which: np.ndarray, place: np.ndarray, size: int) -> SampleRows | None:
         plain = plain_npy_header(raw[0, BLOCK : BLOCK + NPY_HEADER_BYTES].tobytes(), size)
         if plain is None or plain.length != self.sample_tokens:
             return None
         headers = raw[:, BLOCK : BLOCK + NPY_HEADER_BYTES].view(np.uint64)
         sizes = raw[:, 124:135]
-        found = self._places(raw, numbers, place)
+        found = self._places(raw, which, place)
         if found is None or (headers != headers[0]).any() or (sizes != np.frombuffer(b"%011o" % size, np.uint8)).any():
             return None
         ids = raw[:, BLOCK + NPY_HEADER_BYTES :].view(plain.dtype)
@@ -119,18 +123,17 @@ class SampleReader:
             return None
         stored = raw[:, CHECKSUM_PLACE : CHECKSUM_PLACE + PROOF_BYTES].copy()
         widths = np.full(len(ids), plain.dtype.itemsize, np.uint8)
-        return SampleRows(ids, [], read_checksum(self._ids(numbers), found), stored, widths)
+        return SampleRows(ids, [], read_checksum(self._regular.ids_of(which), found), stored, widths)
 
-    def _places(self, raw: np.ndarray, numbers: list[int], place: np.ndarray) -> np.ndarray | None:
+    def _places(self, raw: np.ndarray, which: np.ndarray, place: np.ndarray) -> np.ndarray | None:
         """The places of the samples in their shards, by the numbers in their names; None when one is not as asked."""
-        first = [self.shards[number].first_number for number in numbers]
-        if None in first:
+        first = self._regular.first_numbers[which]
+        if (first < 0).any():
             names = [header_place(raw[row, :BLOCK].tobytes(), "npy") for row in range(len(raw))]
             return place if all(names) else None
-        digits = raw[:, :12] - np.uint8(ord("0"))
-        found = digits.astype(np.int64) @ _POWERS - np.array(first, np.int64)
-        wrong = (digits > 9).any() or (raw[:, 12:17] != _NAME_END).any() or (found != place).any()
-        return None if wrong else found
+        digits = (first + place)[:, None] // _POWERS % 10 + ord("0")
+        same = (raw[:, :12] == digits).all() and (raw[:, 12:17] == _NAME_END).all()
+        return place if same else None  # so it is what the names say
 
     def _sample(self, number: int, at: int, index: ShardIndex | str, position: int) -> np.ndarray:
         """One sample; an error that says why it cannot be had."""
@@ -165,6 +168,7 @@ class SampleReader:
             found = self._make_index(self.shards[number], number)
         except (ValueError, OSError, StorageError, DataError) as error:
             return str(error).removesuffix(".")
+        self._regular.note(number, found)
         self._indexes[number] = found
         self._index_bytes += found.size_bytes + 200
         while self._index_bytes > _INDEX_BYTES:
@@ -201,28 +205,6 @@ class SampleReader:
 
 def _miscounted(shard: Shard, found: ShardIndex) -> str:
     return f"the manifest counts {shard.n_sequences} samples, the shard holds {len(found)}; make the manifest again"
-
-
-class _Table:
-    """A table of bytes that is used for batch after batch, with a view of each row."""
-
-    def __init__(self) -> None:
-        self._whole = np.zeros((0, 0), np.uint8)
-        self.views: list[memoryview] = []
-
-    def of(self, n_rows: int, width: int) -> np.ndarray:
-        """Its first `n_rows` rows of `width` bytes, each beginning at a multiple of 8."""
-        stride = -(-width // 8) * 8
-        if self._whole.shape[1] != stride or len(self._whole) < n_rows or len(self.views[0]) != width:
-            self._whole = np.zeros((n_rows, stride), np.uint8)
-            self.views = [memoryview(row)[:width] for row in self._whole]  # type: ignore[arg-type]
-        return self._whole[:n_rows, :width]
-
-    def __getstate__(self) -> dict[str, object]:
-        return {}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__init__()  # type: ignore[misc]
 
 
 class Files(Protocol):

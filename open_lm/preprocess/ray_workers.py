@@ -69,7 +69,7 @@ class RayTasks:
         Raises:
             DataError: tasks were set aside.
         """
-        start, at_once = self._starter(), _IN_FLIGHT if self._follow else n_workers
+        start, at_once = self._starter(label), _IN_FLIGHT if self._follow else n_workers
         waiting: list[WorkerTask] = list(reversed(tasks))
         running: dict[Any, WorkerTask] = {}
         poisoned: list[str] = []
@@ -106,8 +106,9 @@ class RayTasks:
             log.error("%s: task set aside: %s", label, poisoned[-1])
             return 0
 
-    def _starter(self) -> Any:
-        """A function that gives one task to the cluster; arguments that several tasks have are sent once."""
+    def _starter(self, label: str) -> Any:
+        """A function that gives one task to the cluster; arguments that several tasks have are sent once. The
+        dashboard shows the tasks by `label` and function."""
 
         def run_pickled(root: str, *parts: bytes) -> int:  # nested, so that it travels by value to any node
             if root not in sys.path:
@@ -132,7 +133,8 @@ class RayTasks:
                 if id(value) not in known:
                     content = pickle.dumps(value)
                     known[id(value)] = self._ray.put(content) if len(content) > _SHARED_BYTES else content
-            return remote.remote(_ROOT, *(known[id(value)] for value in (call.func, *call.args)))
+            name = f"{label}: {call.func.__name__}"
+            return remote.options(name=name).remote(_ROOT, *(known[id(value)] for value in (call.func, *call.args)))
 
         return start
 

@@ -128,7 +128,7 @@ def test_a_killed_worker_is_replaced_and_the_bytes_are_the_same(
     while running.poll() is None and killed is None:
         for process in Path("/proc").glob("[0-9]*/cmdline"):
             try:
-                if process.read_bytes().startswith(b"ray::run_pickled"):
+                if process.read_bytes().startswith(b"ray::tokenize"):
                     killed = int(process.parent.name)
                     os.kill(killed, signal.SIGKILL)
                     break

@@ -80,7 +80,7 @@ def make_plan(
     run that began with them."""
     row = _row(global_batch)
     if len(sources) == 1:
-        return Plan((_stream(sources[0], config, 0, seed, global_batch, DEFAULT_STRIPES, shapes),))
+        return Plan((_stream(sources[0], config, 0, seed, global_batch, DEFAULT_STRIPES, shapes),)).opened()
     weights = config.train_data_mix_weights or tuple(source.n_sequences * source.factor for source in sources)
     mixture = make_mixture(weights, row, period)
     fits = 0 < mixture.period <= max(row, len(sources))  # each rank reads the same columns, so whole stripes
@@ -89,7 +89,7 @@ def make_plan(
         columns = int(mixture.used(mixture.period)[k]) if fits else 1
         least = DEFAULT_STRIPES if fits else max(LEAST_STRIPES, round(row * float(mixture.shares[k])))
         streams.append(_stream(source, config, k, seed, columns, least, shapes))
-    return Plan(tuple(streams), mixture)
+    return Plan(tuple(streams), mixture).opened()
 
 
 def _row(columns: int) -> int:

@@ -15,6 +15,7 @@ MOST_ERROR = 0.01
 """A source's share of the stream differs from what was asked for by less than this part of it."""
 LONGEST_PERIOD = 1 << 18
 _Q_BITS, _LOW_BITS = 32, 20
+_Q, _LOW = np.uint64(_Q_BITS), np.uint64(2**_Q_BITS - 1)
 
 
 class Samples(NamedTuple):
@@ -76,6 +77,16 @@ class SplitTree:
         self._root = self._node(np.argsort(self.shares, kind="stable").tolist())
         self._parts = np.array(self._part, np.int64)
         self._pairs = np.array(self._children, np.int64).reshape(-1, 2)
+        self._make_table()
+
+    def _make_table(self) -> None:
+        """The tree for `split`: leaves follow the inner nodes, and are their own right children."""
+        n_inner, n_leaves = len(self._part), len(self.shares)
+        leaves = np.arange(n_inner, n_inner + n_leaves)
+        pairs = np.where(self._pairs < 0, n_inner - 1 - self._pairs, self._pairs)  # a leaf is -1 - source
+        self._next = np.concatenate([pairs, np.stack([leaves, leaves], 1)])[:, ::-1].reshape(-1).copy()
+        self._part_of = np.concatenate([self._parts, np.zeros(n_leaves, np.int64)]).astype(np.uint64)
+        self._depth = _depth(self._root, self._children)
 
     def _node(self, sources: list[int]) -> int:
         """A leaf is -1 - source, another node its number."""
@@ -90,6 +101,21 @@ class SplitTree:
         return number
 
     def split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if not len(positions) or int(positions.max()) >> _Q_BITS:
+            return self._split_far(positions)
+        own = positions.astype(np.uint64)
+        node = np.full(len(positions), max(0, self._root), np.int64)
+        for _ in range(self._depth):
+            part = self._part_of[node]
+            product = own * part
+            before = product >> _Q
+            left = ((product & _LOW) + part >> _Q).astype(bool)  # whether the next position passes a whole number
+            own = np.where(left, before, own - before)
+            node = self._next[2 * node + left]
+        return node - len(self._part), own.astype(np.int64)
+
+    def _split_far(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `split`, for positions whose product with a part does not fit in 64 bits."""
         own, node = np.array(positions, np.int64), np.full(len(positions), self._root, np.int64)
         inner = np.arange(len(own)) if self._root >= 0 else np.zeros(0, np.int64)
         while len(inner):
@@ -113,6 +139,10 @@ class SplitTree:
             left = n * self._part[node] >> _Q_BITS
             waiting += [(self._children[node][0], left), (self._children[node][1], n - left)]
         return counts
+
+
+def _depth(node: int, children: Sequence[tuple[int, int]]) -> int:
+    return 0 if node < 0 else 1 + max(_depth(child, children) for child in children[node])
 
 
 def _times(p: np.ndarray, part: np.ndarray) -> np.ndarray:
@@ -157,6 +187,11 @@ class Plan:
 
     streams: tuple[SampleStream, ...]
     mixture: Mixture = field(default_factory=lambda: Pattern(np.zeros(1, np.int64), 1))
+
+    def opened(self) -> Plan:
+        """The plan, with the order of the first pass computed."""
+        assert self._striped is None or self.streams
+        return self
 
     @cached_property
     def _striped(self) -> StripedStreams | None:

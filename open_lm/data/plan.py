@@ -29,15 +29,23 @@ ONE_STRIPE_SEQUENCES = 16_384
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _STRIDE = np.uint64(0xD1B54A32D192ED03)
 _LAST = np.uint64(0xFFFFFFFFFFFFFFFF)
-_KEPT_VALUES = 4 << 20
+_SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
+_FACTORS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+_KEPT_VALUES = 16 << 20
 
 
 def mix(values: np.ndarray) -> np.ndarray:
     """SplitMix64's finalizer: uint64 in, scattered uint64 out. Fixed for ever; numpy's own generators may change."""
     x = values + _GOLDEN
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    shifted = x >> _SHIFTS[0]
+    x ^= shifted
+    x *= _FACTORS[0]
+    np.right_shift(x, _SHIFTS[1], out=shifted)
+    x ^= shifted
+    x *= _FACTORS[1]
+    np.right_shift(x, _SHIFTS[2], out=shifted)
+    x ^= shifted
+    return x
 
 
 def key(*parts: object) -> np.uint64:
@@ -203,6 +211,8 @@ class StripedStreams:
         self._order = np.zeros(sum(sizes), np.int64)
         self._starts = np.repeat(self._first_place, sizes)
         self._permutations = {width: _Permutations(width) for width in set(self._block.tolist())}
+        for number in range(len(streams)):  # most runs begin, and stay, in the first pass
+            self._hold(number, 0)
 
     def stripe_of(self, source: np.ndarray, own: np.ndarray) -> np.ndarray:
         """The stripe of each position `own` of its source."""

@@ -47,6 +47,16 @@ def test_far_positions_of_a_tree_agree_with_its_counts(weights, start):
     assert all(own[source == s].tolist() == list(range(before[s], after[s])) for s in range(len(weights)))
 
 
+@given(
+    st.lists(st.floats(0.001, 1000), min_size=1, max_size=40),
+    st.lists(st.integers(0, 2**32 - 1) | st.integers(0, 100), min_size=1, max_size=40),
+)
+def test_the_quick_way_through_a_tree_is_the_exact_one(weights, positions):
+    tree, places = SplitTree(weights), np.array(positions)
+    for quick, exact in zip(tree.split(places), tree._split_far(places), strict=True):
+        assert quick.tolist() == exact.tolist()
+
+
 def test_old_patterns_stay_as_they_were():
     """Of runs that began with them: each column a source, even where a share is off."""
     assert make_mixture([3, 1], 8).columns.tolist() == share_columns([3, 1], 8).tolist()

@@ -11,7 +11,8 @@ from open_lm.params import RunConfig, command_line, parse_args, read_config
 
 if TYPE_CHECKING:
     from open_lm.run.dry_run import Forecast
-    from open_lm.run.run import Run, RunResult
+    from open_lm.run.opened import OpenRun
+    from open_lm.run.run import RunResult
 
 __getattr__ = late_names(__name__, "open_lm.compat.model", ("load_model",))
 
@@ -41,13 +42,13 @@ def execute(config: RunConfig, command: str) -> RunResult:
     """Run `config`; `command` is the command line to log. Of several checkpoints to evaluate, the last one's
     result is given back."""
     from open_lm.run.build import architecture_of
-    from open_lm.run.run import start_run
+    from open_lm.run.opened import start_run
 
     each = each_checkpoint(config)
-    with start_run(each[0], architecture_of(each[0]), command) as run:
-        result = carry_out(run)
+    with start_run(each[0], architecture_of(each[0]), command) as opened:
+        result = carry_out(opened)
         for config in each[1:]:
-            result = carry_out(run.another(config, architecture_of(config)))
+            result = carry_out(opened.another(config, architecture_of(config)))
     return result
 
 
@@ -61,7 +62,7 @@ def each_checkpoint(config: RunConfig) -> list[RunConfig]:
     return [replace(config, checkpoint=replace(config.checkpoint, pretrained=path)) for path in paths]
 
 
-def carry_out(run: Run) -> RunResult:
+def carry_out(opened: OpenRun) -> RunResult:
     """Build what the run works on, train if it is to, and evaluate."""
     from open_lm.checkpoint.provenance import provenance
     from open_lm.checkpoint.restore import restore
@@ -69,17 +70,18 @@ def carry_out(run: Run) -> RunResult:
     from open_lm.run.build import build_loader_and_length, build_state, tokenizer_name
     from open_lm.run.evaluation_setup import build_tasks, build_validation_sets
     from open_lm.run.rollout_setup import build_rollouts
+    from open_lm.run.run import Run
     from open_lm.train.loop import train
 
-    config, architecture = run.config, run.architecture
+    config, architecture, world = opened.config, opened.architecture, opened.world
     loader: Any
-    loader, steps = build_loader_and_length(config, architecture, run.world)
-    val_sets = build_validation_sets(config, architecture, run.world, loader)
-    state = build_state(config, architecture, run.world, steps)
+    loader, steps = build_loader_and_length(config, architecture, world)
+    val_sets = build_validation_sets(config, architecture, world, loader)
+    state = build_state(config, architecture, world, steps)
     tasks = build_tasks(config, architecture, state, loader)
-    run.checkpoints.config |= provenance(tokenizer_name(config, loader), loader.state(0) if loader else None)
-    restore(run.checkpoints, state, loader)
-    run.begin(state, loader, val_sets, tasks)
+    opened.checkpoints.config |= provenance(tokenizer_name(config, loader), loader.state(0) if loader else None)
+    restore(opened.checkpoints, state, loader)
+    run = Run(opened, state, loader, val_sets, tasks)
     if loader is not None:
         source = loader
         if isinstance(loader, Prompts):

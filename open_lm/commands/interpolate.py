@@ -71,7 +71,7 @@ def evaluated(first: str, second: str, config: InterpolateConfig, others: Sequen
     from open_lm.main import carry_out
     from open_lm.params import command_line, parse_args, read_config
     from open_lm.run.build import architecture_of
-    from open_lm.run.run import start_run
+    from open_lm.run.opened import start_run
 
     folder = Path(config.output).with_suffix("")
     given = ["--average", first, second, "--logs-dir", str(folder.parent), "--name", folder.name, *others]
@@ -80,11 +80,11 @@ def evaluated(first: str, second: str, config: InterpolateConfig, others: Sequen
         raise ConfigError("openlm interpolate only evaluates: give --val-data, and no training data.")
     points = list(each_point(whole, config.line))
     losses = []
-    with start_run(points[0], architecture_of(points[0]), command_line(given)) as run:
+    with start_run(points[0], architecture_of(points[0]), command_line(given)) as opened:
         for number, (share, point) in enumerate(zip(config.line, points, strict=True)):
-            result = carry_out(run.another(point, architecture_of(point)) if number else run)
-            losses.append((share, {held_out.name: held_out.loss for held_out in result.held_out}))
-        is_master = run.world.is_master
+            result = carry_out(opened.another(point, architecture_of(point)) if number else opened)
+            losses.append((share, {one.name: one.loss for one in result.validation}))
+        is_master = opened.world.is_master
     return losses, is_master
 
 

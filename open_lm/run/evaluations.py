@@ -19,24 +19,27 @@ from open_lm.train.state import TrainState
 class Evaluations:
     """Decides when to evaluate, and keeps the last results. Rank 0 adds a line to `results_path` each time."""
 
-    recorder: Recorder
-
-    def __init__(self, config: RunConfig, world: World, results_path: str):
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        results_path: str,
+        recorder: Recorder,
+        val_sets: list[ValidationSet],
+        tasks: InLoopEvaluator | None,
+    ):
+        self.recorder = recorder
         self.results: tuple[ValidationResult, ...] = ()
         self.scores: dict[str, float] = {}
         self._config = config
         self._world = world
         self._results_path = results_path
-        self._val_sets: list[ValidationSet] = []
-        self._tasks: InLoopEvaluator | None = None
+        self._val_sets = val_sets
+        self._tasks = tasks
         self._bootstrap = bootstrap_of(config)
         self._at_steps = parse_steps(config.validation.eval_at_steps, "--eval-at-steps", least=0)
         self._validated_at: int | None = None
         self._scored_at: int | None = None
-
-    def begin(self, recorder: Recorder, val_sets: list[ValidationSet], tasks: InLoopEvaluator | None) -> None:
-        """Take what there is to evaluate on."""
-        self.recorder, self._val_sets, self._tasks = recorder, val_sets, tasks
 
     def if_due(self, state: TrainState) -> None:
         """Measure validation loss and scores at ends of intervals, or every --val-every-steps, --icl-every-steps."""

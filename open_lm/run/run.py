@@ -1,49 +1,26 @@
-"""A run while it is open: what is due after each step, and how everything is closed on any exit."""
+"""A run at work: what is due after each step."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
-from open_lm import storage
-from open_lm.checkpoint.manager import Checkpoints, DataOrder
-from open_lm.checkpoint.remote_sync import RemoteSync
+from open_lm.checkpoint.manager import DataOrder
 from open_lm.checkpoint.save_policy import SaveClock, SaveKind, SaveSteps
 from open_lm.data.batch import Batch
-from open_lm.distributed import World, start_world
-from open_lm.errors import DeviceError, Preempted, StorageError, TrainingDiverged
+from open_lm.errors import Preempted, StorageError
 from open_lm.evaluate.in_loop import InLoopEvaluator
 from open_lm.evaluate.validation import ValidationResult, ValidationSet
-from open_lm.flags import parse_steps
-from open_lm.model.config import ModelConfig
 from open_lm.model.describe import model_size
-from open_lm.params import RunConfig
 from open_lm.run.claims import Agreement, Claims
 from open_lm.run.evaluations import Evaluations
-from open_lm.run.folder import open_folder, remote_folder, run_folder
-from open_lm.run.lock import FolderLock
-from open_lm.run.profiling import Observer
-from open_lm.run.recorder import Recorder, append_json_line, close_quietly
-from open_lm.run.signals import StopRequests, end_with_launcher
-from open_lm.run.watchdog import Watchdog, record_collectives
-from open_lm.tracking.log import text_log
-from open_lm.tracking.sink import RunFacts, Sink, open_sinks
-from open_lm.train.config import mesh_shape
+from open_lm.run.opened import OpenRun
+from open_lm.run.recorder import Recorder, append_json_line
 from open_lm.train.state import TrainState
 from open_lm.train.step import StepReport, average_losses
 from open_lm.train.timing import Timing
-
-PEER_LEFT = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "remote process exited",
-    "Timed out waiting",
-)
-"""How gloo and NCCL put it when another rank is gone or stuck."""
 
 
 @dataclass(frozen=True)
@@ -57,95 +34,52 @@ class RunResult:
 
 
 class Run:
-    """One open run on one rank. The loop calls it after every step, and it decides what is due."""
-
-    recorder: Recorder
+    """One run on one rank, built on what `start_run` opened. The loop calls it after every step, and it decides what is
+    due."""
 
     def __init__(
         self,
-        config: RunConfig,
-        architecture: ModelConfig,
-        world: World,
-        folder: str,
-        sinks: list[Sink],
-        watchdog: Watchdog,
-    ):
-        self.config = config
-        self.architecture = architecture
-        self.world = world
-        self.folder = folder
-        self.checkpoints = Checkpoints(
-            os.path.join(folder, "checkpoints"),
-            config.checkpoint,
-            name=os.path.basename(folder),
-            config={"model": architecture.to_dict(), "flags": config.as_flags()},
-        )
-        self.stop_requests = StopRequests(config.train.time_limit_minutes)
-        self._observer = Observer(
-            folder,
-            world.rank,
-            profile_steps=parse_steps(config.tracking.profile_steps, "--profile-steps"),
-            trace_steps=parse_steps(config.tracking.trace_steps, "--trace-steps"),
-        )
-        self._watchdog = watchdog
-        self._sinks = sinks
-        self._closing = contextlib.ExitStack()
-        self._closing.callback(self.checkpoints.close)
-        for sink in sinks:
-            self._closing.callback(close_quietly, sink)
-        self._loader: DataOrder | None = None
-        self.evaluations = Evaluations(config, world, os.path.join(self.checkpoints.folder, "results.jsonl"))
-        self._saved_at: int | None = None
-        self._due: tuple[int, SaveKind | None] = (-1, None)
-        self._late: SaveKind | None = None
-        """What was due inside an iteration of reinforcement learning."""
-        self._save_clock = SaveClock(config.checkpoint.save_every_minutes)
-        self._agreement = Agreement(world)
-
-    def begin(
-        self,
+        opened: OpenRun,
         state: TrainState,
         loader: DataOrder | None,
         val_sets: list[ValidationSet],
         tasks: InLoopEvaluator | None = None,
-    ) -> None:
-        """Take what the run works on, once it is built and restored."""
-        self._loader = loader
+    ):
+        """`state` is restored already; without a `loader` the run only evaluates."""
+        self.config, self.architecture, self.world = opened.config, opened.architecture, opened.world
+        self.folder, self.checkpoints, self.stop_requests = opened.folder, opened.checkpoints, opened.stop_requests
+        self._observer, self._loader = opened.observer, loader
         self.recorder = Recorder(
             self.world,
             state,
-            self._sinks,
-            self._watchdog,
+            opened.sinks,
+            opened.watchdog,
             flops_per_token=model_size(self.architecture).flops_per_token,
             peak_tflops=self.config.tracking.peak_tflops,
         )
-        self._closing.callback(self.recorder.close)
-        self.evaluations.begin(self.recorder, val_sets, tasks)
-        if state.step > 0 and loader is not None:
+        opened.closing.callback(self.recorder.close)
+        results = os.path.join(self.checkpoints.folder, "results.jsonl")
+        self.evaluations = Evaluations(self.config, self.world, results, self.recorder, val_sets, tasks)
+        self._saved_at: int | None = state.step
+        self._due: tuple[int, SaveKind | None] = (-1, None)
+        self._late: SaveKind | None = None
+        """What was due inside an iteration of reinforcement learning."""
+        self._save_clock = SaveClock(self.config.checkpoint.save_every_minutes)
+        self._agreement = Agreement(self.world)
+        if loader is not None:
+            self._before_training(state)
+
+    def _before_training(self, state: TrainState) -> None:
+        """What is due before the first step: evaluations and a checkpoint of step 0; resumed, older figures go."""
+        if state.step > 0:
             self.recorder.rewind(state.step)
-        self._saved_at = state.step
         self._save_clock.restart()
-        if loader is not None and state.step == 0:
+        if state.step == 0:
             self.evaluations.before_training(state)
             if 0 in self.config.checkpoint.fixed_steps:
                 self._save(state, "fixed")
-        if loader is not None and state.step >= state.run_length.last_step:
+        if state.step >= state.run_length.last_step:
             logging.info("step %d of %d: nothing left to train", state.step, state.run_length.last_step)
-
-    def another(self, config: RunConfig, architecture: ModelConfig) -> Run:
-        """A run of `config` that writes where this one does, while this one is open."""
-        return Run(config, architecture, self.world, self.folder, self._sinks, self._watchdog)
-
-    def copy_to(self, url: str | None, stack: contextlib.ExitStack) -> None:
-        """Until `stack` is closed: keep a copy of the run at `url`, if there is one."""
-        if url is None:
-            return
-        flags, checkpoints = self.config.checkpoint, self.checkpoints
-        checkpoints.copy = storage.join(url, "checkpoints")
-        if self.world.is_master:
-            every, grace = flags.remote_sync_frequency, flags.remote_sync_grace
-            sync = RemoteSync(self.folder, url, every, checkpoints.retention, flags.n_kept, grace)
-            stack.enter_context(sync)
 
     def claims(self) -> Claims:
         """What this rank asks of all of them as the next step begins."""
@@ -267,81 +201,3 @@ class Run:
         self.evaluations.score(state)
         logging.info("done: %s", self.folder)
         return RunResult(self.folder, state.step, self.evaluations.results, self.evaluations.scores)
-
-    def close(self) -> None:
-        """Close what writes."""
-        self._closing.close()
-
-
-@contextlib.contextmanager
-def start_run(config: RunConfig, architecture: ModelConfig, command: str) -> Iterator[Run]:
-    """Open the run that `config` describes, of a model of `architecture`; whatever happens, all is closed.
-
-    Raises:
-        ConfigError: the run's folder holds a run and --resume is not given.
-        StorageError: the folder cannot be written.
-    """
-    flags, tracking = config.parallel, config.tracking
-    with contextlib.ExitStack() as stack:
-        end_with_launcher()
-        record_collectives()
-        world = stack.enter_context(
-            start_world(
-                flags.device,
-                flags.dist_backend,
-                init_method=flags.dist_url,
-                timeout_seconds=flags.dist_timeout,
-                device_by_rank=not flags.no_set_device_rank,
-                force_group=flags.force_distributed,
-                mesh=partial(mesh_shape, flags),
-            )
-        )
-        lock = FolderLock(run_folder(config))
-        stack.callback(lock.release)
-        folder = open_folder(config, world, architecture, lock)
-        stack.enter_context(text_log(folder, world.rank, every_rank=tracking.log_local, debug=tracking.debug))
-        logging.info("%s", command)
-        facts = RunFacts(os.path.basename(folder), folder, config.as_flags(), tracking)
-        sinks = open_sinks(facts) if world.is_master else []
-        watchdog = Watchdog(folder, world.rank, flags.hang_timeout or 0.8 * flags.dist_timeout)
-        run = Run(config, architecture, world, folder, sinks, watchdog)
-        if config.trains:
-            stack.enter_context(leaving_together(world))
-            run.checkpoints.require_owner = lock.require if world.is_master else run.checkpoints.require_owner
-            run.copy_to(remote_folder(config), stack)
-        stack.enter_context(watchdog)
-        stack.callback(run.close)
-        try:
-            yield run
-        except BaseException as error:
-            logging.error("the run ended with %s: %s", type(error).__name__, error)
-            if lost_contact(error):
-                logging.debug("", exc_info=error)
-                raise DeviceError(
-                    f"lost contact with the other ranks ({error}); see which of them failed first."
-                ) from None
-            raise
-
-
-@contextlib.contextmanager
-def leaving_together(world: World) -> Iterator[None]:
-    """At a regular end no rank leaves before all can: torchrun ends the others when the first is gone, and rank 0 may
-    still copy checkpoints."""
-    try:
-        yield
-    except (Preempted, TrainingDiverged):
-        _wait_for_all(world)
-        raise
-    _wait_for_all(world)
-
-
-def _wait_for_all(world: World) -> None:
-    try:
-        world.wait_for_all()
-    except RuntimeError as error:
-        logging.warning("another rank left early: %s", error)
-
-
-def lost_contact(error: BaseException) -> bool:
-    """Whether an error says that another rank has left, which then has a reason of its own to report."""
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in PEER_LEFT)

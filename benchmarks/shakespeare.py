@@ -61,14 +61,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("/tmp/shakespeare"))
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args, more = parser.parse_known_args()
     vocab_size = prepare(args.text.read_text(), args.out)
     (args.out / "model.json").write_text(json.dumps({**ARCHITECTURE, "vocab_size": vocab_size}))
     validation = ["--val-data", str(args.out / "validation/*.tar"), "--val-every-steps", str(args.steps // 4)]
     shards = ["--dataset-manifest", str(args.out / "train/manifest.jsonl"), *validation]
     length = ["--train-tokens", str(args.steps * 12 * 64), "--seed", str(args.seed)]
     names = ["--model", str(args.out / "model.json"), "--logs", str(args.out), "--name", "run"]
-    result = train([*shards, *length, *names, *RECIPE])
+    result = train([*shards, *length, *names, *RECIPE, *more])
     print(f"validation loss {result.validation[0].loss:.4f} after {result.step} steps (goal: 1.65; nanoGPT: 1.88)")
 
 

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import xxhash
 
-from open_lm import storage
+from open_lm import faults, storage
 from open_lm.errors import CheckpointError
 
 BLOCK_BYTES = 8 << 20
@@ -55,7 +55,7 @@ class ChecksummingFile:
     def write(self, block: Any) -> int:
         self._sum.update(block)
         self._size += len(block)
-        return len(block) if self._file is None else self._file.write(block)
+        return len(block) if self._file is None else faults.at("file.write", self._file).write(block)
 
     def flush(self) -> None:
         if self._file is not None:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from open_lm import storage, text
+from open_lm import faults, storage, text
 from open_lm.checkpoint import commit as commits
 from open_lm.checkpoint.background import Background
 from open_lm.checkpoint.commit import SHARDS_SIGN
@@ -112,6 +112,7 @@ class Checkpoints:
                 raise StorageError(full)
             if self._world.device.type == "cuda":  # a new thread starts on GPU 0, whichever is this rank's
                 torch.cuda.set_device(self._world.device)
+            faults.at("save", label)
             if in_shards:
                 written = write_sharded(self._target, snapshot, shards, self._world, self._group)
             else:

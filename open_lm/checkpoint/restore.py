@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
-from open_lm import storage
+from open_lm import faults, storage
 from open_lm.checkpoint.manager import Checkpoints, DataOrder
 from open_lm.checkpoint.mean import read_mean
 from open_lm.checkpoint.read import local_shards, read_checkpoint
@@ -60,6 +60,7 @@ def restore(checkpoints: Checkpoints, state: Saved, loader: DataOrder | None) ->
     if not (flags.resume or flags.start):
         return
     stored = Stored()
+    faults.at("load", flags.resume)
     facts = state.world.on_rank0(lambda: _read(stored, checkpoints, state, trains=loader is not None))
     if facts is None:
         if loader is None:

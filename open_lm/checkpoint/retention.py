@@ -35,11 +35,13 @@ class Retention:
     def unfinished(self, label: str, names: Sequence[str]) -> Iterator[None]:
         """Around a save that writes `names` and commits them in the end."""
         path = storage.join(self._folder, f"epoch_{label}{UNFINISHED}")
-        storage.write_text(path, json.dumps({"label": label, "names": list(names), "owner": process.identity()}))
+        mine = json.dumps({"label": label, "names": list(names), "owner": process.identity()})
+        storage.write_text(path, mine)
         try:
             yield
         finally:  # what has no commit by now was removed by the save itself
-            storage.remove(path)
+            if storage.exists(path) and storage.read_text(path) == mine:  # else another run has taken over
+                storage.remove(path)
 
     @contextlib.contextmanager
     def pinned(self, commit: Commit) -> Iterator[None]:
@@ -63,7 +65,8 @@ class Retention:
 
     def sweep(self) -> None:
         """Delete the files of saves that were killed: named by a save that ended with its process, and by nothing
-        else."""
+        else; and commit files that were only half written."""
+        alive = set()
         for path in storage.glob_in(self._folder, f"epoch_*{UNFINISHED}"):
             try:
                 begun = json.loads(storage.read_text(path))
@@ -71,6 +74,7 @@ class Retention:
             except (ValueError, KeyError, TypeError):
                 continue
             if process.is_here(owner) and process.is_running(owner):  # of other machines the run's lock knows
+                alive.add(f"epoch_{label}")
                 continue
             spoken_for = _named_in(self._folder, label)
             for name in names:
@@ -79,6 +83,9 @@ class Retention:
                 if name not in spoken_for:
                     _delete(self._folder, name)
             storage.remove(path)
+        for half_written in Path(storage.local_path(self._folder)).glob(".epoch_*.json.*.tmp"):
+            if half_written.name.split(".")[1] not in alive:
+                half_written.unlink(missing_ok=True)
 
 
 def discard(folder: str, commit: Commit) -> None:

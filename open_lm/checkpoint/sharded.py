@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from open_lm import faults
 from open_lm.checkpoint.checksum import ChecksummingFile, FileRecord
 from open_lm.errors import CheckpointError, StorageError
 
@@ -92,12 +93,14 @@ class _SummingFiles(FileSystem):
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+        faults.at("file.open", str(path))
         with super().create_stream(path, mode) as stream:
             if mode == "wb":
                 stream = self._open[Path(path).name] = _SummingStream(stream)  # type: ignore[assignment]
             yield stream
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+        faults.at("file.rename", str(new_path))
         super().rename(path, new_path)
         self._open[Path(new_path).name] = self._open.pop(Path(path).name)
 

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import IO, cast
 
-from open_lm import storage
+from open_lm import faults, storage
 from open_lm.checkpoint.checksum import BLOCK_BYTES, ChecksummingFile, FileRecord, record_of
 from open_lm.errors import CheckpointError
 from open_lm.storage import remote
@@ -24,6 +24,7 @@ def upload(path: Path, url: str, expected: FileRecord | None = None) -> None:
         CheckpointError: the file is not what is expected.
         StorageError: it did not arrive.
     """
+    faults.at("upload", url)
     if not storage.is_remote(url):
         with open(path, "rb") as source, storage.open_atomic(url) as target:
             summing = ChecksummingFile(target, expected.algorithm if expected else "xxh3-128")

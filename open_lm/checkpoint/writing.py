@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from open_lm.checkpoint.retention import Retention
 from open_lm.checkpoint.snapshot import Snapshot
 from open_lm.checkpoint.tree import flat
 from open_lm.distributed import World
-from open_lm.errors import OpenLMError, StorageError
+from open_lm.errors import FolderLocked, OpenLMError, StorageError
 
 WRITE_ERRORS = (OpenLMError, OSError, RuntimeError)
 """How a disk that is full or broken is reported: torch.save raises a RuntimeError."""
@@ -55,6 +55,18 @@ class Target:
         commits.publish(self.folder, commit)
         return commit
 
+    def save_file(self, name: str, payload: Any) -> FileRecord:
+        """Write one file, if the folder is still this run's."""
+        self.require_owner()
+        return commits.save_file(self.folder, name, payload)
+
+    def withdraw(self, names: Iterable[str]) -> None:
+        """Remove the files of a save that failed; in a folder that another run has taken over they may be its own."""
+        with contextlib.suppress(FolderLocked):
+            self.require_owner()
+            for name in names:
+                storage.remove(storage.join(self.folder, name))
+
 
 @contextlib.contextmanager
 def without_zip_checksums() -> Iterator[None]:
@@ -77,12 +89,11 @@ def write_consolidated(target: Target, snapshot: Snapshot) -> Commit:
     with target.retention.unfinished(snapshot.label, list(payloads)), without_zip_checksums():
         try:
             records = commits.in_parallel(
-                partial(commits.save_file, target.folder, name, payload) for name, payload in payloads.items()
+                partial(target.save_file, name, payload) for name, payload in payloads.items()
             )
             return target.commit(snapshot, dict(zip(payloads, records, strict=True)))
         except BaseException:
-            for name in payloads:
-                storage.remove(storage.join(target.folder, name))
+            target.withdraw(payloads)
             raise
 
 

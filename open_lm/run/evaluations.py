@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from open_lm import faults
 from open_lm.distributed import World
 from open_lm.errors import TrainingDiverged
 from open_lm.evaluate.bootstrap import Bootstrap
@@ -59,6 +60,7 @@ class Evaluations:
         """Measure and record the validation loss, unless this step has been measured."""
         if not self._val_sets or self._validated_at == state.step:
             return
+        faults.at("validation", state.step)
         results = self.recorder.untimed(
             lambda: evaluate(state.model, self._val_sets, self._world, state.precision, self._bootstrap)
         )

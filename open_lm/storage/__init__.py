@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import quote, unquote_to_bytes
 
+from open_lm import faults
 from open_lm.errors import StorageError
 from open_lm.storage import remote
 from open_lm.storage.remote import RemoteFile, filesystem, patiently, redacted, shown, storage_error
@@ -160,6 +161,7 @@ def open_atomic(url: str) -> Iterator[IO[bytes]]:
     path = local_path(url)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        faults.at("file.open", str(path))
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     except OSError as error:
         raise storage_error("write", url, error) from error
@@ -167,9 +169,12 @@ def open_atomic(url: str) -> Iterator[IO[bytes]]:
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
+            faults.at("file.sync", str(path))
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
+        faults.at("file.rename", str(path))
         os.replace(temporary, path)
+        faults.at("file.renamed", str(path))
         _sync_folder(path.parent)
     except OSError as error:
         raise storage_error("write", url, error) from error
@@ -195,6 +200,7 @@ def remove(url: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             patiently("remove", url, lambda: filesystem(url).rm(url), missing_is_error=False)
         return
+    faults.at("file.remove", url)
     with contextlib.suppress(FileNotFoundError):
         local_path(url).unlink()
 

@@ -5,7 +5,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
+
+
+class LogFile(logging.FileHandler):
+    """A log file that may not be writable, on a full disk say: that is said once on the terminal, and ends nothing."""
+
+    _is_broken = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not self._is_broken:
+            self._is_broken = True
+            print(f"{self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 @contextlib.contextmanager
@@ -16,7 +32,7 @@ def text_log(folder: str, rank: int, *, every_rank: bool, debug: bool) -> Iterat
         handlers.append(logging.StreamHandler())
     if rank == 0 or every_rank:
         name = "out.log" if rank == 0 else f"out-{rank}.log"
-        handlers.append(logging.FileHandler(os.path.join(folder, name)))
+        handlers.append(LogFile(os.path.join(folder, name)))
     formatter = logging.Formatter("%(asctime)s | %(levelname)s | %(message)s", datefmt="%Y-%m-%d,%H:%M:%S")
     root, before = logging.getLogger(), logging.getLogger().level
     root.setLevel(logging.DEBUG if debug else logging.INFO)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from open_lm import faults
 from open_lm.data.batch import Batch
 from open_lm.train.state import TrainState
 from open_lm.train.step import StepReport, train_step
@@ -34,11 +35,12 @@ def train(state: TrainState, batches: Iterable[Batch], run: RunHooks, *, accum: 
     """Train on `batches`, one optimizer step each, from `state.step` on."""
     state.model.train()
     timing = Timing(state.world.device)
-    for host_batch in timed(batches, timing):
+    for host_batch in timed(batches, timing, state):
         batch = host_batch.to(state.world.device)
         if state.part is not None:
             batch = batch.of_part(state.part)
         with run.observe(state):
+            faults.at("step", state.step)
             report = train_step(state, batch, accum=accum, clip=clip, timing=timing, claims=run.claims())
         run.record(report, state, timing)
         run.score_averages_if_due(state, batch)
@@ -47,11 +49,12 @@ def train(state: TrainState, batches: Iterable[Batch], run: RunHooks, *, accum: 
         run.stop_if_asked(state)
 
 
-def timed(batches: Iterable[Batch], timing: Timing) -> Iterator[Batch]:
+def timed(batches: Iterable[Batch], timing: Timing, state: TrainState) -> Iterator[Batch]:
     """`batches`, with the wait for each counted as `data`."""
     iterator = iter(batches)
     while True:
         with timing("data", on_host=True):
+            faults.at("data", state.step)
             batch = next(iterator, None)
         if batch is None:
             return

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from open_lm import faults
 from open_lm.data.batch import Batch
 from open_lm.train.optim import set_lr
 from open_lm.train.parallel import clip_grad_norm, grad_sync
@@ -57,11 +58,12 @@ def train_step(
     for micro, is_last in with_last(batch.split(accum)):
         with grad_sync(state.model, enabled=is_last):
             with timing("forward"), state.precision.autocast():
-                losses = state.task.loss_sums(state.model, micro)
+                losses = faults.at("loss", state.task.loss_sums(state.model, micro))
             with timing("backward"):  # DDP and FSDP average gradients over ranks: undo that, the loss is a sum
                 state.precision.backward(losses.total / first(count) * state.world.shape.n_shares)
         parts += losses.parts
     with timing("optim_step"):
+        faults.at("gradients", state.model)
         grad_norm, taken = state.precision.step(
             state.model,
             state.optimizers,

@@ -1,0 +1,106 @@
+"""Signals: to torchrun, to one rank, twice, while a save, a validation or a restore goes on (rows 11 to 16)."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from runs import ROOT
+
+PREEMPTED = 85
+
+
+@pytest.mark.parametrize("ranks", [[0], [1]])
+def test_a_signal_to_one_rank_lets_all_save_the_same_step(scene, ranks):
+    fault = {"event": "step", "rank": ranks[0], "step": 8, "do": "term"}
+    codes, _ = scene.run(size=2, faults=[fault])
+    assert codes == [PREEMPTED] * 2
+    assert scene.steps() == [6, 9]  # the step in which it came is the last
+    scene.resume(size=2)
+    scene.require_as_straight(size=2)
+
+
+@pytest.mark.parametrize(
+    ("event", "step", "saved"),
+    [("file.write", 11, [6, 12]), ("validation", None, [6]), ("gradients", 3, [4]), ("data", 3, [5])],
+)
+def test_a_signal_at_any_moment_leaves_one_complete_checkpoint(scene, event, step, saved):
+    """In a save, in a validation, in a step, in the wait for data; each time twice."""
+    held_out = ["--val-data", str(scene.manifest).replace("manifest.jsonl", "00000000.tar"), "--val-batch-size", "8"]
+    faults = [{"event": event, "do": "term", **({"step": step} if step else {})}] * 2
+    codes, output = scene.run(*held_out, "--no-async-save", faults=faults)
+    assert codes == [PREEMPTED], output
+    assert scene.steps() == saved
+    scene.require_clean()
+    scene.resume(*held_out)
+    scene.require_as_straight()
+
+
+def test_a_signal_while_a_checkpoint_is_read_loses_nothing(scene):
+    scene.run("--stop-at-step", "6")
+    codes, _ = scene.run("--resume", "latest", size=2, faults=[{"event": "load", "do": "term"}])
+    assert set(codes) <= {-signal.SIGTERM, PREEMPTED, 71} and scene.steps() == [6]
+    scene.resume()
+    scene.require_as_straight()
+
+
+def test_a_save_that_is_killed_for_taking_longer_than_the_grace_leaves_the_one_before(scene):
+    faults = [{"event": "step", "step": 8, "do": "term"}, {"event": "save", "step": 8, "do": "sleep:60"}]
+    with scene.start(faults=faults, log=scene.folder / "log") as ranks:
+        ranks.wait_until(lambda: (scene.folder / "log").exists() and "sleep" in (scene.folder / "log").read_text())
+        time.sleep(0.5)
+        ranks.kill()  # as torchrun does after --shutdown-timeout
+        assert ranks.wait() == [-signal.SIGKILL]
+    assert scene.steps() == [6]
+    scene.resume()
+    scene.require_as_straight()
+
+
+def torchrun(scene, *words, faults="[]", log=None):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words, "-m"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests", "OMP_NUM_THREADS": "1"}
+    environment |= {"OPENLM_FAULTS": "faults.injector:at", "OPENLM_FAULT_PLAN": faults}
+    endless = scene.words("--multiple-data-passes", steps=100_000)
+    running = subprocess.Popen(
+        [*launcher, "open_lm.main", *endless], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    metrics = scene.path().parent / "metrics.jsonl"
+    while not metrics.exists() or metrics.stat().st_size < 100:
+        assert running.poll() is None, running.stderr.read()
+        time.sleep(0.1)
+    return running
+
+
+def ranks_left(scene, seconds):
+    deadline = time.monotonic() + seconds
+    while left := subprocess.run(["pgrep", "-f", str(scene.folder)], capture_output=True, text=True).stdout.split():
+        if time.monotonic() > deadline:
+            return left
+        time.sleep(0.1)
+    return []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (signal.SIGTERM, []),
+        (signal.SIGUSR1, ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]),
+        (signal.SIGUSR1, []),
+        (signal.SIGKILL, []),
+    ],
+    ids=["SIGTERM", "SIGUSR1 forwarded", "SIGUSR1", "SIGKILL"],
+)
+def test_a_signal_to_torchrun_ends_with_a_checkpoint_and_no_orphan(scene, number, words):
+    """torchrun forwards SIGTERM; SIGUSR1 and SIGKILL end it, and its ranks get SIGTERM from the system."""
+    running = torchrun(scene, *words)
+    try:
+        running.send_signal(number)
+        running.wait(60)
+        assert ranks_left(scene, 30) == []
+    finally:
+        running.kill()
+        running.stderr.close()
+    assert len(scene.steps()) == 1 and scene.commits()[0].facts["kind"] == "ephemeral"

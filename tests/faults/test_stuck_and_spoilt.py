@@ -1,0 +1,67 @@
+"""Ranks that are stuck, and numbers that are spoilt (rows 17, 18, 20, 21)."""
+
+import json
+import os
+import signal
+
+import pytest
+from runs import metrics
+
+from open_lm.errors import DeviceError, TrainingDiverged
+
+
+def test_a_stopped_rank_ends_the_others_with_stacks_and_collectives(scene):
+    fault = {"event": "step", "rank": 1, "step": 8, "do": "stop"}
+    with scene.start("--dist-timeout", "6", "--hang-timeout", "2", size=2, faults=[fault]) as ranks:
+        ranks.wait_until(lambda: (scene.path().parent / "hang-rank0.json").exists())
+        ranks.wait_until(lambda: _ended(ranks, 0))
+        ranks.send(signal.SIGKILL, [1])
+        assert ranks.wait()[0] == DeviceError.exit_code
+    assert "all_reduce" in (scene.path().parent / "hang-rank0.txt").read_text()
+    assert json.loads((scene.path().parent / "hang-rank0.json").read_text())["entries"]
+    scene.resume(size=2)
+    scene.require_as_straight(size=2)
+
+
+def _ended(ranks, rank):
+    pid, status = os.waitpid(ranks.pids[rank], os.WNOHANG)
+    if pid:
+        ranks.codes[rank] = os.waitstatus_to_exitcode(status)
+    return ranks.codes[rank] is not None
+
+
+@pytest.mark.parametrize("event", ["data", "load"])
+def test_a_hang_outside_of_collectives_is_ended_by_the_watchdog(scene, event):
+    """The stacks name what hangs."""
+    scene.run("--stop-at-step", "6")
+    fault = {"event": event, "do": "sleep:60", **({"step": 8} if event == "data" else {})}
+    words = ["--resume", "latest", "--hang-timeout", "1" if event == "data" else "0.15"]
+    codes, output = scene.run(*words, faults=[fault])
+    assert codes == [DeviceError.exit_code], output
+    stacks = (scene.path().parent / "hang-rank0.txt").read_text()
+    assert {"data": "in timed", "load": "in restore"}[event] in stacks
+    scene.resume()
+    scene.require_as_straight()
+
+
+@pytest.mark.parametrize(("event", "factor"), [("loss", "nan"), ("loss", "inf"), ("gradients", "nan")])
+def test_a_figure_that_is_not_finite_on_one_rank_ends_all_with_77(scene, event, factor):
+    """No rank waits for another; what is saved is from before."""
+    fault = {"event": event, "rank": 1, "step": 8, "do": f"times:{factor}"}
+    codes, output = scene.run(size=2, faults=[fault])
+    assert codes == [TrainingDiverged.exit_code] * 2 and output.count("error: loss") == 1
+    assert scene.steps() == [6]
+    scene.resume(size=2)
+    scene.require_as_straight(size=2)
+
+
+def test_a_spike_on_one_rank_is_skipped_on_all_and_the_batch_counts_as_used(scene):
+    steps, spike = 90, 80
+    fault = {"event": "loss", "rank": 1, "step": spike, "do": "times:100"}
+    words = ["--skip-step-sigma", "6", "--multiple-data-passes"]
+    codes, output = scene.run(*words, size=2, faults=[fault], steps=steps)
+    assert codes == [0, 0], output
+    skipped = [json.loads(line) for line in (scene.path().parent / "skipped_steps.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in skipped] == [spike + 1]
+    assert max(list(metrics(scene.folder).values())[-5:]) < 2 and scene.steps()[-1] == steps
+    assert {state["samples_consumed"] for state in scene.data_states()} >= {steps * 8}

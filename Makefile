@@ -21,6 +21,12 @@ test:  ## The tests, but those marked slow
 test-all:  ## All tests
 	bash scripts/test.sh -m ""
 
+soak:  ## Kill and resume a small run 500 times in all settings (about 40 minutes on two idle cores; CYCLES=20 SEED=1 for less)
+	$(PYTHON) tests/faults/soak.py --cycles $${CYCLES:-500} --seed $${SEED:-0} --json soak.json
+
+mutants:  ## Plant 93 bugs, one at a time, and see which the tests notice (about an hour; ONLY=masking for some)
+	$(PYTHON) tests/mutants --only "$$ONLY" --json mutants.json
+
 docs:  ## Build the site of docs/ into site/ (mkdocs)
 	bash -c '. scripts/environment.sh && ensure_environment requirements.txt requirements-docs.txt'
 	$(PYTHON) -m mkdocs build --strict
@@ -54,4 +60,4 @@ trace-cuda:  ## Steps on fake CUDA tensors: installs a CUDA build of torch (5 GB
 	  $$(echo $(CUDA_VENV)/lib/python3*/site-packages)/zz_project.pth
 	$(CUDA_VENV)/bin/python scripts/trace_cuda.py
 
-.PHONY: help install install-eval check test test-all docs dist nightly flags house walks smoke trace-cuda
+.PHONY: help install install-eval check test test-all soak mutants docs dist nightly flags house walks smoke trace-cuda

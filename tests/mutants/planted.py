@@ -1,0 +1,223 @@
+"""The planted bugs: in which file, what becomes what, and the tests that should notice. `make mutants` runs them."""
+
+from typing import NamedTuple
+
+STEP, PARALLEL, OPTIM, MUON = (f"open_lm/train/{name}.py" for name in ("step", "parallel", "optim", "muon"))
+CHECKPOINT, DATA = "open_lm/checkpoint", "open_lm/data"
+SCORING, METRICS = "open_lm/evaluate/engine/scoring.py", "open_lm/evaluate/engine/metrics.py"
+OWNERSHIP, CORNERS = "tests/checkpoint/test_ownership.py", "tests/commands/test_resume_corners.py"
+
+
+class Mutant(NamedTuple):
+    """One bug. `tests` are words for pytest."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+def _of(file, tests, *pairs):
+    return [Mutant(file, old, new, tests) for old, new in pairs]
+
+
+PLANTED = [
+    # the step
+    *_of(STEP, "tests/train/test_parallel.py", (" * state.world.shape.n_shares)", ")"), ("enabled=is_last", "enabled=False")),
+    *_of(
+        STEP,
+        "tests/train/test_step.py tests/train/test_golden_losses.py",
+        ("parts += losses.parts", "parts = losses.parts"),
+        ("state.lr_at(state.step)", "state.lr_at(state.step + 1)"),
+        ("batch.split(accum)):\n        with grad_sync", "batch.split(1)):\n        with grad_sync"),
+    ),
+    *_of(STEP, "tests/train/test_step.py", (".clamp(min=1)\n    batch = state.task.prepare(state, batch, accum)\n    parts", "\n    batch = state.task.prepare(state, batch, accum)\n    parts")),
+    *_of(STEP, "tests/train/test_averaging.py tests/commands/test_averages_in_runs.py", ("average.update(state.step)", "average.update(state.step - 1)")),
+    *_of("open_lm/train/tasks.py", "tests/model/test_moe.py tests/train/test_step.py tests/train/test_moe_parallel.py", ("(self.balance_loss or 0.0) * n_targets * routing.balance_loss", "(self.balance_loss or 0.0) * routing.balance_loss")),
+    *_of(
+        "open_lm/train/tasks.py",
+        "tests/train/test_distillation_losses.py tests/commands/test_distillation.py tests/train/test_step.py",
+        ("share=1 - self.weight", "share=self.weight"),
+        ("self.z_loss / share if share else 0.0", "self.z_loss"),
+        ("plain.total + self.weight * divergence", "plain.total + divergence"),
+    ),
+    *_of(
+        "open_lm/precision.py",
+        "tests/train/test_precision.py tests/train/test_step.py",
+        ("(~norm.isfinite()).float()", "norm.isnan().float()"),
+        ("                self.scaler.unscale_(optimizer)", "                pass"),
+        ("            self.scaler.update()\n", ""),
+    ),
+    *_of("open_lm/precision.py", "tests/train/test_spike_guard.py tests/train/test_step.py", ("        if taken:\n", "        if True:\n")),
+    *_of(
+        "open_lm/train/spike_guard.py",
+        "tests/train/test_spike_guard.py",
+        ("if len(seen) < LEAST", "if len(seen) < 2"),
+        ("self._sigma * statistics.stdev", "statistics.stdev"),
+    ),
+    *_of(
+        "open_lm/train/schedule.py",
+        "tests/train/test_schedule.py",
+        ("self.peak * (step + 1) / self.warmup_steps", "self.peak * step / self.warmup_steps"),
+        ("bisect_right(ends, step)", "bisect_left(ends, step)"),
+        ("step + self.at_end - first", "step - first"),
+    ),
+    # optimizers
+    *_of(
+        OPTIM,
+        "tests/model/test_mamba.py tests/train/test_step.py tests/train/test_optimizers.py",
+        (' and not name.endswith("A_log")', ""),
+        ('parameter.ndim >= 2 and "embedding" not in name', "parameter.ndim >= 2"),
+        ("torch._foreach_lerp(gradients, momenta, beta1)", "torch._foreach_lerp(gradients, momenta, beta2)"),
+        ('torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])', 'torch._foreach_mul_(weights, 1 - group["weight_decay"])'),
+        ("betas=(config.beta1, config.beta2), eps", "betas=(config.beta1, config.beta1), eps"),
+    ),
+    *_of(
+        OPTIM,
+        "tests/model/test_parametrization.py",
+        ('lr * group.get("lr_scale", 1.0)', "lr"),
+        ('group["eps"] * scale.eps', 'group["eps"]'),
+    ),
+    *_of(
+        MUON,
+        "tests/train/test_muon.py",
+        ("if packing is None:", "if True:"),
+        ("local_gradients, 1 - momentum)", "local_gradients, momentum)"),
+        ("0.2 * max(matrix", "0.2 * min(matrix"),
+        ("if number % size == rank", "if number % size == 0"),
+        ('local.mul_(1 - group["lr"] * group["weight_decay"])', "local.mul_(1.0)"),
+    ),
+    # parallel
+    *_of(
+        PARALLEL,
+        "tests/train/test_parallel.py tests/train/test_meshes.py -m 'not_slow'",
+        ("reduce_dtype=torch.float32", "reduce_dtype=torch.bfloat16"),
+        ("clip_grads_with_norm_(group, limit, norm)", "clip_grads_with_norm_(group, 2 * limit, norm)"),
+        ("torch.linalg.vector_norm(torch.stack(norms))", "torch.stack(norms).sum()"),
+        ("model.set_requires_all_reduce(enabled)", "model.set_requires_all_reduce(False)"),
+    ),
+    *_of("open_lm/distributed.py", "tests/train/test_parallel.py", ('(shape.dp, shape.n_shards, shape.tp), ("copy"', '(shape.n_shards, shape.dp, shape.tp), ("copy"')),
+    *_of(
+        "open_lm/train/averaging.py",
+        "tests/train/test_averaging.py tests/checkpoint/test_companions.py tests/commands/test_averages_in_runs.py",
+        ('self._n = state["n"] if "n" in state', 'self._n = 0 if "n" in state'),
+        ("if step % self.spec.every_n_steps:", "if False:"),
+    ),
+    # the checkpoint
+    *_of(
+        f"{CHECKPOINT}/restore.py",
+        "tests/checkpoint/test_companions.py tests/checkpoint/test_sharded.py tests/commands/test_resume_corners.py tests/train/test_random_state.py -k 'not_kill'",
+        ('state.precision.load_state_dict(facts["scaler"])', "pass"),
+        ("        _restore_random(facts, checkpoints, state)\n", ""),
+        ("    if rest:\n", "    if False:\n"),
+        ("    if before != now:\n", "    if False:\n"),
+    ),
+    *_of(f"{CHECKPOINT}/restore.py", "tests/faults/test_folders.py -k flags", ('loader.check_state(facts["data_state"] | {"steps": state.step})', "pass")),
+    *_of(
+        f"{CHECKPOINT}/writing.py",
+        OWNERSHIP,
+        ("require_sizes(target.folder, named)", "pass"),
+        ("        self.require_owner()\n        commits.publish", "        commits.publish"),
+    ),
+    *_of(f"{CHECKPOINT}/writing.py", "tests/faults/test_folders.py -k zombie", ("        with contextlib.suppress(FolderLocked):\n            self.require_owner()\n", "        if True:\n")),
+    *_of(
+        f"{CHECKPOINT}/retention.py",
+        OWNERSHIP,
+        ("    storage.remove(storage.join(folder, commit.commit_name))\n    for name in commit.files:\n        storage.remove(storage.join(folder, name))\n",
+         "    for name in commit.files:\n        storage.remove(storage.join(folder, name))\n    storage.remove(storage.join(folder, commit.commit_name))\n"),
+        ("if process.is_here(owner) and process.is_running(owner):", "if False:"),
+        ("if commit.label not in self._pinned:", "if True:"),
+        ("(c.branch, c.step) > (branch, step)", "c.branch > branch"),
+        ("if name not in spoken_for:", "if True:"),
+    ),
+    *_of(
+        f"{CHECKPOINT}/commit.py",
+        f"{OWNERSHIP} tests/checkpoint/test_commit.py",
+        ("        if found != record.size_bytes:", "        if False:"),
+        ("if set(loaded) != FIRST_KEYS and", "if False and"),
+        ("(-commit.branch, -commit.step)", "(-commit.step, -commit.branch)"),
+    ),
+    *_of(f"{CHECKPOINT}/checksum.py", "tests/faults/test_damage.py -k flips", ("    return record_of(path, algorithm) == record", "    return True")),
+    *_of(f"{CHECKPOINT}/resolve.py", "tests/faults/test_damage.py -k flips", ("only=self._files_of(part)", 'only=self._files_of("weights")')),
+    *_of(
+        f"{CHECKPOINT}/save_policy.py",
+        f"tests/checkpoint/test_save_policy.py {OWNERSHIP}",
+        ("alike[n_kept:]", "alike[n_kept + 1 :]"),
+        ('            return "fixed"', '            return "step"'),
+        ("if not commit.is_newer]", "if True]"),
+    ),
+    *_of(
+        f"{CHECKPOINT}/snapshot.py",
+        "tests/checkpoint/test_async.py tests/checkpoint/test_sharded.py tests/checkpoint/test_companions.py",
+        ('                moments["step"].zero_()', "                pass"),
+        ("return staging.copy(name, whole) if staging is not None else whole.detach().cpu()", "return whole.detach().cpu()"),
+    ),
+    *_of(
+        f"{CHECKPOINT}/manager.py",
+        "tests/checkpoint/test_async.py tests/faults/test_full_disks.py",
+        ("MAX_FAILED_SAVES = 3", "MAX_FAILED_SAVES = 300"),
+        ("self._failed_saves + 1 if self.problem else 0", "self._failed_saves + bool(self.problem)"),
+    ),
+    *_of(
+        f"{CHECKPOINT}/sharded.py",
+        "tests/checkpoint/test_sharded.py",
+        ("if is_type or name in _KNOWN.get(module, ()):", "if True:"),
+        ("if info is None or", "if False and"),
+    ),
+    # the remote copy
+    *_of(
+        f"{CHECKPOINT}/remote_sync.py",
+        f"{OWNERSHIP} tests/checkpoint/test_remote_sync.py",
+        ("        with retention.pinned(commit):\n", "        if True:\n"),
+        ("(ours[0].branch, ours[0].step) >= (theirs[0].branch, theirs[0].step)", "ours[0].step >= theirs[0].step"),
+        ('partial(fetch, f"{CHECKPOINTS}/{name}", record)', 'partial(fetch, f"{CHECKPOINTS}/{name}")'),
+        ('if os.path.isabs(name) or ".." in Path(name).parts:', "if False:"),
+    ),
+    *_of(f"{CHECKPOINT}/upload.py", OWNERSHIP, ("            _require(summing.record(), expected, path)", "            pass")),
+    # the run
+    *_of("open_lm/run/recorder.py", "tests/faults/test_stuck_and_spoilt.py -k finite", ("math.isfinite(loss) and math.isfinite(grad_norm)", "math.isfinite(loss)")),
+    *_of("open_lm/run/lock.py", "tests/commands/test_lock.py tests/faults/test_folders.py -k 'second or lock or dead'", ("            if process.is_running(owner):\n", "            if False:\n")),
+    # the loader and the plan
+    *_of(
+        f"{DATA}/loader.py",
+        "tests/data/test_read_proof.py tests/data/test_loader.py tests/data/test_elastic.py",
+        ("if rows.read_checksum != expected:", "if False:"),
+        ("if changed is not None:", "if False:"),
+        ("needed > self.n_sequences:", "needed > self.n_sequences + 8:"),
+        ('"seed", "samples_consumed"', '"samples_consumed"'),
+        ("inputs_BT[rows], targets_BT[rows] = 0, IGNORED", "inputs_BT[rows], targets_BT[rows] = 0, 0"),
+    ),
+    *_of(
+        f"{DATA}/plan.py",
+        "tests/data/test_plan.py",
+        ("(x >> np.uint64(27))", "(x >> np.uint64(28))"),
+        ('key("shards", self.seed, self.salt, number)', 'key("shards", self.seed, self.salt, 0)'),
+        ("stripe * self._n[at] // self._stripes[at]\n", "stripe * (self._n[at] // self._stripes[at])\n"),
+        ("end = np.minimum(first + number * block, length)", "end = first + number * block"),
+        ('side="right") - 1\n        return self._order', 'side="left") - 1\n        return self._order'),
+    ),
+    # masks
+    *_of(
+        f"{DATA}/masking.py",
+        "tests/data/test_masking.py tests/data/test_validation.py tests/post_training/test_chat_data.py",
+        ("is_marker_BT.flip(1).cumsum(1).flip(1) > 0", "is_marker_BT.cumsum(1) > 0"),
+        ("masked_BT | (targets_BT == individual)", "masked_BT & (targets_BT == individual)"),
+        ("places_T >= n_kept_B", "places_T > n_kept_B"),
+        ("marks_BS[:, 1:] != 0", "marks_BS[:, :-1] != 0"),
+    ),
+    # scoring
+    *_of(
+        SCORING,
+        "tests/evaluate/icl/test_icl_scoring.py tests/evaluate/icl/test_icl_engine.py",
+        ("context + continuation[:-1] for", "context + continuation for"),
+        ("[len(context) - 1 for context, _ in pairs]", "[len(context) for context, _ in pairs]"),
+        ("starts = [max(given, 1) for given in n_given]", "starts = [given for given in n_given]"),
+    ),
+    *_of(
+        METRICS,
+        "tests/evaluate/icl",
+        ("np.argmin(np.exp", "np.argmax(np.exp"),
+        ("likely.max() / likely.sum()", "likely.max()"),
+        ("max(1, len(correct) - 1)", "max(1, len(correct))"),
+    ),
+]  # fmt: skip

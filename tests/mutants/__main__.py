@@ -52,7 +52,7 @@ def import_what_is_slow():
     import torch._dynamo
     import torch.distributed.checkpoint
     import torch.distributed.fsdp
-    import torch.distributed.tensor  # noqa: F401
+    import torch.distributed.tensor
     import transformers  # noqa: F401
 
     torch.set_num_threads(1)

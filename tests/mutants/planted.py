@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """The planted bugs: in which file, what becomes what, and the tests that should notice. `make mutants` runs them."""
 
 from typing import NamedTuple

@@ -1,38 +1,41 @@
-"""Forward passes on fake CUDA tensors: device mix-ups and shape errors of the GPU path, found without a GPU.
+"""A run's parts on fake CUDA tensors: device mix-ups and shape errors of the GPU path, found without a GPU.
 
     make trace-cuda
 
-It needs a CUDA build of torch (`make trace-cuda` installs one into .venv-cuda), but no device: fake tensors carry a
-device and a shape, and no memory. Kernels that launch by themselves (flex_attention, Triton) are left to tests/gpu; the
-forms that stand in for them are traced. Not traced: backward passes and fused optimizers, which need a device's
-context, and experts without limits, which loop over counts that fake tensors do not know.
+It needs a CUDA build of torch (`make trace-cuda` installs one), but no device. Traced: the forward passes of every
+variant, every task's loss, the optimizers and their state, a checkpoint's snapshot, generation, context and tensor
+parallelism. Not traced: backward passes, which need a device's context; kernels that launch by themselves
+(flex_attention, Triton), for which their stand-ins are; and experts without limits, which loop over counts that fake
+tensors do not know. tests/gpu has those.
 """
 
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
 
-import dataclasses
 import sys
-import traceback
-from pathlib import Path
+from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from fake_cuda import CUDA, fake, fake_batch, fake_model, fake_ranks, trace, without_values
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from open_lm.data.batch import Batch
-from open_lm.kernels import linear_cross_entropy as loss
-from open_lm.kernels.linear_divergence import linear_divergence
-from open_lm.model import attend_masked
-from open_lm.model.config import ModelFlags, resolve_architecture
+from open_lm.checkpoint.snapshot import live, take
+from open_lm.checkpoint.tree import tensors_of
+from open_lm.generation import generate
+from open_lm.mesh import MeshShape
 from open_lm.model.context import SequencePart
-from open_lm.model.mask import Mask
-from open_lm.model.transformer import Transformer
-from open_lm.train.optim import Lion
-from open_lm.train.tasks import NextToken
+from open_lm.post_training.config import PREFERENCE_LOSSES, PreferenceConfig, RLConfig
+from open_lm.post_training.policy import PolicyGradient
+from open_lm.post_training.preferences import KL, KahnemanTversky, Preferences
+from open_lm.post_training.reward_model import RewardModelling, add_value_head
+from open_lm.post_training.sft import FineTuning
+from open_lm.train.averagers import parse_averagers
+from open_lm.train.averaging import WeightAverage
+from open_lm.train.config import OptimizerConfig
+from open_lm.train.optim import build_optimizers
+from open_lm.train.parallel import clip_grad_norm
+from open_lm.train.tasks import Distillation, NextToken
+from open_lm.train.tensor_parallel import apply_tensor_parallel
 
-CUDA = torch.device("cuda", 0)
-BASE = dataclasses.replace(resolve_architecture(ModelFlags(model="open_lm_11m")), seq_len=128)
 CUSTOM = {"attn_name": "custom_attn", "attn_activation": "relu_squared"}
 EXPERTS = {"moe_freq": 2, "moe_num_experts": 4, "moe_top_k": 2}
 VARIANTS = {
@@ -51,44 +54,90 @@ VARIANTS = {
     "custom, scaled": {**CUSTOM, "attn_seq_scalar": "max", "attn_seq_scalar_alpha": 1.0},
     "experts": EXPERTS,
 }
+OPTIMIZERS = ("adamw", "muon", "lion", "adafactor")
 
 
-def fake_model(config, mode):
-    """A Transformer whose parameters are fake CUDA tensors."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = torch.nn.Parameter(FakeTensor(mode, parameter.data, CUDA))
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = FakeTensor(mode, buffer, CUDA)
-    model.tie_weights()
-    return model
-
-
-def training(model, config, batch):
-    """The loss of pretraining under autocast, as a step computes it."""
-    experts = config.moe_freq > 0
-    task = NextToken(1e-4, 0.1 if experts else None, True, 4 if experts else 0)
+def loss_of(task, model, batch):
+    """The loss of `task` under autocast, as a step computes it: on the GPU, one figure for each name."""
     with torch.autocast("cuda", torch.bfloat16):
         losses = task.loss_sums(model.train(), batch)
-    assert losses.total.device == losses.parts.device == CUDA
+    assert losses.total.device == losses.parts.device == task.count(batch).device == CUDA
+    assert losses.parts.shape == (len(task.names),), losses.parts.shape
 
 
-def divergence(model, config, batch):
-    """Distillation's loss."""
+def training(model, config, mode, documents=False, part=None):
+    """Pretraining; with `part` as a rank of two that share out the sequence, the other's keys stood in for."""
+    batch = fake_batch(config, mode)
+    batch = batch.with_documents(0) if documents else batch
+    experts = config.moe_freq > 0
+    task = NextToken(1e-4, 0.1 if experts else None, True, 4 if experts else 0)
+    loss_of(task, model, batch if part is None else batch.of_part(part))
 
-    def head(hidden, weight, **_):
-        flat, counted = hidden.flatten(0, 1), batch.targets_BT.flatten() >= 0
-        return linear_divergence(flat, weight, flat.detach(), weight.detach(), counted)
 
-    assert model(batch.inputs_BT, head=head).device == CUDA
+def fine_tuning(model, config, mode):
+    """Answers of conversations."""
+    batch = fake_batch(config, mode)
+    extras = {"n_real": fake(mode, 2, dtype=torch.long)}
+    loss_of(FineTuning(NextToken(1e-4)), model, replace(batch, extras=extras).with_documents(0))
 
 
-def decoding(model, config, batch):
+def distillation(model, config, mode):
+    """A teacher's distribution."""
+    teacher = fake_model(config, mode).eval().requires_grad_(False)
+    loss_of(Distillation(teacher, next_token=NextToken(1e-4)), model, fake_batch(config, mode))
+
+
+def preferences(model, config, mode, loss):
+    """Chosen answers over rejected ones."""
+    kind = KahnemanTversky if loss == "kto" else Preferences
+    extras = {KL: fake(mode, 4)} if loss == "kto" else {}
+    loss_of(kind(loss, PreferenceConfig(), None), model, replace(fake_batch(config, mode, 4), group=2, extras=extras))
+
+
+def reward(model, config, mode):
+    """A reward model."""
+    add_value_head(model, alone=True)
+    loss_of(RewardModelling(0.1), model, replace(fake_batch(config, mode, 4), group=2))
+
+
+def policy(model, config, mode, kind):
+    """Stored answers and their advantages."""
+    batch = fake_batch(config, mode)
+    if kind == "ppo":
+        add_value_head(model)
+    extras = {name: fake(mode, *batch.inputs_BT.shape) for name in ("old", "advantage", "reference", "value", "return")}
+    extras |= {name: fake(mode, 2) for name in ("reward", "finished")}
+    loss_of(PolicyGradient(kind, RLConfig(kl_coefficient=0.1)), model, replace(batch, extras=extras))
+
+
+def saved(model, config, mode, optimizer):
+    """Clipping, a step, its state on the GPU, averages, and the snapshot a checkpoint is written from, on the host."""
+    optimizers = build_optimizers(model, OptimizerConfig(optimizer=optimizer), 1e-3)
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    assert clip_grad_norm(model, 1.0).device == CUDA
+    for one in optimizers:
+        one.step()
+        moments = [t for state in one.state.values() for t in state.values() if torch.is_tensor(t) and t.ndim]
+        assert moments and all(moment.device == CUDA for moment in moments)
+    averages = {spec.name: WeightAverage(spec, model) for spec in parse_averagers("ema_0.9_1")}
+    for average in averages.values():
+        average.update(1)
+    state = SimpleNamespace(model=model, optimizers=optimizers, companions=averages)
+    tree = take(live(state), sharded=False, is_master=True, staging=None)
+    held = list(tensors_of(tree))
+    assert len(held) > 2 * len(list(model.parameters())) and all(t.device.type == "cpu" for t in held)
+
+
+def writing(model, config, mode, **settings):
+    """Prompts of two lengths and the tokens after them, with a cache."""
+    texts = generate(model.eval(), [[1, 2, 3], [4]], max_gen_len=3, **settings)
+    assert [len(text) for text in texts] == [3, 3]
+
+
+def decoding(model, config, mode):
     """A prompt and one token with a cache, padded."""
+    batch = fake_batch(config, mode)
     model.eval()
     with torch.no_grad():
         cache = model.new_cache(2, 32)
@@ -98,48 +147,48 @@ def decoding(model, config, batch):
     assert logits.device == CUDA and logits.shape == (2, 1, config.vocab_size)
 
 
-def part(model, config, batch):
-    """Context parallelism, the other rank's keys and values standing in for by this one's."""
-    training(model, config, batch.of_part(SequencePart(1, 2, lambda x: torch.cat((x, x), 1))))
+def divided(model, config, mode, world):
+    """Tensor parallelism: a rank's part of every matrix, the loss over its part of the vocabulary, evaluation."""
+    apply_tensor_parallel(model, world.meshes.tensor)  # FSDP, which comes around it in a run, needs streams of a device
+    training(model, config, mode)
+    if config.moe_freq:  # evaluation is without limits
+        return
+    with torch.no_grad():
+        assert model.eval()(fake_batch(config, mode).inputs_BT)[0].device == CUDA
 
 
-def lion(model, config, batch):
-    """An optimizer of ours: its state is where the weights are."""
-    for parameter in model.parameters():
-        parameter.grad = torch.empty_like(parameter)
-    optimizer = Lion(model.parameters(), lr=1e-3)
-    optimizer.step()
-    assert all(m.device == CUDA for state in optimizer.state.values() for m in state.values())
-
-
-def trace(name, changes, work, documents=False):
-    """Whether one pass goes through; what went wrong is printed."""
-    config, mode = dataclasses.replace(BASE, **changes), FakeTensorMode(allow_non_fake_inputs=True)
-    try:
-        model = fake_model(config, mode)
-        with mode:
-            samples = FakeTensor(mode, torch.empty(2, config.seq_len + 1, dtype=torch.long, device="meta"), CUDA)
-            batch = Batch.from_samples(samples)
-            work(model, config, batch.with_documents(0) if documents else batch)
-    except Exception as error:
-        frames = [f"{f.filename.rpartition('/')[2]}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
-        print(f"{name}: {type(error).__name__}: {str(error)[:200]}\n    {' '.join(frames[-5:])}")
-        return False
-    print(f"{name}: ok")
-    return True
+def traces():
+    """Everything, one after the other: whether it passed."""
+    for name, changes in VARIANTS.items():
+        yield trace(f"training, {name}", changes, training)
+        if name != "experts":
+            yield trace(f"decoding, {name}", changes, decoding)
+    for name in ("dense", "window", "custom"):
+        yield trace(f"documents, {name}", VARIANTS[name], training, documents=True)
+    for name in ("dense", "shared keys", "window"):
+        half = SequencePart(1, 2, lambda x: torch.cat((x, x), 1))
+        yield trace(f"context parallel, {name}", VARIANTS[name], training, part=half)
+    for name, work in {"fine-tuning": fine_tuning, "distillation": distillation, "reward model": reward}.items():
+        yield trace(name, {}, work)
+    for loss in (*PREFERENCE_LOSSES, "kto"):
+        yield trace(f"preferences, {loss}", {}, preferences, loss=loss)
+    for kind in ("grpo", "rloo", "ppo"):
+        yield trace(f"policy, {kind}", {}, policy, kind=kind)
+    for optimizer in OPTIMIZERS:
+        yield trace(f"step and snapshot, {optimizer}", {}, saved, optimizer=optimizer)
+    for settings in ({"temperature": 0}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 0, "num_beams": 2}):
+        yield trace(f"generation, {settings}", {}, writing, **settings)
+    with fake_ranks(2, MeshShape(tp=2)) as world:
+        for name in ("dense", "shared keys", "qk norm", "tied", "gelu", "gemma_geglu", "experts"):
+            changes = {"n_heads": 12, "vocab_size": 50432, **VARIANTS[name]}
+            yield trace(f"tensor parallel, {name}", changes, divided, world=world)
 
 
 def main() -> int:
     """Trace everything; the exit status."""
     torch.zeros(0)  # the CPU works
-    attend_masked.MIN_FLEX_QUERIES = sys.maxsize
-    setattr(loss, "_fused_chunk", lambda: None)  # noqa: B010
-    setattr(Mask, "_document_start", lambda self, position: 0)  # noqa: B010  (fake tensors have no values)
-    results = [trace(f"training, {name}", changes, training) for name, changes in VARIANTS.items()]
-    results += [trace(f"documents, {n}", VARIANTS[n], training, documents=True) for n in ("dense", "window", "custom")]
-    results += [trace(f"decoding, {n}", VARIANTS[n], decoding) for n in VARIANTS if n != "experts"]
-    results += [trace(f"context parallel, {n}", VARIANTS[n], part) for n in ("dense", "shared keys", "window")]
-    results += [trace("divergence", {}, divergence), trace("Lion", {}, lion)]
+    without_values()
+    results = list(traces())
     print(f"{sum(results)} of {len(results)} pass")
     return 0 if all(results) else 1
 

@@ -13,6 +13,7 @@ import glob
 import importlib.util
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -71,6 +72,13 @@ encoder.encode([text for text in batch if isinstance(text, str)])
 """
 
 
+TWO_BARE = """
+import subprocess, sys
+running = [subprocess.Popen([sys.executable, "-c", code]) for code in {codes!r}]
+sys.exit(sum(process.wait() for process in running))
+"""
+
+
 def preprocessing(files: list[str], tokenizer: str, folder: Path, peers_python: str) -> dict[str, list[str]]:
     """Name -> command; each reads the same files to tokens, only make_2048 writes shards too."""
     script = [
@@ -84,11 +92,18 @@ def preprocessing(files: list[str], tokenizer: str, folder: Path, peers_python: 
     out = ["--output-dir", str(folder / "out"), "--overwrite"]
     encoders = ["tokenizers", *(["fastokens"] if importlib.util.find_spec("fastokens") else [])]
     commands = {f"make_2048, {name}": [*script, *out, "--encoder", name] for name in encoders}
-    commands |= {"make_2048, 1 worker": [*script, *out, "--num-workers", "1"]}
+    commands |= {
+        f"make_2048, {n} workers": [*script, *out, "--encoder", encoders[-1], "--num-workers", str(n)] for n in (1, 2)
+    }
     commands |= data_peers.dolma(files, tokenizer, folder, peers_python, len(os.sched_getaffinity(0)))
     for name in encoders:
-        code = BARE.format(root=str(ROOT), encoder=name, tokenizer=tokenizer, files=files)
-        commands[f"bare {name}"] = [sys.executable, "-c", code]
+        codes = [
+            BARE.format(root=str(ROOT), encoder=name, tokenizer=tokenizer, files=part)
+            for part in (files, files[::2], files[1::2])
+        ]
+        commands[f"bare {name}"] = [sys.executable, "-c", codes[0]]
+        if len(files) > 1:
+            commands[f"bare {name}, 2 processes"] = [sys.executable, "-c", TWO_BARE.format(codes=codes[1:])]
     return commands
 
 
@@ -154,6 +169,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=20, help="Text of the corpus it makes itself.")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", help="File for all figures.")
+    parser.add_argument("--contenders", default="", help="Only those of preprocessing whose names this regex finds.")
     parser.add_argument("--peers-python", default=sys.executable, help="Python of the environment with the peers.")
     parser.add_argument("--keys", nargs="+", default=[], help="Formats to load, of all when none is given.")
     parser.add_argument("--only", choices=("preprocessing", "loading"), help="Measure one of the two.")
@@ -171,6 +187,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict:
     """All figures: name -> lists of one value a round."""
     files = args.input_files or corpus(folder, args.megabytes)
     making = {} if args.only == "loading" else preprocessing(files, args.tokenizer, folder, args.peers_python)
+    making = {name: command for name, command in making.items() if re.search(args.contenders, name)}
     reading = {} if args.only == "preprocessing" else loading(folder, args.peers_python, args.keys)
     results: dict = {"preprocessing": {name: [] for name in making}, "loading": {name: [] for name in reading}}
     for _ in range(args.rounds):
@@ -196,13 +213,13 @@ def ratios(ours: list[float], others: list[float]) -> str:
 
 
 def print_preprocessing(results: dict, tokens: int) -> None:
-    """One row a contender; the ratio is CPU time of plain `tokenizers`, round by round, to its own."""
-    print(f"\n{tokens:,} tokens | wall s | CPU s | Mtokens / CPU s | peak MB of a process | x bare tokenizers")
-    base = [r["cpu_s"] for r in results["bare tokenizers"]]
+    """One row a contender; the ratios are wall and CPU time of the last bare encoder, round by round, to its own."""
+    base = next(name for name in reversed(results) if name.startswith("bare"))
+    print(f"\n{tokens:,} tokens | wall s | CPU s | Mtokens / CPU s | peak MB of a process | {base}: x wall | x CPU")
     for name, rounds in results.items():
         wall, cpu, peak = (statistics.median(r[key] for r in rounds) for key in ("wall_s", "cpu_s", "peak_mb"))
-        ratio = ratios(base, [r["cpu_s"] for r in rounds])
-        print(f"{name} | {wall:.1f} | {cpu:.1f} | {tokens / cpu / 1e6:.2f} | {peak:.0f} | {ratio}")
+        shown = [ratios([r[key] for r in results[base]], [r[key] for r in rounds]) for key in ("wall_s", "cpu_s")]
+        print(" | ".join([f"{name} | {wall:.1f} | {cpu:.1f} | {tokens / cpu / 1e6:.2f} | {peak:.0f}", *shown]))
 
 
 def print_loading(results: dict) -> None:

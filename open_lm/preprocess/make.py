@@ -22,6 +22,7 @@ from open_lm.preprocess.accounting import make_flat_ledger, make_ledger
 from open_lm.preprocess.job import FLAT, Job, Workplace
 from open_lm.preprocess.jsonl import estimated_text_bytes
 from open_lm.preprocess.merge import merge_all, runs_of
+from open_lm.preprocess.preloaded import preload
 from open_lm.preprocess.shuffle import SortedRuns
 from open_lm.preprocess.tokenize import TextTask, join_tails, text_tasks, tokenize
 from open_lm.preprocess.workers import RunTasks, SetAside, run_tasks
@@ -84,6 +85,8 @@ def build_data_set(
         return finished
     _check_folder(job, to, overwrite)
     with _workplace(job, to, tokenizer_json, resume=resume, overwrite=overwrite) as work:
+        if run is None and n_workers > 1:
+            preload(job, work.folder, encoder)
         blocks = _tokenize_all(job, work, encoder, n_workers, run or run_tasks)
         if job.form == FLAT:
             rows = write_arrays(job, work, to.shards, blocks, n_writers or n_workers, run or run_tasks)

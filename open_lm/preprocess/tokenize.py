@@ -85,7 +85,7 @@ def tokenize(folder: str, job_fingerprint: str, encoder: str, task: TextTask) ->
     if done and all(work.sound_block(name, job) for name in done["blocks"]):
         yield done["bytes"]
         return
-    documents = _document_encoder(folder, job.tokenizer, job.eot_token, encoder, job.dtype.str)
+    documents = document_encoder(folder, job.tokenizer, job.eot_token, encoder, job.dtype.str)
     blocks, n_bytes = [], 0
     for block, lines in _blocks(job, task):
         name = block_name(task.first, block)
@@ -270,7 +270,7 @@ def _batches(documents: Iterable[Any]) -> Iterator[list[Any]]:
 
 
 @lru_cache(maxsize=2)
-def _document_encoder(folder: str, name: str, eot_token: str, encoder: str, dtype: str) -> DocumentEncoder:
+def document_encoder(folder: str, name: str, eot_token: str, encoder: str, dtype: str) -> DocumentEncoder:
     """Loading a tokenizer takes a while; a process does it once."""
     backend = tokenizers.Tokenizer.from_str(storage.read_text(storage.join(folder, "tokenizer.json")))
     return DocumentEncoder(Tokenizer(backend, name, eot_token=eot_token), encoder, np.dtype(dtype))

@@ -9,10 +9,12 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from multiprocessing import connection
 from typing import Any, NamedTuple, Protocol, cast
 
 from open_lm.errors import DataError
@@ -100,10 +102,10 @@ class UnfinishedTasks(NamedTuple):
 
 def _in_a_pool(tasks: Sequence[WorkerTask], n_workers: int, bar: Progress) -> UnfinishedTasks:
     """Run tasks in worker processes until all are done, or one of the processes is killed."""
-    context = multiprocessing.get_context("spawn")  # a fork would copy the tokenizer's threads in an unknown state
+    context = multiprocessing.get_context("forkserver")  # a fork of this process would copy its threads' locks
     progress, began = context.Value("q", 0), context.Array("b", len(tasks))
     count = min(n_workers, len(tasks))
-    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=(progress, began, os.getpid()))
+    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=(progress, began))
     before, done = bar.n, set[int]()
     try:
         waiting = iter(enumerate(tasks))
@@ -126,17 +128,24 @@ def _in_a_pool(tasks: Sequence[WorkerTask], n_workers: int, bar: Progress) -> Un
     return UnfinishedTasks([], [])
 
 
-def _start(progress: Any, began: Any, parent: int) -> None:
+def _start(progress: Any, began: Any) -> None:
     """In a new worker: one thread each, and no life after the parent's."""
     global _progress, _began
     _progress, _began = progress, began
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            os._exit(1)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: the end of the process that forked this one
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["RAYON_NUM_THREADS"] = "1"
+
+
+def _end_with_parent() -> None:
+    """The process that began the job holds the other end of this pipe; the one that forks workers lives as they do."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _run(number: int, task: WorkerTask) -> None:

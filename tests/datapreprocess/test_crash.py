@@ -118,21 +118,26 @@ def test_a_whole_job_killed_with_its_workers_leaves_no_process_and_resumes(job, 
     line = [sys.executable, str(ROOT / "datapreprocess" / "make_2048.py"), "--input-files", *files, "--output-dir"]
     flags = ["--tokenizer", str(tokenizer_json), "--seqlen", "15", "--num-workers", "2", "--resume"]
     started = subprocess.Popen([*line, str(out), *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list(tmp_path.glob("out.unfinished/job.json")):
-        time.sleep(0.01)
-    time.sleep(0.6)
-    workers = subprocess.run(["pgrep", "-P", str(started.pid)], capture_output=True, text=True).stdout.split()
+    workers = []
+    while len(workers) < 4 and started.poll() is None:  # what forks, what tracks resources, and two workers
+        time.sleep(0.05)
+        workers = [pid for child in children(started.pid) for pid in (child, *children(child))]
     started.send_signal(signal.SIGKILL)
     started.wait()
-    for _ in range(100):
+    alive = workers
+    for _ in range(400):
         alive = [pid for pid in workers if Path(f"/proc/{pid}/cmdline").exists() and _runs(pid)]
         if not alive:
             break
         time.sleep(0.05)
-    assert not alive
+    assert not [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in alive]
     subprocess.run([*line, str(out), *flags], check=True, capture_output=True, timeout=60)
     subprocess.run([*line, str(tmp_path / "straight"), *flags], check=True, capture_output=True, timeout=60)
     assert tree(out) == tree(tmp_path / "straight")
+
+
+def children(pid):
+    return subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
 
 
 def _runs(pid):

@@ -49,8 +49,13 @@ def victims(pid, whom):
         return [-pid]
     if whom == "coordinator":
         return [pid]
-    children = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/stat") if parent(path) == pid]
-    return [random.choice(children)] if children else []
+    servers = children(pid)  # that which forks workers, and that which tracks resources
+    workers = [worker for server in servers for worker in children(server)]
+    return [random.choice(workers)] if workers else []
+
+
+def children(pid):
+    return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/stat") if parent(path) == pid]
 
 
 def parent(path):

@@ -160,7 +160,7 @@ def test_bad_lines_two_in_a_hundred_are_counted_exactly_and_the_rest_is_there(jo
 
 PLANTED = """
 import os, signal, sys
-if any("spawn_main" in word for word in sys.orig_argv):
+if any("forkserver" in word for word in sys.orig_argv):
     from open_lm.preprocess import tokenize
     real = tokenize._document
     def kills(job, line, url):

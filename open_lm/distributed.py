@@ -22,7 +22,7 @@ from open_lm.mesh import AXES, MeshShape
 T = TypeVar("T")
 
 PATIENCE = datetime.timedelta(days=1)
-"""How long ranks wait for one that reads or writes files: the slowest disk decides, the watchdog sees what hangs. A
+"""Time that ranks wait for one that reads or writes files: the slowest disk decides, the watchdog sees what hangs. A
 rank that ended is noticed at once all the same."""
 
 _LEFT: list[Any] = []
@@ -39,7 +39,7 @@ class World:
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     mesh: MeshShape | None = None
-    """How the ranks share out data and model; None: each has other data and the whole model."""
+    """Division of data and model among the ranks; None: each has other data and the whole model."""
     patient: dist.ProcessGroup | None = field(default=None, compare=False)
     """The ranks once more, over gloo with PATIENCE: for what waits on files. None: the default group."""
 
@@ -50,12 +50,12 @@ class World:
 
     @property
     def data_rank(self) -> int:
-        """Which of the `shape.n_data` shares of the sequences this rank trains on."""
+        """Number of this rank's share (of `shape.n_data`) of the sequences."""
         return self.shape.data_rank(self.rank)
 
     @property
     def share_rank(self) -> int:
-        """Which of the `shape.n_shares` ranks with work of their own this is; those of one tp group do the same."""
+        """Number of this rank among the `shape.n_shares` with work of their own; those of one tp group do the same."""
         return self.shape.share_rank(self.rank)
 
     @property

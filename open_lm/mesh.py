@@ -12,7 +12,7 @@ from open_lm.errors import ConfigError
 
 AXES = ("dp", "fsdp", "cp", "ep", "tp")
 EASYLM_AXES = ("dp", "fsdp", "tp", "cp")
-"""What the numbers of EasyLM's `--mesh-dim 1,-1,1` stand for; its `mp` is tp and its `sp` is cp."""
+"""Axes of EasyLM's `--mesh-dim 1,-1,1`, in order; its `mp` is tp and its `sp` is cp."""
 OTHER_NAMES = {"mp": "tp", "sp": "cp"}
 
 
@@ -64,12 +64,12 @@ class MeshShape:
         return places
 
     def data_rank(self, rank: int) -> int:
-        """Which of the `n_data` shares of the sequences `rank` reads."""
+        """Number of the share (of `n_data`) of the sequences that `rank` reads."""
         place = self.place(rank)
         return (place["dp"] * self.fsdp + place["fsdp"]) * self.ep + place["ep"]
 
     def share_rank(self, rank: int) -> int:
-        """Which of the `n_shares` shares of the targets `rank` holds."""
+        """Number of the share (of `n_shares`) of the targets that `rank` holds."""
         return rank // self.tp
 
     def __str__(self) -> str:

@@ -14,7 +14,7 @@ _AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_bfloat16": torch.bfloat16, "fp16":
 
 
 class Precision:
-    """How one precision name computes on one kind of device.
+    """Precision by name, on one kind of device.
 
     * `fp32`: everything in fp32.
     * `amp_bf16`, `amp_bfloat16`: fp32 weights, bf16 autocast.

@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 Progress = tqdm
-CountDone = Callable[[int], None]
+CountDone = Callable[[int], object]
 """Called with how many more are done."""
 
 

@@ -5,7 +5,9 @@
 
 import argparse
 import ast
+import os
 import re
+import sys
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
@@ -131,4 +133,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the output (head, less) has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -59,7 +59,7 @@ class Commit:
 
     @property
     def branch(self) -> int:
-        """How often the run had gone back to an earlier checkpoint, and left later ones behind, when it wrote this."""
+        """Number of times the run had gone back to an earlier checkpoint, leaving later ones behind, at this save."""
         return int(self.facts.get("branch", 0))
 
     @property

@@ -122,7 +122,7 @@ class CheckpointConfig:
 
     @property
     def n_kept(self) -> int | None:
-        """How many checkpoints stay; None: all."""
+        """Number of checkpoints that stay; None: all."""
         return 1 if self.delete_previous_checkpoint else self.keep_last
 
     @property

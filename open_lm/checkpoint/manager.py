@@ -47,7 +47,7 @@ class Checkpoints:
         self.problem: str | None = None
         """Why the last save did not succeed, once that is known."""
         self.seconds = 0.0
-        """How long the longest save has taken from its begin to its commit."""
+        """Longest time of a save so far, from its start to its commit."""
         self.retention = Retention(folder, flags.n_kept)
         self.branch = 0
         """Raised when the run goes back to an earlier checkpoint and leaves later ones behind."""

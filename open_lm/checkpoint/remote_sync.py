@@ -24,7 +24,7 @@ LISTING = "mirror.json"
 """The file that names what lies beside the checkpoints in a remote folder, so that it can be brought back."""
 NOT_COPIED = ("run.lock",)
 GRACE_SECONDS = 1800.0
-"""How long the end of a run waits for the last copies."""
+"""Longest wait at the end of a run for the last copies."""
 
 
 @dataclass

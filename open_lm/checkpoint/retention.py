@@ -19,7 +19,7 @@ from open_lm.checkpoint.commit import SHARDS_SIGN, Commit, committed, read_commi
 from open_lm.checkpoint.save_policy import to_delete
 
 UNFINISHED = ".unfinished.json"
-"""How the file ends that a save writes first and removes last: it names what may be deleted if nothing commits it."""
+"""Ending of the file that a save writes first and removes last: it names what may be deleted if nothing commits it."""
 LEFT_BEHIND = ".left-behind.json"
 
 

@@ -88,7 +88,7 @@ def _divides(every: int | None, count: int) -> bool:
 
 
 def kind_of(commit: Commit) -> SaveKind:
-    """How long a checkpoint was meant to stay; older commit files only record kept or not."""
+    """Retention of a checkpoint as it was meant when written; older commit files only record kept or not."""
     if not commit.facts.get("kept", True):
         return "ephemeral"
     return commit.facts.get("kind", "step" if "-" in commit.label else "interval")

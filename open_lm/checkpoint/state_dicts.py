@@ -23,7 +23,7 @@ from open_lm.weights.file import plain_name
 from open_lm.weights.openlm_names import has_megablocks, moments_from_openlm, only_name
 
 CONSTANTS = ".inv_freq"
-"""How names of constants end, which files of weights may hold or not."""
+"""Endings of the names of constants, which files of weights may hold or not."""
 FREE_KEYS = {"seq_len", "attn_name", "moe_backend"}
 """Keys of an architecture that do not change what its weights mean."""
 

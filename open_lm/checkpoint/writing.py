@@ -25,7 +25,7 @@ from open_lm.distributed import World
 from open_lm.errors import FolderLocked, OpenLMError, StorageError
 
 WRITE_ERRORS = (OpenLMError, OSError, RuntimeError)
-"""How a disk that is full or broken is reported: torch.save raises a RuntimeError."""
+"""Errors by which a full or broken disk is reported: torch.save raises a RuntimeError."""
 
 
 @dataclass(frozen=True)

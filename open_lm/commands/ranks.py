@@ -16,7 +16,7 @@ from open_lm.text import duration
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 GRACE_SECONDS = 30.0
-"""How long the other ranks may go on after one has failed, and then again after SIGTERM. They notice by themselves when
+"""Time that the other ranks may go on after one has failed, and again after SIGTERM. They notice by themselves when
 a collective breaks; a rank that waits in a collective on a GPU does not."""
 POLL_SECONDS = 0.05
 

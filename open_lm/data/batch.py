@@ -57,7 +57,7 @@ class Batch:
 
     @property
     def n_targets(self) -> Tensor:
-        """How many positions are trained on: an int64 scalar on the batch's device."""
+        """Number of positions trained on: an int64 scalar on the batch's device."""
         return (self.targets_BT != IGNORED).sum()
 
     @property

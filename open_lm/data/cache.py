@@ -297,7 +297,7 @@ class BlockCache:
 
 
 def limit_share(limit_bytes: float) -> float:
-    """How much one process adds before it looks whether there is too much."""
+    """Bytes that one process adds before it looks whether there is too much."""
     return min(limit_bytes / 50, 1 << 30)
 
 

@@ -17,12 +17,12 @@ SAMPLE_FORMATS = Registry(
         "json.gz": "open_lm.data.formats:JSON_GZ",
     },
 )
-"""How the token ids of one sample are written: the extension of its member in the tar."""
+"""Formats of the token ids of one sample: the extension of its member in the tar."""
 
 DATASET_TYPES = ("auto", "webdataset", "npy", "synthetic")
 
 ENCODERS = ("auto", "fastokens", "tokenizers")
-"""Who turns text into ids in preprocessing; auto is the fastest that proves itself exact."""
+"""Encoders of preprocessing, from text to ids; auto is the fastest that proves itself exact."""
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class Mixture(Protocol):
         """The source of each position, and the position in that source's own stream."""
 
     def used(self, end: int) -> np.ndarray:
-        """How many of the positions below `end` each source has."""
+        """Number of the positions below `end` that each source has."""
 
 
 class Pattern:
@@ -206,7 +206,7 @@ class Plan:
         return self.mixture.split(positions)
 
     def reader_of(self, positions: np.ndarray, n_readers: int) -> np.ndarray:
-        """Which of `n_readers` reads each position: whole stripes where there are stripes enough."""
+        """Reader (of `n_readers`) of each position: whole stripes where there are stripes enough."""
         if n_readers <= 1:
             return np.zeros(len(positions), np.int64)
         source, own = self.split(positions)
@@ -231,7 +231,7 @@ class Plan:
         return Samples(source, shard, place)
 
     def length(self, n_sequences: Sequence[int]) -> int:
-        """How many positions pass before any source must repeat a sample, when source s holds `n_sequences[s]`."""
+        """Number of positions before any source must repeat a sample, when source s holds `n_sequences[s]`."""
         if len(self.streams) == 1:
             return int(n_sequences[0])
         held = np.asarray(n_sequences, np.int64)

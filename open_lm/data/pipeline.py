@@ -25,7 +25,7 @@ warnings.filterwarnings("ignore", "This DataLoader will create")  # how many wor
 
 _HUNG_SECONDS = 900
 TERM_GRACE_SECONDS = 30
-"""How long a worker outlives SIGTERM, so that the main process can finish its step and save."""
+"""Time that a worker outlives SIGTERM, so that the main process can finish its step and save."""
 _PR_SET_PDEATHSIG = 1
 
 

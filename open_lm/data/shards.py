@@ -24,7 +24,7 @@ NPY_HEADER_BYTES = 128
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where the samples of one shard lie: `offsets` and `sizes` of their payloads in bytes; a header is before each.
+    """Places of the samples of one shard: `offsets` and `sizes` of their payloads in bytes; a header is before each.
 
     `header_sums` are the crc32 of these headers. Where all samples are alike, `layout` says all of this, and the three
     arrays are empty.

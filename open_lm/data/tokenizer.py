@@ -75,7 +75,7 @@ class Tokenizer:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def token_of(self, token_id: int) -> str | None:
-        """How the vocabulary writes one id."""
+        """Spelling of one id in the vocabulary."""
         return self._backend.id_to_token(token_id)
 
     def to_json(self) -> str:

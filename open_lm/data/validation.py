@@ -1,4 +1,4 @@
-"""What a model is scored on: each held-out sequence exactly once, spread over the ranks in equally many batches."""
+"""Validation data: each sequence scored exactly once, spread over the ranks in equally many batches."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ DRAWS_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Which intervals are asked for, and how they are drawn."""
+    """Confidence intervals that are asked for, and how they are drawn."""
 
     sequences: bool
     tokens: bool

@@ -39,7 +39,7 @@ class Search:
     ended: list[Beam] = field(default_factory=list)
 
     def score(self, log_probability: float, n_tokens: int) -> float:
-        """What beams are ranked by."""
+        """Rank of a beam."""
         return log_probability / n_tokens**self.length_penalty
 
     def end(self, tokens: list[int], log_probability: float) -> None:

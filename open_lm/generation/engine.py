@@ -93,7 +93,7 @@ class Engine:
             self.reading.append(text)
 
     def _n_sharable(self, text: Text) -> int:
-        """How many blocks may come from another text: the last position, and those to be scored, are computed."""
+        """Number of blocks that may come from another text: the last position, and those to be scored, are computed."""
         last = len(text.prompt) - 1 if text.score_from is None else min(text.score_from, len(text.prompt)) - 1
         return last // self.block
 
@@ -201,7 +201,7 @@ class Engine:
 
 
 def _with_nan(logits_BV: Tensor, tokens: Sequence[int], drawn: Sequence[bool]) -> list[bool]:
-    """Which rows hold NaN: where the likeliest was taken, that is it; where one was drawn, all are looked at."""
+    """Rows that hold NaN: where the likeliest was taken, that is it; where one was drawn, all are looked at."""
     chosen_B1 = logits_BV.gather(1, torch.tensor(tokens, device=logits_BV.device)[:, None])
     return ((logits_BV.amax(-1) if any(drawn) else chosen_B1[:, 0]).isnan()).tolist()
 

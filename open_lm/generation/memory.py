@@ -1,4 +1,4 @@
-"""What models keep of texts being written, in slots: one interface over the caches of the kinds of models.
+"""Slots for texts being written: one interface over the caches of the kinds of models.
 
 Shapes: B rows, T positions, D model width, V vocabulary.
 """

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 
 class StopSearch:
-    """How far a text has come in each of its stop strings (Knuth, Morris, Pratt).
+    """Progress of a text in each of its stop strings (Knuth, Morris, Pratt).
 
     `matched` holds, for each stop string, how many of its first characters end the text.
     """

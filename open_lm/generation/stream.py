@@ -48,7 +48,7 @@ class TextStream:
 
     @property
     def n_certain(self) -> int:
-        """How many characters of `text` are final."""
+        """Number of final characters of `text`."""
         return self._n_shown
 
     def watch(self, row: int, tokens: list[int]) -> bool:

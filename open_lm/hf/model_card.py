@@ -54,7 +54,7 @@ Loaded as `{class_name}`{compared}.
 
 
 def command(facts: dict[str, Any]) -> str:
-    """How the run is repeated: its flags as a file for --config; nothing where they are not known."""
+    """Recipe to repeat the run: its flags as a file for --config; nothing where they are not known."""
     flags = (facts.get("config") or {}).get("flags") or {}
     given = {name: value for name, value in flags.items() if is_public(name, value)}
     if not given:

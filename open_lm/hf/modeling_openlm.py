@@ -151,7 +151,7 @@ class OpenLMForCausalLM(PreTrainedModel, GenerationMixin):
         return torch.outer(positions.float(), frequencies)[:, None, :]
 
     def visible(self, positions, attention_mask, n_keys):
-        """Which keys each query sees, (T, S) or (B, 1, T, S); None where that is all before it.
+        """Mask of the keys each query sees, (T, S) or (B, 1, T, S); None where that is all before it.
 
         A query that would see no key, as in left padding, sees itself.
         """
@@ -178,7 +178,7 @@ def drop_unread(module, state_dict, prefix, *args):
 
 
 def n_keys(cache, n_positions):
-    """How many keys attention gets: all positions so far, or the whole memory of a static cache."""
+    """Number of keys that attention gets: all positions so far, or the whole memory of a static cache."""
     layers = getattr(cache, "layers", None)
     return (getattr(layers[0], "max_cache_len", None) if layers else None) or n_positions
 

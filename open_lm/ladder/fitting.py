@@ -140,7 +140,7 @@ def _second_starts(problem: Problem, points: Points, weights: Array) -> Array:
 
 
 def draw_weights(n_points: int, least_distinct: int, resamples: int, seed: int) -> Array | None:
-    """How often each point is drawn in each resample, (R, K), every one with `least_distinct` different points."""
+    """Number of draws of each point in each resample, (R, K), every one with `least_distinct` different points."""
     if n_points <= least_distinct:
         return None
     generator, kept = np.random.default_rng(seed), np.empty((0, n_points))

@@ -164,7 +164,7 @@ class ModelConfigurator:
         return SizeSpec(name, made, tokens, DeviceMeshSpec(devices, values.get("min_dp")))
 
     def _scale(self) -> int:
-        """How many times the micro-batch of an H100 this kind of device holds; 0 for one that the table lacks."""
+        """Multiple of an H100's micro-batch that this kind of device holds; 0 for one that the table lacks."""
         return next((times for word, times in MICROBATCH_SCALES.items() if word in self.device_type), 0)
 
     def _own(self, name: str, values: dict[str, Any]) -> ModelConfig:

@@ -71,7 +71,7 @@ def custom_attention(config: ModelConfig) -> Attend:
 
 
 def keys_of_sequence(mask: Tensor, n_queries: int) -> Tensor:
-    """How many keys each query's sequence has, (..., T, 1): those it sees, and its later positions, which see it.
+    """Number of keys of each query's sequence, (..., T, 1): those it sees, and its later positions, which see it.
 
     So padding on the left is not counted, nor are other documents; a whole causal mask gives the number of all keys.
     """

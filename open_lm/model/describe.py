@@ -22,7 +22,7 @@ TRAINING_BYTES_PER_PARAMETER = 16
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What an architecture costs."""
+    """Cost of an architecture."""
 
     parameters: int
     embedding_parameters: int

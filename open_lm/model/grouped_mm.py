@@ -88,7 +88,7 @@ def megablocks_runs_for(x: Tensor) -> bool:
 
 
 def sizes_of(ends_E: Tensor) -> Tensor:
-    """How many rows each expert has."""
+    """Number of rows of each expert."""
     return ends_E.diff(prepend=ends_E.new_zeros(1))
 
 

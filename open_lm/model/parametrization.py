@@ -49,7 +49,7 @@ def width_ratio(config: ModelConfig) -> float:
 
 
 def ffn_ratio(config: ModelConfig) -> float:
-    """How many times as wide as at the base width the feed-forward layers are; not quite m, for they are rounded."""
+    """Width of the feed-forward layers as a multiple of that at the base width; not quite m, for they are rounded."""
     if config.ffn_dim is not None:
         return width_ratio(config)
     return default_width(config.ffn_type, config.hidden_dim) / default_width(config.ffn_type, config.base_width)

@@ -62,7 +62,7 @@ class HeadRotary(Rotary):
     """Rotary by the number of the head instead of the position: how the published OpenLM models were trained."""
 
     part = 0
-    """Which of the equal parts of the heads `forward` gets, where ranks divide them."""
+    """Number of the part of the heads that `forward` gets, where ranks divide them."""
 
     def angles(self, places: Tensor) -> Angles | None:
         """The angles of every head, (H, K/2)."""

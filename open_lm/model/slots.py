@@ -133,7 +133,7 @@ class SlotCache(StaticCache):
         return self._rows.lengths_B[:, None]
 
     def mask(self, window: int | None) -> Mask:
-        """Which keys the new positions see."""
+        """Mask of the keys that the new positions see."""
         if len(self._rows.slots) == 1:
             n_new = self._rows.n_new
             return Mask(n_new, self.length + n_new, self.device, window=window)

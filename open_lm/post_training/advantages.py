@@ -30,7 +30,7 @@ def leave_one_out(rewards_B: Tensor, group: int) -> Tensor:
 
 
 def flat_groups(rewards_PG: Tensor) -> Tensor:
-    """Which groups have one reward for all: nothing can be learnt from them."""
+    """Groups with one reward for all: nothing can be learnt from them."""
     return (rewards_PG == rewards_PG[:, :1]).all(1)
 
 

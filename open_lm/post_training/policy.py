@@ -111,7 +111,7 @@ class PolicyGradient(Task):
 
 
 def has_targets(batch: Batch) -> Tensor:
-    """Which rows have anything to predict, (B,)."""
+    """Rows that have anything to predict, (B,)."""
     return (batch.targets_BT != IGNORED).any(-1)
 
 

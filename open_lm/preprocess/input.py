@@ -17,7 +17,7 @@ from open_lm.preprocess.long_text import LONG_BYTES, LongText, long_document, so
 
 
 def member_ending(content_key: str, flag_name: str = "--content-key") -> str:
-    """Which members hold documents: those of `txt`, `json:KEY` or `npy`.
+    """Predicate of members that hold documents: those of `txt`, `json:KEY` or `npy`.
 
     Raises:
         ConfigError: it is none of these.

@@ -110,7 +110,7 @@ def make_job(urls: Sequence[str], tokenizer: Tokenizer, **settings: Any) -> Job:
 
 
 def choose_block_bytes(total_bytes: int) -> int:
-    """How much text one block holds: 8 MiB for small corpora, up to 128 MiB so that a huge one has not too many."""
+    """Bytes of text in one block: 8 MiB for small corpora, up to 128 MiB so that a huge one has not too many."""
     return max(8 << 20, min(128 << 20, total_bytes >> 8))
 
 

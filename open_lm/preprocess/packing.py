@@ -24,7 +24,7 @@ def shuffle_keys(n: int, *, seed: int, block: str) -> np.ndarray:
 
 
 def copies(n: int, frequency: float, *, seed: int, block: str) -> tuple[np.ndarray, np.ndarray]:
-    """Which of a block's `n` samples are written how often: their numbers, and which copy of the sample each one is.
+    """Samples of a block's `n` that are written, each as often as it is: their numbers, and which copy each one is.
 
     Each is written `frequency` times on average: the whole part of it always, once more by a hash of seed and number.
     """

@@ -43,7 +43,7 @@ class SortedRuns:
         return sum(self.counts) * self.sample_tokens * np.dtype(self.dtype).itemsize
 
     def count_bins(self) -> np.ndarray:
-        """How many samples have a key below each of 65536 equal steps: where to look for the n-th sample."""
+        """Number of samples with a key below each of 65536 equal steps: where to look for the n-th sample."""
         bins = np.zeros(N_BINS, np.int64)
         for keys in self._for_each(range(len(self.names)), lambda owner: self._keys(owner, 0, self.counts[owner])):
             bins += np.bincount((keys >> np.uint64(48)).astype(np.int64), minlength=N_BINS)

@@ -25,7 +25,7 @@ WorkerTask = Callable[[], Iterator[int]]
 
 
 class RunTasks(Protocol):
-    """Who runs tasks: every one to its end, on at most `n_workers` workers at a time; the first error is raised."""
+    """Runner of tasks: every one to its end, on at most `n_workers` workers at a time; the first error is raised."""
 
     def __call__(self, tasks: Sequence[WorkerTask], n_workers: int, /, *, label: str, total_bytes: int) -> None: ...
 

@@ -66,7 +66,7 @@ def _figures(summary: dict[str, Any], rewards: Sequence[str]) -> list[str]:
 
 
 def _side_by_side(names: Sequence[str], folders: Sequence[str]) -> str:
-    """What each model wrote to the prompts that all of them answered."""
+    """Answers of each model to the prompts that all of them answered."""
     needed = ("prompt_ids", "answer_written", "rewards")
     answers = [
         {tuple(row["prompt_ids"]): row for row in read_json_lines(storage.join(folder, "rewards.jsonl"), needed)}

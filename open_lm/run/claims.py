@@ -34,7 +34,7 @@ class Agreement:
         self._on_the_way: list[_Arriving] = []
         self._began = 0.0
         self.delay_seconds = 0.0
-        """How long all ranks take to know of a claim, by the last step."""
+        """Time until all ranks know of a claim, by the last step."""
 
     def step_begins(self) -> None:
         """Start the clock of a step."""

@@ -20,7 +20,7 @@ LOCK = "run.lock"
 BEAT_SECONDS = 10.0
 """Seconds between two signs of life in the lock file."""
 DEAD_AFTER_SECONDS = 45.0
-"""How long a lock of another machine is watched; without a sign of life in that time its run is dead."""
+"""Time that a lock of another machine is watched; without a sign of life in that time its run is dead."""
 
 
 class FolderLock:

@@ -88,7 +88,7 @@ def rank_costs(
 
 
 def _parameters(model: nn.Module, config: ModelConfig) -> tuple[int, int]:
-    """How many are dense, and how many are experts'."""
+    """Numbers of dense layers and of layers of experts."""
     experts = sum(p.numel() for m in model.modules() if isinstance(m, Experts) for p in m.parameters())
     return sum(p.numel() for p in model.parameters()) - experts, experts
 

@@ -32,7 +32,7 @@ PEER_LEFT = (
     "remote process exited",
     "Timed out waiting",
 )
-"""How gloo and NCCL put it when another rank is gone or stuck."""
+"""Words of gloo and NCCL where another rank is gone or stuck."""
 
 
 class OpenRun:

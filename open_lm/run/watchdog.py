@@ -14,7 +14,7 @@ import time
 from open_lm.errors import DeviceError
 
 LEEWAY = 10.0
-"""How much longer than a step a validation, a save or the first step may take."""
+"""Factor by which a validation, a save or the first step may take longer than a step."""
 RECORDED_COLLECTIVES = "2000"
 """Collectives that torch's flight recorder remembers on each rank."""
 

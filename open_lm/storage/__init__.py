@@ -107,7 +107,7 @@ def exists(url: str) -> bool:
 
 
 def size_bytes(url: str) -> int:
-    """How many bytes the file at `url` holds."""
+    """Size in bytes of the file at `url`."""
     if is_remote(url):
         return remote.stat(url).size_bytes
     try:

@@ -62,7 +62,7 @@ class WeightAverage:
                 _local(parameter).copy_(tensor)
 
     def state_dict(self) -> dict[str, Any]:
-        """How many weights were added, and the average by name, spread over the ranks as the weights are.
+        """Number of weights added, and the average by name, spread over the ranks as the weights are.
 
         The model's buffers and the second names of tied weights are in it too, so that it is a whole model.
         """

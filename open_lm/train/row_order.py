@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 @dataclass(frozen=True)
 class RowOrder:
-    """How dimension `dim` of a parameter that packs `blocks` is ordered for `n_parts` ranks."""
+    """Order of dimension `dim` of a parameter that packs `blocks`, for `n_parts` ranks."""
 
     blocks: tuple[int, ...]
     n_parts: int

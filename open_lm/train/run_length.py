@@ -32,7 +32,7 @@ class RunLength:
         return self.total_steps * self.tokens_per_step
 
     def intervals_done(self, step: int) -> int:
-        """How many intervals have ended after `step` steps."""
+        """Number of intervals that have ended after `step` steps."""
         return sum(end <= step for end in self.interval_ends)
 
     def cooldown_steps(self, n_intervals: int | None) -> int:

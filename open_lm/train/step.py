@@ -33,7 +33,7 @@ class StepReport:
     taken: bool = True
     """Whether the weights were updated; an outlier loss or gradient norm may skip a step."""
     claims: Tensor | None = None
-    """How many ranks made each of the `claims` of `train_step`; None with one process."""
+    """Number of ranks that made each of the `claims` of `train_step`; None with one process."""
 
     @property
     def loss(self) -> Tensor:

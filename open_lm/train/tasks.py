@@ -18,7 +18,7 @@ class Losses(NamedTuple):
     """Sums over what the task counts in one micro-batch."""
 
     total: Tensor
-    """What is minimised, with gradients."""
+    """The value that is minimised, with gradients."""
     parts: Tensor
     """What is reported, without gradients: one sum for each of the task's `names`."""
 

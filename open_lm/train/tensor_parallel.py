@@ -41,7 +41,7 @@ class TensorParallel:
 
     @property
     def _between(self) -> Placement:
-        """How activations are placed between divided matrices, (B, T, D)."""
+        """Placement of activations between divided matrices, (B, T, D)."""
         return Shard(1) if self.divides_positions else Replicate()
 
     def enter(self, x_BTD: Tensor) -> Tensor:

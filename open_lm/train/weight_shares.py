@@ -39,7 +39,7 @@ def order_of_last(order: RowOrder | None, shape: tuple[int, ...]) -> bool:
 
 
 def _places(share: Tensor, dim: int, order: RowOrder | None) -> Tensor:
-    """Which indices along `dim` of the weight, as a file has it, this rank holds, in its order."""
+    """Indices along `dim` of the weight, as a file has it, that this rank holds, in its order."""
     n = share.shape[dim]
     everywhere = torch.arange(n) if order is None or order.dim != dim else order.rows()
     if not isinstance(share, DTensor):

@@ -25,7 +25,7 @@ BLOCK = 32
 """Numbers that share one scale in q8_0."""
 
 TYPES = {"float32": 0, "float16": 1, "q8_0": 8, "bfloat16": 30}
-"""How a tensor may be stored, and ggml's number for it."""
+"""Type in which a tensor may be stored, and ggml's number for it."""
 
 FORMATS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9

@@ -193,5 +193,5 @@ def _widths(config: ModelConfig) -> list[int]:
 
 
 def _arranged(config: ModelConfig) -> Callable[[Tensor, int], Tensor]:
-    """How rows of q and k must stand for rotary over halves, as transformers has it."""
+    """Order of the rows of q and k for rotary over halves, as transformers has it."""
     return pairs_to_halves if config.positional_embedding_type == "llama_rotary" else lambda weight, head_dim: weight

@@ -106,7 +106,7 @@ SMALL = {
     "--warmup 2000": "--warmup 2", "amp_bf16": "fp32", "eval/yamls/light.yaml": "quickstart",
     "'shards/c4/*.tar' 'shards/code/{0..3}.tar'": "'shards/*.tar' 'held-out/*.tar'",
     "--max-gen-len 60": "--max-gen-len 8", "my-first-160m --input": "my-first-160m --max-gen-len 8 --input",
-    "main … --icl": "main $FLAGS --name icl --icl", "main … --name": "main $FLAGS --name",
+    "main … --icl": "main $FLAGS --name icl --icl", "train … --name": "train $FLAGS --name",
     "--widths 32 64 128 --steps 80": "--widths 16 32 --steps 2 --rates 1e-3 1e-2",
     "coordinate-check": "coordinate-check --widths 16 32 --depths 2",
     "--train-steps 400": "--train-steps 8", "--warmup 40": "--warmup 2", "--max-megabytes 2": "--max-megabytes 0.7",

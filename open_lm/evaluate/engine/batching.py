@@ -28,7 +28,7 @@ class Scored:
 
     @property
     def n_scored(self) -> list[int]:
-        """How many tokens of each tail are scored."""
+        """Number of scored tokens of each tail."""
         return [len(tail) - given for tail, given in zip(self.tails, self.n_given, strict=True)]
 
 
@@ -45,14 +45,14 @@ class ScoringBatch:
 
     @property
     def n_forwards(self) -> int:
-        """How many times the model runs: tails of one token need only what follows the prefix."""
+        """Number of runs of the model: tails of one token need only what follows the prefix."""
         if not self.shares_context:
             return 1
         return 2 if any(len(tail) > 1 for item in self.items for tail in item.tails) else 1
 
     @property
     def n_questions(self) -> int:
-        """How many questions begin in this batch; over all batches each counts once."""
+        """Number of questions that begin in this batch; over all batches each counts once."""
         return sum(choice == 0 for item in self.items for _, choice in item.names)
 
 

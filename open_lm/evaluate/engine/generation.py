@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import string
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from open_lm.evaluate.engine.sampling import Sampling
 from open_lm.evaluate.engine.scoring import ContextCache, Scorer
 from open_lm.evaluate.tasks.kinds import TaskPrompt
 from open_lm.evaluate.tasks.task import EvalTask
+from open_lm.progress import CountDone
 
 COT_ROOM = 10
 """Tokens that an answer may be longer than the longest in the file, where it is to be found behind a delimiter."""
@@ -37,7 +38,7 @@ class EncodedPrompt:
 
 
 def longest_answer(task: EvalTask, rows: Sequence[dict[str, Any]], encoder: PromptEncoder) -> int:
-    """How many tokens the model may write: those of the longest answer in the file."""
+    """Number of tokens the model may write: those of the longest answer in the file."""
     with_thought = any("chain_of_thought" in row for row in rows)
     texts = [
         f"{row.get('chain_of_thought') or ''}{task.cot_delimiter}{answer}" if with_thought else answer
@@ -91,7 +92,7 @@ class AnswerWriter:
         self.sampling = sampling or Sampling()
 
     def write(
-        self, batches: Sequence[list[EncodedPrompt]], n_new: int, stops: Sequence[str], progress: Callable[[int], None]
+        self, batches: Sequence[list[EncodedPrompt]], n_new: int, stops: Sequence[str], progress: CountDone
     ) -> dict[int, str]:
         """The text after every prompt, by its number, on every rank."""
         mine = batches[self.world.share_rank :: self.world.shape.n_shares]

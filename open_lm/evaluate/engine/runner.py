@@ -72,7 +72,7 @@ class Runner:
         return list(self.jobs)
 
     def n_questions(self, key: str) -> int:
-        """How many questions job `key` asks."""
+        """Number of questions of job `key`."""
         return self.book.n_questions(self.jobs[key])
 
     def identity(self, key: str) -> str:

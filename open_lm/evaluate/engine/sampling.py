@@ -24,7 +24,7 @@ WITHOUT_EFFECT = ("use_cache", "pad_token_id", "eos_token_id")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the tokens of answers are chosen; `draws` false means the likeliest. Defaults are those of transformers'
+    """Sampling of the tokens of answers; `draws` false means the likeliest. Defaults are those of transformers'
     `generate`, which LLM Foundry calls."""
 
     draws: bool = False
@@ -51,7 +51,7 @@ class Sampling:
 
 
 def sampling_of(task: EvalTask) -> Sampling:
-    """How `task` wants its answers written.
+    """Sampling that `task` asks for.
 
     Raises:
         ConfigError: it asks for what the native engine does not have (beams, penalties), or a value is out of range.

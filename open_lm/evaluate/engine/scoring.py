@@ -20,7 +20,7 @@ from open_lm.precision import Precision
 
 
 class Score(NamedTuple):
-    """What a model makes of one continuation, over its tokens."""
+    """Score of one continuation under a model, over its tokens."""
 
     cross_entropy: float  # mean, nats per token
     all_greedy: bool  # each token is the most likely one
@@ -180,7 +180,7 @@ def _scored_places(continuations: Sequence[Sequence[int]], starts: Sequence[int]
 
 
 def _with_prefix(real_BT: Tensor | None, row_of_R: Tensor, ids_RT: Tensor) -> Tensor | None:
-    """Which positions are real, of the prefix of each row and of what follows it."""
+    """Mask of the real positions, of the prefix of each row and of what follows it."""
     return None if real_BT is None else torch.cat((real_BT[row_of_R], torch.ones_like(ids_RT, dtype=torch.bool)), 1)
 
 

@@ -7,7 +7,7 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from open_lm.evaluate.engine.metrics import Metric, mean_of
@@ -17,6 +17,7 @@ from open_lm.evaluate.records import Record
 from open_lm.evaluate.tasks.jobs import EvalJob
 from open_lm.evaluate.tasks.kinds import type_of
 from open_lm.evaluate.tasks.task import EvalTask
+from open_lm.progress import CountDone
 
 COMPOSER_PRECISION = {"fp32": "fp32", "amp_bf16": "amp_bf16", "fp16": "amp_fp16", "bf16": "fp32"}
 TASK_KEYS = ("label", "icl_task_type", "prompt_string", "example_delimiter", "continuation_delimiter", "prelimiter",
@@ -57,7 +58,7 @@ class FoundryRunner(Runner):
         self._destination = self.world.broadcast(self._folder.name)
         self._built: tuple[Any, dict[str, Any]] = (None, {})
 
-    def run(self, key: str, progress: Callable[[int], None]) -> list[Record]:
+    def run(self, key: str, progress: CountDone) -> list[Record]:
         """Score job `key`."""
         began = time.perf_counter()
         job = self.jobs[key]

@@ -7,13 +7,14 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from open_lm.distributed import World
 from open_lm.errors import ConfigError
 from open_lm.evaluate.eval_model import EvalModel
 from open_lm.evaluate.records import Record, identity_of
+from open_lm.progress import CountDone
 
 SHOWN = ("alias", "name", "sample_len", "samples")
 
@@ -96,7 +97,7 @@ class HarnessRunner:
         """What decides the scores of task `key` beside the weights."""
         return identity_of("lm-eval", key, self._fixed)
 
-    def run(self, key: str, progress: Callable[[int], None]) -> list[Record]:
+    def run(self, key: str, progress: CountDone) -> list[Record]:
         """Score task `key`."""
         from lm_eval.evaluator import simple_evaluate
 

@@ -54,13 +54,13 @@ class JobBook:
         return rows if job.category is None else [row for row in rows if row["category"] == job.category]
 
     def names(self, job: EvalJob) -> list[str]:
-        """Where each of the rows stands, as messages say it: file:line."""
+        """Place of each row, as messages write it: file:line."""
         file = self.file(job.task)
         places = zip(file.rows, file.lines, strict=True)
         return [f"{file.path}:{line}" for row, line in places if job.category in (None, row.get("category"))]
 
     def n_questions(self, job: EvalJob) -> int:
-        """How many questions `job` asks."""
+        """Number of questions of `job`."""
         n_rows = len(self.rows(job))
         if self._subset_batches is None or job.category is not None:
             return n_rows

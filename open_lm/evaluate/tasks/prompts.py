@@ -28,7 +28,7 @@ def prompts(
 
 
 def sample_shots(n_rows: int, n_shots: int, index: int, generator: random.Random) -> set[int]:
-    """Which rows are shown before row `index`, never itself; the order is that of iterating the set."""
+    """Rows shown before row `index`, never itself; the order is that of iterating the set."""
     n_shots = min(n_rows - 1, n_shots)
     shots = set(generator.sample(range(n_rows), n_shots))
     if index in shots:

@@ -27,7 +27,7 @@ class Labelled(NamedTuple):
 
 
 def n_targets(tokens: np.ndarray) -> int:
-    """How many of these tokens with marks are targets of those before them."""
+    """Number of these tokens with marks that are targets of those before them."""
     return int((tokens[1:] >> 28 == 0).sum())
 
 

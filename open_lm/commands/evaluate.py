@@ -35,8 +35,8 @@ def score(scoring: RewardScoring, args: Namespace) -> dict[str, Any]:
     """Score files, or a checkpoint's answers to prompts; the summary of the rewards."""
     from open_lm.post_training import score_answers, score_files
 
-    if args.eval_yaml:
-        raise ConfigError("--reward scores in place of tasks: leave out --eval-yaml.")
+    if args.eval_yaml or args.tasks:
+        raise ConfigError("--reward scores in place of tasks: leave out --eval-yaml and --tasks.")
     folder = args.output_dir or DEFAULT_OUTPUT
     if scoring.prompts is None:
         if args.checkpoint:

@@ -77,8 +77,8 @@ class NF4LoraLinear(LoraLinear):
         return NF4(self.packed, self.scales, self.shape_OI)
 
     def hold(self, weight: Tensor) -> None:
-        """Take `weight`, rounded to 4 bits."""
-        nf4 = quantised(weight.to(self.lora_A.device))
+        """Take `weight`, rounded to 4 bits, with scales that the type of state dicts can hold."""
+        nf4 = quantised(weight.to(self.lora_A.device, self.lora_A.dtype))
         self.register_buffer("packed", nf4.packed, persistent=False)
         self.register_buffer("scales", nf4.scales, persistent=False)
         self.shape_OI = nf4.shape

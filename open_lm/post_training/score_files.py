@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import orjson
-from torch import nn
 
 from open_lm import storage
 from open_lm.checkpoint.load_model import stored_tokenizer
@@ -34,7 +33,7 @@ CHUNK = 512
 class FileScorer:
     """A reward model with its template, and what has been counted so far."""
 
-    model: nn.Module
+    model: Any
     tokenizer: Tokenizer
     template: ChatTemplate
     skip_bad: bool
@@ -78,7 +77,7 @@ class FileScorer:
         if isinstance(found, Rejected):
             self._reject(found, row)
             return None
-        if len(found.tokens) > self.model.config.seq_len + 1:  # type: ignore[union-attr,operator]
+        if len(found.tokens) > self.model.config.seq_len + 1:
             self.left_out["too_long"] += 1
             return None
         return (found.tokens & IDS).tolist()

@@ -41,6 +41,19 @@ def test_quantising_again_gives_the_same_bits_and_zeros_stay():
     assert (dequantised(once) - weight).abs().max() < 0.16 * weight.abs().max()
 
 
+def test_what_state_dicts_hold_in_bf16_gives_the_same_bits():
+    model = make_model("llama")
+    adapt(model, 2, 1.0)
+    model.bfloat16()
+    hold_in_nf4(model)
+    fp32 = {key: value.float() for key, value in make_model("llama").state_dict().items()}
+    model.load_state_dict(model.state_dict() | fp32)
+    first = {name: layer.nf4 for name, layer in adapters_of(model).items()}
+    model.load_state_dict(model.state_dict())
+    for name, layer in adapters_of(model).items():
+        assert torch.equal(layer.packed, first[name].packed) and torch.equal(layer.scales, first[name].scales), name
+
+
 def test_the_product_and_its_gradient_are_those_of_the_full_matrix_which_no_graph_keeps():
     nf4 = quantised(weight_of((24, 40)))
     x = weight_of((2, 5, 40), 1).requires_grad_()

@@ -8,6 +8,7 @@ log-probabilities again before every step, the fault of EasyLM: the ratio is alw
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
@@ -71,29 +72,36 @@ def greedy(path, n=1000):
     return sum("".join(map(str, w)) == str(a + b) for w, (a, b) in zip(written, sums, strict=True)) / n
 
 
+def fine_tuned(folder, seed, options, common):
+    """The run folder of the fine-tuned model of a seed, which a kept --folder may hold already."""
+    name = f"sft{seed}"
+    if (folder / "logs" / name / "checkpoints" / "epoch_1.commit.json").exists():
+        return str(folder / "logs" / name)
+    return main(
+        ["--task", "sft", "--dataset-manifest", f"{folder}/conversations/manifest.jsonl", "--train-steps",
+         str(options.sft_steps), "--global-batch-size", "256", "--lr", "3e-3", "--warmup", "10",
+         "--grad-clip-norm", "1", "--multiple-data-passes", "--name", name, *common]
+    ).folder  # fmt: skip
+
+
 def run(folder, seed, options):
-    """Fine-tune, then learn from rewards; returns both shares and seconds."""
+    """Fine-tune, then learn from rewards; returns both shares, that of clipped tokens, and seconds."""
     (folder / "model.json").write_text(json.dumps(MODEL))
     common = ["--model", str(folder / "model.json"), "--device", "cpu", "--precision", "fp32", "--workers", "0",
               "--logs-dir", str(folder / "logs"), "--seed", str(seed), "--wd", "0"]  # fmt: skip
-    sft = main(
-        ["--task", "sft", "--dataset-manifest", f"{folder}/conversations/manifest.jsonl", "--train-steps",
-         str(options.sft_steps), "--global-batch-size", "256", "--lr", "3e-3", "--warmup", "10",
-         "--grad-clip-norm", "1", "--multiple-data-passes", "--name", f"sft{seed}", *common]
-    )  # fmt: skip
+    sft, steps = fine_tuned(folder, seed, options, common), options.epochs * options.minibatches
     began = time.time()
     rl = main(
-        ["--task", options.task, "--prompts", f"{folder}/prompts/prompts.jsonl", "--pretrained", sft.folder,
+        ["--task", options.task, "--prompts", f"{folder}/prompts/prompts.jsonl", "--pretrained", sft,
          "--reward", "open_lm.post_training.verifiers:exact", "--rollout-prompts", str(options.prompts),
          "--group-size", str(options.group), "--rollout-tokens", "5", "--rl-epochs", str(options.epochs),
-         "--rl-minibatches", str(options.minibatches), "--train-steps",
-         str(options.epochs * options.minibatches * options.iterations), "--lr", str(options.lr), "--lr-scheduler",
-         "const", "--warmup", "10", "--grad-clip-norm", "1", "--log-every-n-steps",
-         str(10 * options.epochs * options.minibatches), "--name", f"rl{seed}", *common]
+         "--rl-minibatches", str(options.minibatches), "--train-steps", str(steps * options.iterations),
+         "--lr", str(options.lr), "--lr-scheduler", "const", "--warmup", "10", "--grad-clip-norm", "1",
+         "--log-every-n-steps", str(10 * steps), "--name", f"rl{seed}-{options.task}-{int(began)}", *common]
     )  # fmt: skip
-    clip = [json.loads(line) for line in Path(rl.folder, "metrics.jsonl").read_text().splitlines()]
-    shares = [row["train/clip_share"] for row in clip if "train/clip_share" in row]
-    return greedy(sft.folder), greedy(rl.folder), sum(shares) / len(shares), time.time() - began
+    rows = [json.loads(line) for line in Path(rl.folder, "metrics.jsonl").read_text().splitlines()]
+    shares = [row["train/clip_share"] for row in rows if "train/clip_share" in row]
+    return greedy(sft), greedy(rl.folder), sum(shares) / len(shares), time.time() - began
 
 
 def plant_recomputation():
@@ -109,22 +117,26 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--task", default="grpo", choices=["grpo", "rloo", "ppo"])
     parser.add_argument("--iterations", type=int, default=200)
-    parser.add_argument("--sft-steps", type=int, default=400)
+    parser.add_argument("--sft-steps", type=int, default=600)
     parser.add_argument("--forgotten", type=float, default=0.6, help="share of carries that demonstrations forget")
-    parser.add_argument("--prompts", type=int, default=32, help="prompts of an iteration")
-    parser.add_argument("--group", type=int, default=16, help="answers to each")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--prompts", type=int, default=64, help="prompts of an iteration")
+    parser.add_argument("--group", type=int, default=8, help="answers to each")
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--minibatches", type=int, default=2)
     parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--folder", help="keep data and runs here, and take fine-tuned models from here")
     parser.add_argument("--recomputed", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.recomputed:
         plant_recomputation()
-    for seed in options.seeds:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
+    with contextlib.ExitStack() as stack:
+        folder = Path(options.folder or stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "prompts").exists():
             prepare(folder, write_tokenizer(folder), options.forgotten)
+        for seed in options.seeds:
             before, after, clipped, seconds = run(folder, seed, options)
-        row = {"task": options.task, "recomputed": options.recomputed, "seed": seed, "sft_greedy": before}
-        print(json.dumps({**row, "rl_greedy": after, "clip_share": clipped, "seconds": round(seconds)}), flush=True)
+            row = {"task": options.task, "recomputed": options.recomputed, "seed": seed, "sft_greedy": before}
+            row |= {"rl_greedy": after, "clip_share": clipped, "rl_seconds": round(seconds)}
+            print(json.dumps(row), flush=True)

@@ -53,9 +53,7 @@ class FileScorer:
             known = [(row, found) for row in chunk if (found := self._conversations(row)) is not None]
             labelled = iter(label_all([one for _, found in known for one in found], self.template, self.tokenizer))
             sequences = [(row, [self._ids(next(labelled), row) for _ in found]) for row, found in known]
-            whole = [
-                (row, ids) for row, sides in sequences if (ids := [s for s in sides if s]) and len(ids) == len(sides)
-            ]
+            whole = [(row, sides) for row, sides in sequences if all(sides)]
             scores = iter(rewards_of_sequences(self.model, [ids for _, sides in whole for ids in sides]))
             for row, sides in whole:
                 yield {**row.fields, **self._counted([next(scores) for _ in sides], row)}  # type: ignore[dict-item]
@@ -72,14 +70,14 @@ class FileScorer:
             return None
         return [found.chosen, found.rejected] if isinstance(found, ConversationPair) else [found]
 
-    def _ids(self, found: Any, row: Row) -> list[int] | None:
-        """The tokens of one conversation, its end among them."""
+    def _ids(self, found: Any, row: Row) -> list[int]:
+        """The tokens of one conversation, its end among them; none where it cannot be scored."""
         if isinstance(found, Rejected):
             self._reject(found, row)
-            return None
+            return []
         if len(found.tokens) > self.model.config.seq_len + 1:
             self.left_out["too_long"] += 1
-            return None
+            return []
         return (found.tokens & IDS).tolist()
 
     def _reject(self, found: Rejected, row: Row) -> None:

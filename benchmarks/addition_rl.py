@@ -96,7 +96,7 @@ def run(folder, seed, options):
          "--reward", "open_lm.post_training.verifiers:exact", "--rollout-prompts", str(options.prompts),
          "--group-size", str(options.group), "--rollout-tokens", "5", "--rl-epochs", str(options.epochs),
          "--rl-minibatches", str(options.minibatches), "--train-steps", str(steps * options.iterations),
-         "--lr", str(options.lr), "--lr-scheduler", "const", "--warmup", "10", "--grad-clip-norm", "1",
+         "--lr", str(options.lr), "--lr-scheduler", "cosine", "--warmup", "10", "--grad-clip-norm", "1",
          "--log-every-n-steps", str(10 * steps), "--name", f"rl{seed}-{options.task}-{int(began)}", *common]
     )  # fmt: skip
     rows = [json.loads(line) for line in Path(rl.folder, "metrics.jsonl").read_text().splitlines()]
@@ -116,14 +116,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--task", default="grpo", choices=["grpo", "rloo", "ppo"])
-    parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--iterations", type=int, default=80)
     parser.add_argument("--sft-steps", type=int, default=600)
     parser.add_argument("--forgotten", type=float, default=0.6, help="share of carries that demonstrations forget")
     parser.add_argument("--prompts", type=int, default=64, help="prompts of an iteration")
     parser.add_argument("--group", type=int, default=8, help="answers to each")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--minibatches", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--lr", type=float, default=7e-4)
     parser.add_argument("--folder", help="keep data and runs here, and take fine-tuned models from here")
     parser.add_argument("--recomputed", action="store_true")
     options = parser.parse_args()

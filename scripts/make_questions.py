@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=1000, help="preference pairs")
     options = parser.parse_args()
     every = questions()
-    held_out = {frozenset(both) for both in every[: options.held_out // 2]}
+    held_out = set(list(dict.fromkeys(map(frozenset, every)))[: options.held_out // 2])  # in both orders
     kept = [both for both in every if frozenset(both) not in held_out]
     files = {
         "conversations": [conversation(*both) for both in kept],

@@ -82,49 +82,64 @@ def test_the_reward_loss_equals_trls(tmp_path):
     torch.testing.assert_close(ours.layers[1].attention.out_proj.weight.grad, theirs, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("loss_type", ["bnpo", "grpo"])
-def test_grpo_equals_trls_on_stored_answers(tmp_path, loss_type):
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
+def stored_answers(model):
+    """Four answers to prompts as they were sampled at a temperature of 0.9 by another model: ids, mask, log-probs."""
+    generator = torch.Generator().manual_seed(4)
+    prompts, answers = (torch.randint(0, 50, (4, n), generator=generator) for n in (3, 5))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0], [1, 0, 0, 0, 0]])
+    answers = answers.masked_fill(mask == 0, PAD)
+    with torch.no_grad():
+        logits = model(torch.cat([prompts, answers], 1)).logits[:, 2:-1] / 0.9
+    log_p = logits.log_softmax(-1).gather(2, answers[..., None])[..., 0]
+    return prompts, answers, mask, log_p + 0.5 * torch.randn(log_p.shape, generator=generator)
 
-    model = make_llama()
-    settings = {"use_cpu": True, "bf16": False, "report_to": [], "gradient_checkpointing": False}
-    config = GRPOConfig(
-        output_dir=str(tmp_path / "trl"), loss_type=loss_type, per_device_train_batch_size=4, num_generations=2,
-        beta=0.0, epsilon=0.2, temperature=0.9, max_completion_length=5, num_iterations=2, **settings
+
+def batch_of(prompts, answers, mask, old, advantages):
+    """The same as our batch."""
+    targets = torch.cat([torch.full((4, 2), IGNORED), answers.masked_fill(mask == 0, IGNORED)], 1)
+    is_target = targets != IGNORED
+    old = torch.nn.functional.pad(old, (2, 0)) * is_target
+    extras = {"old": old, "advantage": advantages[:, None] * is_target, "reward": advantages, "finished": advantages}
+    return Batch(torch.cat([prompts, answers], 1)[:, :-1], targets, extras=extras)
+
+
+def policy_trainer(kind, model, folder, **settings):
+    """TRL's trainer of GRPO or RLOO."""
+    import trl
+    from datasets import Dataset
+
+    plain = {"use_cpu": True, "bf16": False, "report_to": [], "gradient_checkpointing": False}
+    config = getattr(trl, f"{kind}Config")(
+        output_dir=str(folder), per_device_train_batch_size=4, num_generations=2, beta=0.0, epsilon=0.2,
+        temperature=0.9, max_completion_length=5, num_iterations=2, **plain, **settings,
     )  # fmt: skip
-    trainer = GRPOTrainer(
+    trainer = getattr(trl, f"{kind}Trainer")(
         model=model, args=config, reward_funcs=lambda completions, **_: [0.0] * len(completions),
         train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in ROWS]), processing_class=make_tokenizer(),
     )  # fmt: skip
     trainer.current_gradient_accumulation_steps = 1
-    generator = torch.Generator().manual_seed(4)
-    prompts, answers = (
-        torch.randint(0, 50, (4, 3), generator=generator),
-        torch.randint(0, 50, (4, 5), generator=generator),
-    )
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0], [1, 0, 0, 0, 0]])
-    answers = answers.masked_fill(mask == 0, PAD)
-    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])
-    ids = torch.cat([prompts, answers], 1)
-    with torch.no_grad():
-        log_p = (model(ids).logits[:, 2:-1] / 0.9).log_softmax(-1).gather(2, answers[..., None])[..., 0]
-    old = log_p + 0.5 * torch.randn(log_p.shape, generator=generator)
+    return trainer
+
+
+@pytest.mark.parametrize("kind", ["bnpo", "grpo", "rloo"])
+def test_policy_losses_equal_trls_on_stored_answers(tmp_path, kind):
+    model, advantages = make_llama(), torch.tensor([1.0, -1.0, 0.5, -0.5])
+    prompts, answers, mask, old = stored_answers(model)
     inputs = {
         "prompt_ids": prompts, "prompt_mask": torch.ones_like(prompts), "completion_ids": answers,
-        "completion_mask": mask, "advantages": advantages, "old_per_token_logps": old,
-        "num_items_in_batch": mask.sum(),
+        "completion_mask": mask, "advantages": advantages, "num_items_in_batch": mask.sum(),
     }  # fmt: skip
+    if kind == "rloo":
+        trainer, inputs["old_logps"] = policy_trainer("RLOO", model, tmp_path / "trl"), (old * mask).sum(1)
+    else:
+        trainer = policy_trainer("GRPO", model, tmp_path / "trl", loss_type=kind)
+        inputs["old_per_token_logps"] = old
     model.train()
     expected = trainer.compute_loss(model, inputs)
     expected.backward()
-    ours = ours_of(model, tmp_path / "ours")
-    targets = torch.cat([torch.full((4, 2), IGNORED), answers.masked_fill(mask == 0, IGNORED)], 1)
-    pad = torch.nn.functional.pad
-    extras = {"old": pad(old, (2, 0)) * (targets != IGNORED), "advantage": advantages[:, None] * (targets != IGNORED)}
-    batch = Batch(ids[:, :-1], targets, extras={**extras, "reward": advantages, "finished": advantages})
-    mean = "sequences" if loss_type == "grpo" else "tokens"
-    task = PolicyGradient("grpo", RLConfig(rollout_temperature=0.9, rl_loss_mean=mean))
+    ours, batch = ours_of(model, tmp_path / "ours"), batch_of(prompts, answers, mask, old, advantages)
+    mean = "tokens" if kind == "bnpo" else "sequences"
+    task = PolicyGradient("rloo" if kind == "rloo" else "grpo", RLConfig(rollout_temperature=0.9, rl_loss_mean=mean))
     loss = task.loss_sums(ours, batch).total / task.count(batch)[0]
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)

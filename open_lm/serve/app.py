@@ -110,7 +110,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:
         mark = secrets.token_hex(4)
-        logging.error("error %s in %s", mark, request.url.path, exc_info=error)
+        logging.error("error %s in %r", mark, request.url.path, exc_info=error)
         return _json(Refused(500, f"The server failed; its log says why under {mark}."))
 
 

@@ -17,6 +17,8 @@ OPEN = {"/", "/page.js", "/page.css", "/health", "/ready"}
 """Paths that need no key: they tell nothing of models or texts."""
 
 
+BODY_SECONDS = 60.0
+"""Time for a body to come."""
 DRAIN_BYTES, DRAIN_SECONDS = 64 << 20, 2.0
 """Of a refused body, what is read before the refusal is sent."""
 
@@ -68,12 +70,21 @@ class _Exchange:
         self.n_bytes, self.status, self.started, self.is_whole = 0, 0, time.monotonic(), False
 
     async def receive(self) -> Any:
-        message = await self._receive()
+        message = await self._next()
         self.is_whole = not message.get("more_body", False)
         self.n_bytes += len(message.get("body", b""))
         if self.n_bytes > self.max_bytes:
             raise _too_large(self.max_bytes)
         return message
+
+    async def _next(self) -> Any:
+        """The next part of the body; after its end, whether the client leaves, however long that takes."""
+        if self.is_whole:
+            return await self._receive()
+        try:
+            return await asyncio.wait_for(self._receive(), max(0.0, self.started + BODY_SECONDS - time.monotonic()))
+        except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
+            raise Refused(408, f"The body did not come within {BODY_SECONDS:g} seconds.") from None
 
     async def drain(self) -> None:
         """Read what the client still sends, within bounds: a connection that is closed over unread bytes is reset, and

@@ -131,6 +131,18 @@ def test_a_body_beyond_the_limit_is_refused_before_it_is_read_declared_or_not(fo
         assert httpx.post(f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
 
 
+def test_a_body_that_does_not_come_is_not_waited_for(server, monkeypatch):
+    from open_lm.serve import limits
+
+    monkeypatch.setattr(limits, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(limits, "DRAIN_SECONDS", 0.1)
+    with socket.create_connection(("127.0.0.1", int(server[0].rpartition(":")[2])), timeout=10) as connection:
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(f'{head}Content-Length: 99\r\n\r\n{{"prompt'.encode())
+        answer = b"".join(iter(lambda: connection.recv(4096), b"")).decode()
+    assert answer.startswith("HTTP/1.1 408") and "did not come within 0.2 seconds" in answer
+
+
 def test_with_a_key_only_those_who_have_it_come_in(folder):
     with running(folder, api_key="secret") as (url, _):
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer sécret".encode()}):

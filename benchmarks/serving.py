@@ -89,9 +89,13 @@ async def measured(url, process, prompts, n_clients, seconds, n_new, known):
             prompt = prompts[number % len(prompts)]
             number += n_clients
             begin = time.monotonic()
-            answer = await client.post(
-                "/v1/completions", json={"prompt": prompt, "max_tokens": n_new, "temperature": 0}
-            )
+            try:
+                answer = await client.post(
+                    "/v1/completions", json={"prompt": prompt, "max_tokens": n_new, "temperature": 0}
+                )
+            except httpx.HTTPError as error:
+                faults[f"{type(error).__name__} after {time.monotonic() - begin:.1f} s: {error}"] += 1
+                continue
             latencies.append(time.monotonic() - begin)
             if answer.status_code != 200:
                 faults[f"status {answer.status_code}"] += 1

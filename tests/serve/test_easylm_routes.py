@@ -1,7 +1,5 @@
 """EasyLM's routes: log-likelihoods of a forward pass, greedy texts of `generate`, lm-eval's windows."""
 
-import threading
-
 import pytest
 import torch
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -10,6 +8,8 @@ from serve_setup import httpx, running
 from open_lm.errors import ConfigError
 from open_lm.generation import generate
 from open_lm.serve.easylm_routes import rolling_windows
+from open_lm.serve.refused import Refused
+from open_lm.serve.service import Service
 
 
 def post(client, path, **body):
@@ -91,31 +91,34 @@ def test_a_chat_goes_on_with_its_context(client):
     )
 
 
-def test_more_texts_than_slots_and_queue_hold_are_written_in_turns(folder):
-    """However many others ask at the time: only the first of them may be refused."""
-    texts, floods, statuses = ["long " * 250, "short", "x" * 300], [], []
+def test_more_texts_than_slots_and_queue_hold_are_written_in_turns(folder, monkeypatch):
+    """Whether there is room or not: a request that has begun waits for it."""
+    asked = [
+        ("/loglikelihood-rolling", {"text": ["long " * 250, "short", "x" * 300]}),
+        ("/loglikelihood", {"text": [f"text {n}" for n in range(7)]}),
+        ("/greedy-until", {"prefix_text": [f"text {n}" for n in range(7)], "until": ["e"] * 7}),
+    ]
+    submit, attempts = Service.submit, []
 
-    def flood(url):
-        while not floods:
-            statuses.append(httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 9}).status_code)
+    def refusing(self, tickets):
+        attempts.append(len(tickets))
+        if len(attempts) % 3 == 2:
+            raise Refused(429, "The server is busy.")
+        submit(self, tickets)
 
-    with running(folder, slots=2, max_queue=1) as (url, _), running(folder) as (wide, _):
-        others = [threading.Thread(target=flood, args=[url]) for _ in range(2)]
-        for other in others:
-            other.start()
-        with httpx.Client(timeout=60) as client:
-            for path, body in (
-                ("/loglikelihood-rolling", {"text": texts}),
-                ("/loglikelihood", {"text": [f"text {n}" for n in range(7)]}),
-                ("/greedy-until", {"prefix_text": [f"text {n}" for n in range(7)], "until": ["e"] * 7}),
-            ):
-                while (few := client.post(url + path, json=body)).status_code == 429:
-                    pass
-                assert few.status_code == 200 and few.json() == client.post(wide + path, json=body).json()
-        floods.append(True)
-        for other in others:
-            other.join()
-    assert 200 in statuses
+    def answers(url):
+        return [post(client, url + path, **body) for path, body in asked]
+
+    with running(folder, slots=2, max_queue=1) as (url, _), running(folder) as (wide, _), httpx.Client() as client:
+        client.timeout = 60
+        expected = answers(wide)
+        monkeypatch.setattr(Service, "submit", refusing)
+        assert answers(url) == expected
+        assert max(attempts) == 2 and len(attempts) > 12
+        while len(attempts) % 3 != 1:
+            post(client, url + "/loglikelihood", text=["a"])
+        refused = client.post(url + "/loglikelihood", json={"text": ["a"]})
+    assert refused.status_code == 429  # one that has not begun is told to come back
 
 
 def test_equal_prefixes_get_texts_of_their_own(client):

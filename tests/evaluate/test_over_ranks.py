@@ -20,6 +20,12 @@ MODELS = {
     "llama": {},
     "tied": {"weight_tying": True, "n_kv_heads": 1, "qk_norm": True, "model_norm": "gain_only_lp_layer_norm"},
     "experts": {"moe_freq": 2, "moe_num_experts": 4},
+    "scaled": {
+        "attn_name": "custom_attn",
+        "attn_activation": "relu",
+        "attn_seq_scalar": "max",
+        "attn_seq_scalar_alpha": 1.0,
+    },
 }
 HARNESS = """
 task: {name}

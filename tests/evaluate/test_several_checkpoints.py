@@ -58,6 +58,21 @@ def test_files_are_read_and_questions_encoded_once_for_all(files, tmp_path, monk
     assert sum(map(len, encoded)) == 2 * len(TASKS)
 
 
+def test_checkpoints_with_other_tokenizers_and_contexts_have_questions_of_their_own(files, tmp_path):
+    backend = json.loads((files / "tokenizer.json").read_text())
+    backend["model"]["merges"] = backend["model"]["merges"][:20]
+    (tmp_path / "short.json").write_text(json.dumps(backend))
+    write_checkpoint(tmp_path / "epoch_8.pt", tiny_model(2), str(tmp_path / "short.json"))
+    write_checkpoint(tmp_path / "epoch_9.pt", tiny_model(2, seq_len=40), str(files / "tokenizer.json"))
+    for name in ("epoch_8.pt", "epoch_9.pt"):
+        (files / name).write_bytes((tmp_path / name).read_bytes())
+    alone = {}
+    for seed in (2, 8, 9):
+        alone |= evaluated(files, tmp_path / str(seed), seed)
+    assert evaluated(files, tmp_path / "all", 2, 8, 9) == alone
+    assert alone["epoch_2"] != alone["epoch_8"] != alone["epoch_9"] != alone["epoch_2"]
+
+
 def test_beyond_the_room_for_kept_questions_they_are_encoded_again(files, tmp_path, monkeypatch):
     import open_lm.evaluate.engine.runner as runner
 

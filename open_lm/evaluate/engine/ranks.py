@@ -25,7 +25,8 @@ def score_questions(
     if not questions:
         return {}
     n_shares = world.shape.n_shares
-    budget = _budget_tokens(questions, batch_tokens, n_shares)
+    one_by_one = scorer.scales_with_length  # a batch is one forward pass, which the ranks count
+    budget = 1 if one_by_one else _budget_tokens(questions, batch_tokens, n_shares)
     batches = plan_batches(questions, budget, share_contexts=scorer.shares_contexts)
     mine = batches[world.share_rank :: n_shares]
     scores: dict[tuple[int, int], Score] = {}

@@ -23,11 +23,45 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+SHAPE = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "max_position_embeddings": 32}  # fmt: skip
+PUBLISHED_BY_OTHERS = {
+    "pythia": ("gpt_neox", {"rotary_pct": 0.25, "use_parallel_residual": True, "attention_bias": True}),
+    "llama of others": ("llama", {"num_key_value_heads": 2, "rms_norm_eps": 1e-6}),
+}
+"""Models as others publish them, run through --hf-model: Pythia's quarter rotary, parallel blocks and biases."""
+
+
+def made_elsewhere(folder, kind, changes):
+    """`(the harness's own, ours)` of a random model of transformers with its tokenizer beside it."""
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    from open_lm.evaluate.eval_model import load_hf_eval_model
+    from open_lm.evaluate.lm_harness.adapter import OpenLMHarness
+    from open_lm.model.config import ModelFlags
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE, **changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    file = write_tokenizer(folder / "tokenizer.json")
+    PreTrainedTokenizerFast(tokenizer_file=file, eos_token="<|endoftext|>").save_pretrained(folder)
+    flags = ModelFlags(hf_model=str(folder), hf_seq_len=32)
+    ours = load_hf_eval_model(flags, str(folder / "tokenizer.json"), torch.device("cpu"), torch.float32)
+    theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=3)
+    return theirs, OpenLMHarness(eval_model=ours)
+
+
+@pytest.fixture(scope="module", params=[*FAMILIES, *PUBLISHED_BY_OTHERS])
 def pair(request, tmp_path_factory):
-    """`(the harness's own, ours)` of one export, with a context of 32 tokens."""
+    """`(the harness's own, ours)` of one export, or of a model of others, with a context of 32 tokens."""
     from lm_eval.models.huggingface import HFLM
 
+    if request.param in PUBLISHED_BY_OTHERS:
+        return made_elsewhere(tmp_path_factory.mktemp("other"), *PUBLISHED_BY_OTHERS[request.param])
     import open_lm.hf
     from open_lm.evaluate.lm_harness.adapter import OpenLMHarness
     from open_lm.hf.export import ExportConfig, export

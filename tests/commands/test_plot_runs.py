@@ -6,6 +6,8 @@ import sys
 import pytest
 from runs import ROOT, folder_of, run, write_data
 
+from open_lm.commands.plot import placed
+
 
 def plot(*arguments, cwd):
     command = [sys.executable, str(ROOT / "scripts" / "plot_runs.py"), *map(str, arguments)]
@@ -33,6 +35,13 @@ def test_two_runs_in_one_picture(tmp_path):
     with image.open(tmp_path / "runs.png") as picture:
         assert picture.width > 1000
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
+
+
+def test_every_validation_is_drawn_also_at_steps_without_a_train_row():
+    tokens = {10: 1000, 20: 2000, 30: 3000}
+    validated = {5: 3.0, 10: 2.5, 15: 2.4, 30: 2.0, 32: 1.9}
+    assert placed(validated, tokens, "tokens") == ([500, 1000, 1500, 3000, 3200], [3.0, 2.5, 2.4, 2.0, 1.9])
+    assert placed(validated, tokens, "steps") == ([5, 10, 15, 30, 32], [3.0, 2.5, 2.4, 2.0, 1.9])
 
 
 def test_what_is_no_run_is_said_by_name(tmp_path):

@@ -21,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = f"{ROOT / 'open_lm'}/"
-PLUMBING = ("storage/", "text.py", "progress.py", "process.py", "errors.py", "flags.py")
+PLUMBING = ("storage/", "text.py", "progress.py", "errors.py", "flags.py")
 SEQ_LEN = 16
 
 

@@ -14,7 +14,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from open_lm import process, storage
+from open_lm import storage
+from open_lm.checkpoint import processes
 from open_lm.checkpoint.commit import SHARDS_SIGN, Commit, committed, read_commit
 from open_lm.checkpoint.save_policy import to_delete
 
@@ -35,7 +36,7 @@ class Retention:
     def unfinished(self, label: str, names: Sequence[str]) -> Iterator[None]:
         """Around a save that writes `names` and commits them in the end."""
         path = storage.join(self._folder, f"epoch_{label}{UNFINISHED}")
-        mine = json.dumps({"label": label, "names": list(names), "owner": process.identity()})
+        mine = json.dumps({"label": label, "names": list(names), "owner": processes.identity()})
         storage.write_text(path, mine)
         try:
             yield
@@ -73,7 +74,7 @@ class Retention:
                 label, names, owner = begun["label"], begun["names"], begun["owner"]
             except (ValueError, KeyError, TypeError):
                 continue
-            if process.is_here(owner) and process.is_running(owner):  # of other machines the run's lock knows
+            if processes.is_here(owner) and processes.is_running(owner):  # of other machines the run's lock knows
                 alive.add(f"epoch_{label}")
                 continue
             spoken_for = _named_in(self._folder, label)

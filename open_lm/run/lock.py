@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from open_lm import process, storage
+from open_lm import storage
+from open_lm.checkpoint import processes
 from open_lm.errors import FolderLocked
 
 LOCK = "run.lock"
@@ -79,8 +80,8 @@ class FolderLock:
             f"{self._path}: another run works in this folder ({owner.get('host')}, process {owner.get('pid')}). "
             "Wait until it has ended, or choose another --name."
         )
-        if process.is_here(owner):
-            if process.is_running(owner):
+        if processes.is_here(owner):
+            if processes.is_running(owner):
                 raise FolderLocked(refusal)
             return
         logging.warning("%s is held by %s: watching it for a sign of life.", self._path, owner.get("host"))
@@ -104,7 +105,7 @@ class FolderLock:
                 logging.warning("%s could not be written: %s", self._path, error)
 
     def _content(self, count: int) -> str:
-        return json.dumps({**process.identity(), "token": self._token, "beats": count})
+        return json.dumps({**processes.identity(), "token": self._token, "beats": count})
 
     def _read(self) -> dict[str, Any]:
         """What the lock file says; {} where it is missing or only half written."""

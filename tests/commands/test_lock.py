@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from open_lm import process
+from open_lm.checkpoint import processes
 from open_lm.errors import FolderLocked
 from open_lm.run import lock as locks
 from open_lm.run.lock import LOCK, FolderLock
@@ -40,6 +40,6 @@ def test_the_lock_of_a_dead_run_is_taken_over_and_the_dead_one_may_not_write(tmp
 
 
 def test_this_process_runs_and_one_of_another_start_time_does_not():
-    me = process.identity()
-    assert process.is_here(me) and process.is_running(me)
-    assert not process.is_running(me | {"started": "another time"})
+    me = processes.identity()
+    assert processes.is_here(me) and processes.is_running(me)
+    assert not processes.is_running(me | {"started": "another time"})

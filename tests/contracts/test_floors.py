@@ -82,3 +82,12 @@ def test_no_shell_is_ever_started_through_a_string():
     for path in scripts:
         source = path.read_text()
         assert "shell=True" not in source and "os.system(" not in source, path
+
+
+OTHERS_NAMES = {"attention", "file_utils", "norms"}
+"""Modules at the top that only keep names for people's code."""
+
+
+def test_the_top_of_the_package_stays_small():
+    top = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} - OTHERS_NAMES
+    assert len(top) <= 12, sorted(top)

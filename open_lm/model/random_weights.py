@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LARGE = 1 << 24
+LARGE = 1 << 23
 """Weights with at least so many numbers are made this way; smaller ones from torch's generator, one after the other."""
 CHUNK = 1 << 15
 """Numbers from one key of the generator; as many as torch computes with in one thread."""

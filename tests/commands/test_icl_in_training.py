@@ -85,7 +85,7 @@ def test_intervals_count_as_they_do_for_validation(tmp_path, files):
     assert list(metrics(tmp_path, "at_the_end", key=WORDS)) == [12]
 
 
-@pytest.mark.parametrize("how", [["--fsdp"], []])
+@pytest.mark.parametrize("how", [["--fsdp"], [], pytest.param(["--mesh", "tp=2"], marks=pytest.mark.slow)])
 def test_two_ranks_ask_each_question_once_and_agree_with_one(tmp_path, files, how):
     arguments = flags(tmp_path, files["manifest"], *asked(files, "--icl-every-steps", "6", *how))
     done = run_command(arguments, ranks=2)

@@ -42,6 +42,8 @@ MODELS = {
     "experts with a capacity": EXPERTS,
 }  # fmt: skip
 STEPS, BATCH = 20, 8
+EXACT = 5e-7
+"""What is left with weights in fp64; loss and norms are computed in fp32 all the same."""
 DOCUMENTS = torch.arange(16).expand(BATCH, 16) // 6
 
 
@@ -54,14 +56,19 @@ def batch(step, documents=False):
     return Batch(whole.inputs_BT, targets, DOCUMENTS if documents else None)
 
 
-def make_state(world, parallel, changes, optimizer="adamw", precision="fp32"):
+def make_state(world, parallel, changes, optimizer="adamw", precision="fp32", dtype=None):
     config = ModelConfig(**{**BASE, **changes})
     numbers = Precision(precision, "cpu")
+    numbers.weight_dtype = dtype or numbers.weight_dtype
     model = build_wrapped(config, world, parallel, 3, numbers.weight_dtype).train()
     experts = bool(config.moe_freq)
+    precise = {"muon_ns_precision": "fp32"} if optimizer == "muon" else {}
+    optimizers = build_optimizers(model, OptimizerConfig(optimizer=optimizer, eps=1e-5, **precise), 1e-2)
+    if optimizer == "muon" and dtype is not None:
+        optimizers[0]._dtype = dtype
     return TrainState(
         model=model,
-        optimizers=build_optimizers(model, OptimizerConfig(optimizer=optimizer, eps=1e-5), 1e-2),
+        optimizers=optimizers,
         precision=numbers,
         lr_at=lambda step: 1e-2,
         run_length=RunLength((STEPS,), tokens_per_step=BATCH * 16),
@@ -167,6 +174,35 @@ def _with_flags(world, folder, name, optimizer, how, flags):
         assert (weights[key] - expected_weight).abs().max() < 2e-5, key
 
 
+def _exactly(world, folder, names, mesh, optimizer):
+    """With weights in fp64 next to nothing is left of the differences of fp32."""
+    parallel = ParallelConfig(mesh=mesh)
+    world = dataclasses.replace(world, mesh=mesh_shape(parallel, world.size))
+    for name in names:
+        figures, weights = trained(make_state(world, parallel, MODELS[name], optimizer, dtype=torch.float64))
+        if mesh == "dp=1":
+            torch.save((figures, weights), f"{folder}/{name}.pt")
+        expected, expected_weights = torch.load(f"{folder}/{name}.pt")
+        for one, other in zip(figures, expected, strict=True):
+            assert one == pytest.approx(other, abs=1e-6, rel=1e-6), (mesh, name)
+        for key, expected_weight in expected_weights.items():
+            assert (weights[key] - expected_weight).abs().max() < EXACT, (mesh, name, key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "names", "optimizer"),
+    [
+        ("cp=4", ["shared keys, qk norm"], "adamw"),
+        ("tp=2,fsdp=2", ["dense"], "adamw"),
+        ("tp=2,fsdp=2", ["dense"], "muon"),
+    ],
+)
+def test_nothing_but_rounding_sets_a_mesh_apart(tmp_path, mesh, names, optimizer):
+    run_ranks(_exactly, 1, str(tmp_path), names, "dp=1", optimizer)
+    run_ranks(_exactly, 4, str(tmp_path), names, mesh, optimizer)
+
+
 def _alone_with(world, folder, name, optimizer, how):
     torch.save(trained(make_state(World(), ParallelConfig(), MODELS[name], optimizer), **how), f"{folder}/alone.pt")
 
@@ -179,6 +215,7 @@ def _alone_with(world, folder, name, optimizer, how):
         ({"mesh": "cp=2", "grad_checkpointing_mode": "selective"}, "dense", "adamw"),
         ({"mesh": "ep=2", "grad_checkpointing": True}, "experts", "adamw"),
         ({"mesh": "tp=2"}, "dense", "lion"),
+        ({"mesh": "tp=2"}, "shared keys, qk norm", "muon"),
         ({"mesh": "tp=2", "torchcompile": True}, "dense", "adamw"),
     ],
 )

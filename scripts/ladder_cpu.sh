@@ -71,7 +71,7 @@ if [ ! -e "$LADDER" ]; then
   "seed": 0,
   "data": {"manifests": ["shards/train/manifest.jsonl"]},
   "val_data": ["shards/held-out/manifest.jsonl"],
-  "run": {"chinchilla_multiple": 2, "lr_multiplier": 0.5},
+  "run": {"chinchilla_multiple": 1, "lr_multiplier": 0.5},
   "flags": {"precision": "fp32", "multiple_data_passes": true, "val_num_samples": 65536}
 }
 JSON

@@ -108,6 +108,7 @@ def documents(url: str, key: str) -> Iterator[str]:
         DataError: a line is no JSON object with a text under `key`.
     """
     from open_lm.preprocess.input import document_of, read_documents  # with numpy, which --help does without
+    from open_lm.preprocess.long_text import LongText
 
     for number, line in enumerate(read_documents(url, key, max_bytes=MAX_LINE_BYTES), 1):
         content = document_of(url, line, key) if line.content is not None else None
@@ -115,6 +116,8 @@ def documents(url: str, key: str) -> Iterator[str]:
             raise DataError(f"{url}, line {number}: {content.reason}; need a JSON object with text under {key!r}.")
         if isinstance(content, str):
             yield content
+        elif isinstance(content, LongText):
+            yield "".join(content.pieces())
 
 
 def train(texts: Sequence[str], vocab_size: int) -> Tokenizer:

@@ -98,6 +98,18 @@ def test_the_loader_trains_on_them(build):
     assert sum(len(batch) for batch in batches) == 4 * n_steps
 
 
+def test_shards_may_hold_wider_ids_than_they_need(make_2048, raw, tmp_path, tokenizer_json, texts):
+    from open_lm.data.shards import read_samples
+
+    out = {}
+    for dtype in ("auto", "uint32"):
+        flags = ["--output-dir", str(tmp_path / dtype), "--tokenizer", str(tokenizer_json), "--seqlen", "15"]
+        make_2048(["--input-files", raw("a.jsonl", texts), *flags, "--dtype", dtype])
+        out[dtype] = [ids for _, ids in read_samples(str(tmp_path / dtype / "00000000.tar"))]
+    assert {ids.dtype.name for ids in out["uint32"]} == {"uint32"} != {ids.dtype.name for ids in out["auto"]}
+    assert [ids.tolist() for ids in out["uint32"]] == [ids.tolist() for ids in out["auto"]]
+
+
 def test_ids_that_do_not_fit_the_type_are_refused(make_2048, raw, tmp_path):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<|endoftext|>": 0, "x": 70_000}, "x"))
     tokenizer.save(str(tmp_path / "tokenizer.json"))

@@ -75,6 +75,11 @@ def test_a_tokenizer_is_learned_from_more_files_than_may_be_open(tmp_path):
     assert 150 <= len(half) <= 160 and half[-1][:3] > "250"  # from all of them, evenly
 
 
+def test_a_long_document_is_learned_from_too(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(orjson.dumps({"text": "word " * 1_000_000}) + b"\n")
+    assert [len(text) for text in sample([str(tmp_path / "a.jsonl")], "text", 1 << 24)] == [5_000_000]
+
+
 def test_files_of_the_hub_that_would_become_one_file_stay_apart():
     paths = ["en/x.json.gz", "en/x.jsonl", "en--x.parquet", "fr/x.jsonl"]
     files = _apart([HubFile("d", "r", path) for path in paths])

@@ -53,8 +53,9 @@ def choose_encoder(
 
 
 def memory_file() -> Path:
-    """Where proofs are kept: the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "open_lm" / "exact_encoders.json"
+    """Where proofs are kept: in $OPEN_LM_CACHE, else in the user's cache folder."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("OPEN_LM_CACHE") or caches / "open_lm") / "exact_encoders.json"
 
 
 def _name(tokenizer: Tokenizer) -> str:

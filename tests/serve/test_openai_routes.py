@@ -9,6 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from open_lm.data import tokenizer as data_tokenizer
 from open_lm.generation import generate
+from open_lm.generation.text import TokenScore
+from open_lm.serve.openai_format import completion_logprobs
 from open_lm.serve.token_texts import TokenTexts
 
 PROMPT = "the quick brown fox"
@@ -122,6 +124,19 @@ def test_tokens_of_llamas_kind_keep_their_spaces_and_bytes():
     assert texts.of(7) == ("bytes:\\xc3", [0xC3]) and texts.n_characters([5, 7, 8]) == 3
 
 
+def test_of_likeliest_tokens_with_one_text_the_likeliest_is_told():
+    class Texts:
+        def of(self, token):
+            return ("same" if token < 3 else "other"), None
+
+        def n_characters(self, tokens):
+            return 4 * len(tokens)
+
+    score = TokenScore(2, -2.0, False, ((1, -1.0), (3, -1.5), (0, -1.7)))
+    found = completion_logprobs([(2, score)], Texts())
+    assert found["top_logprobs"] == [{"same": -1.0, "other": -1.5}] and found["token_logprobs"] == [-2.0]
+
+
 def test_equal_prompts_of_a_request_are_drawn_as_generate_draws_them(client, first):
     model, tokenizer = first
     ids = tokenizer.encode(PROMPT)
@@ -145,7 +160,9 @@ def test_max_tokens_0_scores_a_prompt_as_long_as_the_context(client):
 
 def test_several_prompts_and_several_texts_of_each_come_in_order(client, first):
     prompts = ["one", "two", "three"]
-    found = complete(client, prompt=prompts, n=2, temperature=0, max_tokens=5)["choices"]
+    answer = complete(client, prompt=prompts, n=2, temperature=0, max_tokens=5)
+    usage, found = answer["usage"], answer["choices"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (len("onetwothree"), 30)  # a prompt counts once
     assert [c["index"] for c in found] == list(range(6))
     assert [c["text"] for c in found] == [
         written(first, p, temperature=0, max_gen_len=5) for p in prompts for _ in "ab"

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from open_lm.serve.served import Served
     from open_lm.serve.state import State
 
+KEEP_ALIVE_SECONDS = 75
+"""For connections that clients may use again: longer than clients keep them, or a request meets one that just closed."""
 LAST_SECONDS = 10
 """After --grace-seconds, for answers that say that the server shut down."""
 
@@ -190,6 +192,7 @@ def serve(state: State, listener: socket.socket) -> None:
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=math.ceil(state.config.grace_seconds) + LAST_SECONDS,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         server_header=False,
     )
     gc.collect()

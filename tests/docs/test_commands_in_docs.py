@@ -109,12 +109,15 @@ SMALL = {
     "main … --icl": "main $FLAGS --name icl --icl", "train … --name": "train $FLAGS --name",
     "--widths 32 64 128 --steps 80": "--widths 16 32 --steps 2 --rates 1e-3 1e-2",
     "coordinate-check": "coordinate-check --widths 16 32 --depths 2",
+    "make_2048.py --input-files": "make_2048.py --overwrite --seqlen 64 --input-files", 
+    "logs/NAME --step 1200": "logs/my_run --step 2",
     "--train-steps 400": "--train-steps 8", "--warmup 40": "--warmup 2", "--max-megabytes 2": "--max-megabytes 0.7",
 }  # fmt: skip
 """What a page says, and what is run instead."""
 PREPARED = """
 openlm corpus --output-dir raw --max-megabytes 0.7 --n-files 1
 openlm tokenizer --input-files 'raw/train-*.jsonl.zst' --output-dir tokenizer --vocab-size 512
+ln -s tokenizer/tokenizer.json tokenizer.json
 openlm prepare --input-files raw/held-out.jsonl.zst --output-dir held-out --tokenizer tokenizer --seqlen 64
 cat > model.json << JSON
 {"hidden_dim": 32, "n_layers": 2, "n_heads": 2, "seq_len": 64, "vocab_size": 512}
@@ -159,6 +162,14 @@ def prepared(tmp_path_factory):
     (prepare,) = [block for block in blocks_to_run(ROOT / "README.md") if block.startswith("openlm prepare")]
     in_bash(PREPARED + prepare.replace(" --tokenizer", " --seqlen 64 --tokenizer"), folder)
     return folder
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_stands_in_a_block_that_is_run_or_marked(page):
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), flags=re.S | re.M)
+    other = "\n".join(block for language, block in blocks if language != "bash")
+    found = re.findall(r"^(?:openlm [a-z]|(?:python|bash|torchrun|pip install|lm_eval) \S).*$", other, re.M)
+    assert [line for line in found if "->" not in line] == []
 
 
 @pytest.mark.slow

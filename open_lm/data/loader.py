@@ -43,7 +43,7 @@ class Loader:
         plan: Plan,
         sources: list[Source],
         fill: Any,
-        geometry: BatchPositions,
+        batch_positions: BatchPositions,
         *,
         config: DataConfig,
         seed: int,
@@ -51,13 +51,13 @@ class Loader:
         rows: int = 1,
     ):
         """`rows` are the sequences that one sample holds; they stay together in batches."""
-        self.plan, self.sources, self.geometry = plan, sources, geometry
+        self.plan, self.sources, self.batch_positions = plan, sources, batch_positions
         self.n_sequences, self._rows = n_sequences, rows
         self.unreadable: list[dict[str, Any]] = []
         self.columns: dict[str, Column] = {}
         """Numbers beside the samples, which become `extras` of the batches under these names."""
         self._fill, self._config, self._seed = fill, config, seed
-        self._planned_batch = geometry.global_batch
+        self._planned_batch = batch_positions.global_batch
         self._document_end = document_end(config, sources)
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
@@ -67,24 +67,24 @@ class Loader:
             DataError: the data ends before `stop_step`, or a sample cannot be read and --ignore-parse-errors is off.
         """
         self.require(stop_step)
-        source = StepSource(self.geometry.positions_of, self.plan.reader_of, start_step, stop_step)
+        source = StepSource(self.batch_positions.positions_of, self.plan.reader_of, start_step, stop_step)
         steps = run_pipeline(
             source,
             self._fill,
             n_workers=self._config.workers,
-            batch=self.geometry.local_batch,
+            batch=self.batch_positions.local_batch,
             ahead=_READ_AHEAD_STEPS if self._fill.reads_remote else 0,
         )
         for step, rows in enumerate(steps, start_step):
             self._check(rows, step)
             batch = self._masked(rows, step)
-            n_samples = (step + 1 - start_step) * self.geometry.local_batch
+            n_samples = (step + 1 - start_step) * self.batch_positions.local_batch
             self._require_some(n_samples, at_end=step + 1 == stop_step)
             yield batch if self._rows == 1 else self._with_columns(batch, step).trimmed()
 
     def _check(self, rows: StepRows, step: int) -> None:
         """Compare what was read with what the plan wants, and ids with the checksums of their writer."""
-        expected = self._fill.expected_checksum(self.geometry.positions_of(step))
+        expected = self._fill.expected_checksum(self.batch_positions.positions_of(step))
         if rows.read_checksum != expected:
             raise DataError(
                 f"step {step}: the data workers read other samples than planned (checksum {rows.read_checksum:016x}, "
@@ -92,7 +92,7 @@ class Loader:
             )
         changed = changed_row(rows.tokens.numpy(), rows.stored, rows.widths, step)
         if changed is not None:
-            position = self.geometry.positions_of(step)[changed : changed + 1]
+            position = self.batch_positions.positions_of(step)[changed : changed + 1]
             raise DataError(
                 f"step {step}: {self._fill.describe(position)}: its ids are not those that were written (checksum). "
                 "Copy the shard again; if it is whole, this is a broken machine."
@@ -104,29 +104,29 @@ class Loader:
         Raises:
             DataError: there is not; the message has both numbers.
         """
-        needed = int(self.geometry.shifted(np.array([self.geometry.consumed(n_steps) - 1]))[0]) + 1
+        needed = int(self.batch_positions.shifted(np.array([self.batch_positions.consumed(n_steps) - 1]))[0]) + 1
         if self.n_sequences is not None and not self._config.multiple_data_passes and needed > self.n_sequences:
             raise DataError(
-                f"too little data: {n_steps} steps of {self.geometry.global_batch} need {needed} sequences, "
+                f"too little data: {n_steps} steps of {self.batch_positions.global_batch} need {needed} sequences, "
                 f"{', '.join(source.name for source in self.sources)} gives {self.n_sequences} before it repeats. "
                 "Train on fewer tokens, add data, or give --multiple-data-passes."
             )
 
     def state(self, step: int) -> dict[str, Any]:
         """Where the data stands when `step` optimizer steps are done, and what its order depends on. Plain JSON."""
-        consumed = self.geometry.consumed(step)
+        consumed = self.batch_positions.consumed(step)
         counts = self._consumed_by_source(consumed)
         return {
             "version": 1,
             "order": ORDER,
             "seed": self._seed,
-            "global_batch": self.geometry.global_batch,
+            "global_batch": self.batch_positions.global_batch,
             "planned_batch": self._planned_batch,
             "steps": step,
             "samples_consumed": consumed,
             "resampled": self._config.dataset_resampled,
             "pattern": self.plan.mixture.period,
-            "skips": [list(span) for span in self.geometry.skipped],
+            "skips": [list(span) for span in self.batch_positions.skipped],
             "holes": len(self.unreadable),
             "sources": [
                 self._source_state(k, source) | {"consumed": int(counts[k])} for k, source in enumerate(self.sources)
@@ -178,8 +178,8 @@ class Loader:
                 period=state.get("pattern"),
             )
             self._fill = PlannedSamples(self.plan, self._fill.reader)
-        self.geometry = replace(
-            self.geometry,
+        self.batch_positions = replace(
+            self.batch_positions,
             first_step=int(state.get("steps", 0)),
             first_position=int(state.get("samples_consumed", 0)),
             skipped=tuple((first, end) for first, end in state.get("skips", [])),
@@ -200,14 +200,14 @@ class Loader:
         }
 
     def _consumed_by_source(self, consumed: int) -> np.ndarray:
-        end = int(self.geometry.shifted(np.array([consumed - 1]))[0]) + 1 if consumed else 0
+        end = int(self.batch_positions.shifted(np.array([consumed - 1]))[0]) + 1 if consumed else 0
         return self.plan.mixture.used(end)
 
     def _with_columns(self, batch: Batch, step: int) -> Batch:
         """The batch with the numbers that stand beside its samples."""
         if not self.columns:
             return batch
-        found = self.plan.locate(self.geometry.positions_of(step))
+        found = self.plan.locate(self.batch_positions.positions_of(step))
         extras = {name: torch.from_numpy(column.rows(found, self._rows)) for name, column in self.columns.items()}
         return replace(batch, extras={**batch.extras, **extras})
 
@@ -225,7 +225,7 @@ class Loader:
         for number, reason in unreadable:
             rows = slice(number * n_rows, (number + 1) * n_rows)
             inputs_BT[rows], targets_BT[rows] = 0, IGNORED
-            position = int(self.geometry.positions_of(step)[number])
+            position = int(self.batch_positions.positions_of(step)[number])
             self.unreadable.append({"step": step, "position": position, "reason": reason})
             log.warning("step %d: %s It is masked; %d so far on this rank.", step, reason, len(self.unreadable))
         return replace(batch, inputs_BT=inputs_BT, targets_BT=targets_BT)
@@ -284,12 +284,12 @@ def build_loader(
     if config.data_tolerate_error_p != 0.09 or config.data_tolerate_num_ckpts:
         log.warning("--data-tolerate-*: ignored, every step gets its whole batch. See --ignore-parse-errors.")
     sample_tokens = tokens_of_sample(config, seq_len, rows)
-    geometry = make_batch_positions(config, global_batch=global_batch, rank=rank, world_size=world_size)
+    batch_positions = make_batch_positions(config, global_batch=global_batch, rank=rank, world_size=world_size)
     options: dict[str, Any] = {"config": config, "seed": seed, "rows": rows}
     if config.dataset_type == "synthetic":
         random_ids = SyntheticSamples(vocab_size, sample_tokens - 1, seed)
         nowhere = [Source(f"synthetic {vocab_size} {sample_tokens - 1}", ())]
-        return Loader(Plan((random_ids,)), nowhere, random_ids, geometry, n_sequences=None, **options)
+        return Loader(Plan((random_ids,)), nowhere, random_ids, batch_positions, n_sequences=None, **options)
     sources = on_rank0(
         lambda: open_sources(config, vocab_size=vocab_size, sample_tokens=sample_tokens, world_size=world_size)
     )
@@ -307,7 +307,7 @@ def build_loader(
         seed=seed,
         cache=cache_for(sources, config, world_size),
     )
-    loader = Loader(plan, sources, PlannedSamples(plan, reader), geometry, n_sequences=n_sequences, **options)
+    loader = Loader(plan, sources, PlannedSamples(plan, reader), batch_positions, n_sequences=n_sequences, **options)
     if n_steps is not None:
         loader.require(n_steps)
     return loader

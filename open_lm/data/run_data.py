@@ -28,7 +28,7 @@ def run_settings(run: str, step: int, global_batch: int | None = None) -> tuple[
     later = [state for state in states if state["steps"] > step] or states[-1:]
     if later and global_batch is None:
         batch, planned = later[0]["global_batch"], later[0]["planned_batch"]
-        geometry = BatchPositions(
+        batch_positions = BatchPositions(
             batch,
             0,
             1,
@@ -36,7 +36,7 @@ def run_settings(run: str, step: int, global_batch: int | None = None) -> tuple[
             first_step=later[0]["steps"],
             first_position=later[0]["samples_consumed"],
         )
-        return config, later[0]["seed"], planned, geometry
+        return config, later[0]["seed"], planned, batch_positions
     batch = global_batch or (None if params.get("batch_size") else params["global_batch_size"])
     if batch is None:
         raise ConfigError(

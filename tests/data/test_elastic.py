@@ -43,7 +43,7 @@ def test_every_geometry_and_any_stop_give_the_same_samples_per_step(data_set, mo
         stop = min(N_STEPS, step + dice.randint(2, 5))
         ranks = [loader(folders, world_size, rank, n_workers, **MODES[mode]) for rank in range(world_size)]
         state = ranks[0].state(step)
-        for one in ranks:  # what a checkpoint written by any geometry must say to any other
+        for one in ranks:  # what a checkpoint written by any batch_positions must say to any other
             one.check_state(state)
         running = [one.batches(step, N_STEPS) for one in ranks]
         for _ in range(step, stop):

@@ -1,4 +1,4 @@
-"""The loader: the same samples in the same steps at any geometry, none lost, errors before the first step."""
+"""The loader: the same samples in the same steps at any batch_positions, none lost, errors before the first step."""
 
 import itertools
 import json
@@ -303,7 +303,7 @@ def test_what_workers_need_survives_pickling_so_that_they_may_be_spawned(data_se
 
     begun = loader(manifest(data_set([30, 11])))
     next(begun.batches(0, 1))  # descriptors are open now
-    source = StepSource(begun.geometry.positions_of, begun.plan.reader_of, 0, 5)
+    source = StepSource(begun.batch_positions.positions_of, begun.plan.reader_of, 0, 5)
     copies = pickle.loads(pickle.dumps((source, begun._fill)))
     found = [step.tokens[:, 0].tolist() for step in run_pipeline(*copies, n_workers=0, batch=4)]
     assert found == numbers(begun.batches(0, 5))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from open_lm.serve.state import State
 
 KEEP_ALIVE_SECONDS = 75
-"""For connections that clients may use again: longer than clients keep them, or a request meets one that just closed."""
+"""For connections that clients may use again: longer than clients keep them, or a request meets one just closed."""
 LAST_SECONDS = 10
 """After --grace-seconds, for answers that say that the server shut down."""
 

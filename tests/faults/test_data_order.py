@@ -51,7 +51,7 @@ def ids(batch):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_ranks_workers_and_batches_change_at_random_stops_and_the_samples_are_those_of_the_straight_run(folder, seed):
-    """A state goes through JSON-like plain values from one batch geometry to another, workers dying with batches on their
+    """A state goes through JSON-like plain values from one loader to another, workers dying with batches on their
     way; the concatenated stream is the straight one."""
     straight = [n for batch in loaders(folder, 8, 1, 0)[0].batches(0, 120) for n in ids(batch)]
     dice, seen, step, state = random.Random(seed), [], 0, None

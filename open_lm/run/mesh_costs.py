@@ -22,7 +22,7 @@ from open_lm.model.transformer import Transformer
 WEIGHT_AND_STATE_BYTES = {"bf16": 8}
 """Weight, gradient and two moments of a parameter; 16 for all other precisions."""
 LOGIT_CHUNK_BYTES = 1 << 25
-"""The working memory of the loss: some rows of logits, twice."""
+"""The working memory of the loss at most: some rows of logits, twice in fp32."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,12 @@ def rank_costs(
     whole = 2 if low_gather else stored
     gathered = (tables + 2 * blocks) * whole if sharded and shape.n_shards > 1 else 0
     micro = max(1, sequences // accum)
+    logits = 8 * micro * config.seq_len // shape.cp * config.vocab_size // shape.tp
     return RankCosts(
         state=round((n_dense + n_experts) * WEIGHT_AND_STATE_BYTES.get(precision, 16)),
         gathered=round(gathered),
-        activations=activation_bytes(config, shape, micro, precision, recompute=recompute) + LOGIT_CHUNK_BYTES,
+        activations=activation_bytes(config, shape, micro, precision, recompute=recompute)
+        + min(LOGIT_CHUNK_BYTES, logits),
         traffic=_traffic(config, shape, micro * accum, accum, value, local_dense, local_experts, stored, whole),
     )
 

@@ -115,7 +115,7 @@ def _stopped(rank, words, folder):
         main(words)
 
 
-@pytest.mark.parametrize("mesh", ["dp=2", "tp=2"])
+@pytest.mark.parametrize("mesh", ["tp=2", pytest.param("dp=2", marks=pytest.mark.slow)])
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path, mesh):
     words = flags(tmp_path, write_data(tmp_path / "data"), "--mesh", mesh)
     launch(_stopped, 2, words, str(tmp_path))

@@ -51,11 +51,14 @@ def whole(changes, mode=None):
     return model
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in ("dense", "window") else pytest.mark.slow) for n in VARIANTS]
+)
 def test_a_block_is_one_graph(name):
     assert forward(whole(VARIANTS[name])).shape == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense", "window"])
 def test_documents_on_a_cpu_break_the_graph_and_change_nothing(name):
     """Attention in blocks looks where a document begins, to skip what lies before; GPUs have flex_attention instead."""
@@ -68,6 +71,7 @@ def test_documents_on_a_cpu_break_the_graph_and_change_nothing(name):
     torch.testing.assert_close(forward(compiled, documents=True), forward(plain, documents=True), rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["full", "selective"])
 def test_a_block_that_is_recomputed_is_one_graph(mode):
     forward(whole({}, mode))

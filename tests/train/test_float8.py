@@ -122,6 +122,7 @@ def test_a_checkpoint_holds_plain_weights_and_the_run_goes_on_to_the_bit(trained
         assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.slow
 def test_the_weights_load_without_torchao_and_export(trained, tmp_path, monkeypatch):
     folder, *_ = trained
     monkeypatch.setitem(sys.modules, "torchao.float8", None)

@@ -1,6 +1,7 @@
 """What --dry-run says a rank holds is what ranks hold."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from open_lm.mesh import MeshShape, parse_mesh, shape_for
 from open_lm.model.architecture import ModelConfig
 from open_lm.run.mesh_costs import activation_bytes, rank_costs
 from open_lm.train.config import ParallelConfig, mesh_shape
+from open_lm.train.step import train_step
+from open_lm.train.timing import Timing
 
 CONFIG = {"hidden_dim": 64, "n_heads": 4, "n_kv_heads": 2, "n_layers": 6, "seq_len": 256, "vocab_size": 64,
           "ffn_dim": 192}  # fmt: skip
@@ -56,6 +59,47 @@ def test_activations_and_state_of_a_rank_are_as_forecast(tmp_path, mesh):
     costs = rank_costs(config, shape, sequences=4, accum=1, precision="fp32", sharded=True, recompute=False)
     assert costs.state == pytest.approx(state, rel=0.15)
     assert activation_bytes(config, shape, 4, "fp32", recompute=False) == pytest.approx(activations, rel=0.15)
+
+
+LARGER = {"hidden_dim": 256, "n_heads": 8, "n_kv_heads": 4, "n_layers": 8, "seq_len": 512, "vocab_size": 2048,
+          "ffn_dim": 704}  # fmt: skip
+
+
+def a_step(state):
+    batch = Batch.from_samples(torch.zeros(8 // state.world.shape.n_data, 513, dtype=torch.long))
+    batch = batch if state.part is None else batch.of_part(state.part)
+    train_step(state, batch, accum=1, clip=1.0, timing=Timing(state.world.device))
+
+
+def _peak(world, mesh, precision, recompute, folder):
+    """The most memory that torch held in the second step, when the optimizer's state is there."""
+    parallel = ParallelConfig(mesh=mesh, precision=precision, grad_checkpointing=recompute)
+    world = dataclasses.replace(world, mesh=mesh_shape(parallel, world.size))
+    state = make_state(world, parallel, LARGER, precision=precision)
+    a_step(state)
+    moments = [t for optimizer in state.optimizers for held in optimizer.state.values() for t in held.values()]
+    before = sum(own(tensor).nbytes for tensor in (*state.model.parameters(), *moments))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        a_step(state)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    if world.rank == 0:
+        torch.save(before + max(held), f"{folder}/peak.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "precision", "recompute"),
+    [("cp=2", "fp32", False), ("tp=2", "amp_bf16", False)],
+)
+def test_the_peak_of_a_step_is_as_forecast(tmp_path, mesh, precision, recompute):
+    run_ranks(_peak, 2, mesh, precision, recompute, str(tmp_path))
+    shape, config = shape_for(parse_mesh(mesh), 2), ModelConfig(**LARGER)
+    sequences = 8 // shape.n_data
+    costs = rank_costs(
+        config, shape, sequences=sequences, accum=1, precision=precision, sharded=True, recompute=recompute
+    )
+    assert costs.held == pytest.approx(torch.load(tmp_path / "peak.pt"), rel=0.15)
 
 
 def test_traffic_is_what_the_axes_send():

@@ -83,6 +83,7 @@ def test_a_state_is_the_same_to_the_bit_under_any_other_mesh(tmp_path, first, ot
     run_ranks(_resumed, 1, folder, ["dp=1"], name, optimizer)
 
 
+@pytest.mark.slow
 def test_from_tensor_parallel_to_sharded_and_to_one_process(tmp_path):
     folder = tmp_path / "run"
     run_ranks(_saved, 2, folder, "tp=2", "shared keys, qk norm", "adamw", "sharded")

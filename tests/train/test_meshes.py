@@ -194,7 +194,6 @@ def _exactly(world, folder, names, mesh, optimizer):
     ("mesh", "names", "optimizer"),
     [
         ("cp=4", ["shared keys, qk norm"], "adamw"),
-        ("tp=2,fsdp=2", ["dense"], "adamw"),
         ("tp=2,fsdp=2", ["dense"], "muon"),
     ],
 )

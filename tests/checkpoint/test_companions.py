@@ -17,6 +17,7 @@ from gloo import run_ranks
 
 import open_lm
 from open_lm.checkpoint.restore import restore
+from open_lm.precision import Precision
 
 
 def save(folder, state):
@@ -67,3 +68,17 @@ def _compare(world, folder, fsdp):
 def test_two_ranks_save_and_continue_companions(tmp_path, fsdp):
     run_ranks(_save_sharded, 2, tmp_path, fsdp)
     run_ranks(_compare, 2, tmp_path, not fsdp)
+
+
+def test_the_loss_scale_goes_on_where_it_was(tmp_path):
+    state = make_state()
+    state.precision = Precision("fp16", "cpu")
+    state.precision.scaler.scale(torch.ones(1))  # it is made at its first use
+    state.precision.scaler.update(new_scale=3.0)
+    take_steps(state, 2)
+    assert make_checkpoints(tmp_path, async_save=False).save(state, NoData(), label="1", stats=STATS)
+    again = make_state(seed=5)
+    again.precision = Precision("fp16", "cpu")
+    restore(make_checkpoints(tmp_path, resume="latest"), again, NoData())
+    assert again.precision.state_dict() == state.precision.state_dict()
+    assert again.precision.state_dict()["scale"] == 3.0

@@ -3,7 +3,8 @@
     python benchmarks/shakespeare.py [--text ../shared/data/text/tinyshakespeare.txt] [--out /tmp/shakespeare]
 
 nanoGPT publishes a validation loss of 1.88 for a model of this size and budget (4 layers, 4 heads, 128 wide, context
-64, batch 12, 2000 steps, CPU); the goal here is 1.65 or lower with the same.
+64, batch 12, 2000 steps, CPU); the goal here is 1.55 or lower with the same tokens. Further flags go to open_lm.main:
+`--optimizer adamw --lr 1e-3 --lr-scheduler cosine --lr-cooldown-end 1e-4` is the recipe before Muon (1.63).
 """
 
 import argparse
@@ -24,8 +25,8 @@ ARCHITECTURE = {
     "post_embed_norm": False, "weight_tying": False, "model_norm": "gain_only_layer_norm",
 }  # fmt: skip
 RECIPE = [
-    "--global-batch-size", "12", "--optimizer", "adamw", "--lr", "1e-3", "--warmup", "100", "--lr-scheduler", "cosine",
-    "--lr-cooldown-end", "1e-4", "--beta2", "0.99", "--wd", "0.1", "--grad-clip-norm", "1", "--precision", "fp32",
+    "--global-batch-size", "12", "--optimizer", "muon", "--lr", "5e-3", "--warmup", "100", "--lr-scheduler", "linear",
+    "--lr-cooldown-end", "0", "--beta2", "0.99", "--wd", "0.1", "--grad-clip-norm", "1", "--precision", "fp32",
     "--device", "cpu", "--multiple-data-passes", "--workers", "0",
 ]  # fmt: skip
 
@@ -69,7 +70,7 @@ def main() -> None:
     length = ["--train-tokens", str(args.steps * 12 * 64), "--seed", str(args.seed)]
     names = ["--model", str(args.out / "model.json"), "--logs", str(args.out), "--name", "run"]
     result = train([*shards, *length, *names, *RECIPE, *more])
-    print(f"validation loss {result.validation[0].loss:.4f} after {result.step} steps (goal: 1.65; nanoGPT: 1.88)")
+    print(f"validation loss {result.validation[0].loss:.4f} after {result.step} steps (goal: 1.55; nanoGPT: 1.88)")
 
 
 if __name__ == "__main__":

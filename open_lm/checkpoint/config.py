@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from open_lm.errors import ConfigError
 from open_lm.flags import flag
 
-FORMATS = ("auto", "consolidated", "sharded")
+FORMATS = ("auto", "consolidated", "sharded", "sharded-remote")
 CONSOLIDATED_UP_TO = 3_000_000_000
 """Parameters up to which --checkpoint-format auto gathers a checkpoint on rank 0."""
 
@@ -60,7 +60,8 @@ class CheckpointConfig:
     checkpoint_format: str = flag(
         "auto",
         "consolidated: epoch_K.pt and its companions, gathered on rank 0; sharded: every rank writes its own part, to "
-        "a folder that all nodes share (`openlm consolidate` makes epoch_K.pt of it); auto: "
+        "a folder that all nodes share (`openlm consolidate` makes epoch_K.pt of it); "
+        "sharded-remote: every rank sends its part straight to --remote-sync, and no disk need be shared; auto: "
         "consolidated up to 3 billion parameters.",
         choices=FORMATS,
     )
@@ -87,6 +88,10 @@ class CheckpointConfig:
             raise ConfigError(f"--remote-sync-protocol s3 with --remote-sync {self.remote_sync}: give an s3:// url.")
         if self.remote_sync_protocol != "fsspec":
             logging.warning("--remote-sync-protocol is ignored: --remote-sync goes through fsspec whatever it says.")
+        if self.checkpoint_format == "sharded-remote" and "://" not in (self.remote_sync or ""):
+            raise ConfigError(
+                f"--checkpoint-format sharded-remote with --remote-sync {self.remote_sync}: give the url to save to."
+            )
         if self.pretrained and self.average:
             raise ConfigError("--pretrained and --average are mutually exclusive: both say where the weights start.")
         if self.start and self.resume not in (None, "latest"):

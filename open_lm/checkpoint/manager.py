@@ -16,6 +16,7 @@ from open_lm.checkpoint import commit as commits
 from open_lm.checkpoint.background import Background
 from open_lm.checkpoint.commit import SHARDS_SIGN
 from open_lm.checkpoint.config import CONSOLIDATED_UP_TO, CheckpointConfig
+from open_lm.checkpoint.remote_shards import write_remote_shards
 from open_lm.checkpoint.retention import Retention, free_label
 from open_lm.checkpoint.save_policy import SaveKind, kind_of
 from open_lm.checkpoint.snapshot import Saved, Snapshot, in_file_order, live, n_bytes, take
@@ -113,7 +114,11 @@ class Checkpoints:
             if self._world.device.type == "cuda":  # a new thread starts on GPU 0, whichever is this rank's
                 torch.cuda.set_device(self._world.device)
             faults.at("save", label)
-            if in_shards:
+            if in_shards and self.home != self.folder:
+                written = write_remote_shards(
+                    self._target, snapshot, shards, self._world, self._group, local=self.folder
+                )
+            elif in_shards:
                 written = write_sharded(self._target, snapshot, shards, self._world, self._group)
             else:
                 written = write_consolidated(self._target, snapshot) if self._world.is_master else None
@@ -160,22 +165,27 @@ class Checkpoints:
         self._background.wait()
 
     @property
+    def home(self) -> str:
+        """Where checkpoints are written to and continued from: the folder, or its remote copy."""
+        return self.copy if self.copy and self.flags.checkpoint_format == "sharded-remote" else self.folder
+
+    @property
     def _target(self) -> Target:
-        return Target(self.folder, self._name, self.config, self.retention, self.branch, self.require_owner)
+        return Target(self.home, self._name, self.config, self.retention, self.branch, self.require_owner)
 
     def _in_shards(self, tree: Mapping[str, Any]) -> bool:
         if self.flags.checkpoint_format != "auto":
-            return self.flags.checkpoint_format == "sharded"
+            return self.flags.checkpoint_format.startswith("sharded")
         return sum(tensor.numel() for tensor in tree["weights"].values()) > CONSOLIDATED_UP_TO
 
     def _free_label(self, label: str, step: int, kind: SaveKind) -> str:
         """`label`, or another if files of that label are here: none is ever written over. "": it is there already."""
         self.require_owner()
         self.retention.sweep()
-        for here in commits.committed(self.folder):
+        for here in commits.committed(self.home):
             if (here.step, here.branch) == (step, self.branch) and (here.label == label or kind_of(here) == kind):
                 return ""
-        return free_label(self.folder, label, step, self.taken_labels)
+        return free_label(self.home, label, step, self.taken_labels)
 
     def _problem_with_space(self, needed: int) -> str:
         """The message when rank 0 lacks space; the same on every rank."""

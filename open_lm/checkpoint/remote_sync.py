@@ -155,9 +155,9 @@ class RemoteSync:
             discard(folder, commit)
 
 
-def bring_back(url: str, folder: str) -> None:
+def bring_back(url: str, folder: str, *, logs_only: bool = False) -> None:
     """Make `folder` what was copied to `url`, where that holds a checkpoint to be continued before those here: its
-    files, and the logs.
+    files, and the logs; with `logs_only` those alone.
 
     Raises:
         StorageError: something cannot be read.
@@ -173,6 +173,8 @@ def bring_back(url: str, folder: str) -> None:
     loose = json.loads(storage.read_text(listing)) if storage.exists(listing) else []
     fetch = partial(_fetch, url, folder)
     commits.in_parallel([partial(fetch, name) for name in loose])
+    if logs_only:
+        return
     commits.in_parallel([partial(fetch, f"{CHECKPOINTS}/{name}", record) for name, record in newest.files.items()])
     fetch(f"{CHECKPOINTS}/{newest.commit_name}")
 

@@ -7,10 +7,11 @@ of transformers, or hf://owner/name[@revision]; local or remote.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from open_lm import storage
@@ -25,6 +26,10 @@ Form = Literal["file", "shards", "folder"]
 """A file of weights; a folder that every rank wrote its shards to; a folder of transformers, with a config.json."""
 Checked = Literal["nothing", "weights", "all"]
 """Files whose checksums are compared with the commit file: none, those that weights are in, or the optimizer's too."""
+
+
+Verdicts = Mapping[str, str | None]
+"""What is wrong with checkpoints, by identity; None: all their files are as they were written."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +47,19 @@ class Found:
         """The folder that holds it; a folder of transformers is that itself."""
         return self.path if self.kind == "folder" else storage.parent(self.path)
 
-    def checked_for(self, part: Checked) -> Found:
-        """The same once `part` of its files have the checksums they were written with; none is read twice.
+    def checked_for(self, part: Checked, known: Verdicts = MappingProxyType({})) -> Found:
+        """The same once `part` of its files have the checksums they were written with; none is read twice, nor one of
+        which it is `known`.
 
         Raises:
             CheckpointError: one has not.
         """
         if self.commit is None or part == "nothing" or self.checked in (part, "all"):
             return self
-        problem = damaged_file(self.folder, self.commit, only=self._files_of(part))
+        if self.commit.identity in known:
+            problem = known[self.commit.identity]
+        else:
+            problem = damaged_file(self.folder, self.commit, only=self._files_of(part))
         if problem:
             raise CheckpointError(f"{problem} Use --resume latest, or another checkpoint.")
         return replace(self, checked=part)
@@ -66,7 +75,7 @@ Name = str | PathLike[str] | Found
 """What a checkpoint may be given as: its name, or what that was resolved to before."""
 
 
-def resolve(name: Name, check: Checked = "nothing") -> Found:
+def resolve(name: Name, check: Checked = "nothing", known: Verdicts = MappingProxyType({})) -> Found:
     """The checkpoint that `name` means; of a run folder the newest complete one that passes `check`.
 
     Raises:
@@ -74,17 +83,17 @@ def resolve(name: Name, check: Checked = "nothing") -> Found:
         StorageError: it cannot be downloaded.
     """
     if isinstance(name, Found):
-        return name.checked_for(check)
+        return name.checked_for(check, known)
     asked = fspath(name)
     path = str(download(asked)) if is_hub(asked) else asked
     if is_transformers_folder(path):
         return Found(asked, path, "folder")
     found = _file_or_shards(asked, path)
     if found is not None:
-        return found.checked_for(check)
+        return found.checked_for(check, known)
     if not storage.exists(path):
         raise CheckpointError(f"{asked}: no such checkpoint. Give an epoch_K.pt or the folder of a run.")
-    found = newest_in(path, check)
+    found = newest_in(path, check, known)
     if found is not None:
         return replace(found, name=asked)
     if len(only := _weights_right_in(path)) == 1:
@@ -127,7 +136,7 @@ def checkpoint_folder(folder: str) -> str:
     return inside if storage.exists(inside) else folder
 
 
-def newest_in(folder: str, check: Checked = "nothing") -> Found | None:
+def newest_in(folder: str, check: Checked = "nothing", known: Verdicts = MappingProxyType({})) -> Found | None:
     """The newest complete checkpoint of a run (or checkpoint) folder that passes `check`; damaged ones are skipped
     with a warning. None when there is none.
 
@@ -138,7 +147,7 @@ def newest_in(folder: str, check: Checked = "nothing") -> Found | None:
     commits = committed(inside)
     for commit in commits:
         try:
-            return _committed(folder, inside, commit).checked_for(check)
+            return _committed(folder, inside, commit).checked_for(check, known)
         except CheckpointError:
             continue  # the warning names the file
     if commits:

@@ -15,7 +15,7 @@ from open_lm import faults, storage
 from open_lm.checkpoint.manager import Checkpoints, DataOrder
 from open_lm.checkpoint.mean import read_mean
 from open_lm.checkpoint.read import local_shards, read_checkpoint
-from open_lm.checkpoint.resolve import Found, newest_in, resolve
+from open_lm.checkpoint.resolve import Found, Verdicts, newest_in, resolve
 from open_lm.checkpoint.retention import labels_in, leave_behind
 from open_lm.checkpoint.sharded import STATS, load_into, read_tensor_index
 from open_lm.checkpoint.snapshot import Saved, in_file_order, live
@@ -28,6 +28,7 @@ from open_lm.checkpoint.state_dicts import (
     spread_tensors,
 )
 from open_lm.checkpoint.tree import SEPARATOR, flat, nested
+from open_lm.checkpoint.verify import candidates, verified_together
 from open_lm.errors import CheckpointError
 from open_lm.model.lora import holds_nf4, is_addition
 from open_lm.train.random_state import restore_random_state
@@ -61,7 +62,9 @@ def restore(checkpoints: Checkpoints, state: Saved, loader: DataOrder | None) ->
         return
     stored = Stored()
     faults.at("load", flags.resume)
-    facts = state.world.on_rank0(lambda: _read(stored, checkpoints, state, trains=loader is not None))
+    asked = (flags.resume, *flags.start)[0] or flags.start[0]
+    known = verified_together(state.world, lambda: candidates(checkpoints.home, asked))
+    facts = state.world.on_rank0(lambda: _read(stored, checkpoints, state, known, trains=loader is not None))
     if facts is None:
         if loader is None:
             raise CheckpointError(f"--resume latest: no checkpoint in {checkpoints.folder} to evaluate.")
@@ -111,7 +114,9 @@ def _load_sharded(facts: Mapping[str, Any], state: Saved, *, whole_state: bool) 
         for name, _ in _saved_companions(state, facts):
             parts["companions"][name] = tree["companions"][name]
     tensors, _ = flat(parts)
-    with local_shards(facts["found"]) as folder:
+    found: Found = facts["found"]
+    url = found.path if storage.is_remote(found.path) and found.checked != "nothing" else None
+    with local_shards(found, only_facts=url is not None) as folder:
         held = {
             name for name in read_tensor_index(folder).state_dict_metadata if name.startswith(f"weights{SEPARATOR}")
         }
@@ -119,7 +124,7 @@ def _load_sharded(facts: Mapping[str, Any], state: Saved, *, whole_state: bool) 
             tensors = {name: t for name, t in tensors.items() if name in held or not is_addition(_bare(name))}
         if held != {name for name in tensors if name.startswith(f"weights{SEPARATOR}")}:
             raise CheckpointError(f"{facts['path']} is of another model. Give the --model it was trained with.")
-        load_into(folder, tensors, alone=state.world.size == 1)
+        load_into(folder, tensors, alone=state.world.size == 1, url=url)
     _copy_ordered(tensors, flat(held_tree)[0], row_orders(state.model))
     tree = held_tree
     if not whole_state:
@@ -165,7 +170,7 @@ def _saved_companions(state: Saved, facts: Mapping[str, Any]) -> list[tuple[str,
     return [(name, part) for name, part in state.companions.items() if name in facts["companions"]]
 
 
-def _choose(checkpoints: Checkpoints, *, trains: bool) -> tuple[Use, tuple[Found, ...]] | None:
+def _choose(checkpoints: Checkpoints, known: Verdicts, *, trains: bool) -> tuple[Use, tuple[Found, ...]] | None:
     """What to take from which checkpoints, whose files are as they were written; None when --resume latest finds none.
 
     Raises:
@@ -174,21 +179,23 @@ def _choose(checkpoints: Checkpoints, *, trains: bool) -> tuple[Use, tuple[Found
     flags = checkpoints.flags
     resumed: Use = "resume" if trains else "evaluate"
     if flags.resume == "latest":
-        found = newest_in(checkpoints.folder, "all")
+        found = newest_in(checkpoints.home, "all", known)
         if found is not None:
             return resumed, (found,)
         if not flags.start:
             return None
     elif flags.resume:
-        return resumed, (resolve(flags.resume, "all"),)
+        return resumed, (resolve(flags.resume, "all", known),)
     started: Use = "state" if flags.load_pretrained_state else "weights"
-    files = tuple(resolve(name, "all" if started == "state" else "weights") for name in flags.start)
+    files = tuple(resolve(name, "all" if started == "state" else "weights", known) for name in flags.start)
     return started if trains else "evaluate", files
 
 
-def _read(stored: Stored, checkpoints: Checkpoints, state: Saved, *, trains: bool) -> dict[str, Any] | None:
+def _read(
+    stored: Stored, checkpoints: Checkpoints, state: Saved, known: Verdicts, *, trains: bool
+) -> dict[str, Any] | None:
     """Fill `stored` from its files; what the other ranks need to know of it, or None when there is no checkpoint."""
-    choice = _choose(checkpoints, trains=trains)
+    choice = _choose(checkpoints, known, trains=trains)
     if choice is None:
         return None
     use, files = choice

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from open_lm import faults
+from open_lm import faults, storage
 from open_lm.checkpoint.checksum import ChecksummingFile, FileRecord
 from open_lm.errors import CheckpointError, StorageError
 
@@ -54,11 +54,18 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 class _Reader(dcp.FileSystemReader):
-    """torch's reader with an index that was read by ours."""
+    """torch's reader with an index that was read by ours, and at `url`, if given, the files that it speaks of."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, url: str | None = None):
         super().__init__(folder)
         self._index = read_tensor_index(folder)
+        if url is not None:
+            self.fs, self.path = _RemoteFiles(), url
+
+    def _slice_file(self, file: Any, sinfo: Any) -> Any:
+        """One tensor's bytes, read at once."""
+        file.seek(sinfo.offset)
+        return io.BytesIO(file.read(sinfo.length))
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self._index
@@ -120,6 +127,18 @@ class _SummingStream(ChecksummingFile):
         return getattr(self._stream, name)
 
 
+class _RemoteFiles(FileSystem):
+    """Remote files as torch's reader asks for them: ranges of them, each tried again while its trouble may pass."""
+
+    def concat_path(self, path: Any, suffix: str) -> Any:
+        return storage.join(path, suffix)
+
+    @contextlib.contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        with storage.open_read(path) as file:
+            yield file
+
+
 def write(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> dict[str, FileRecord]:
     """Write this rank's part of `tensors` into `folder`; the records of its files. Every rank of `group` (None: there
     is one rank) must call it.
@@ -136,14 +155,15 @@ def write(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | N
         raise StorageError(f"{folder}: {_reason(error)}") from error
 
 
-def require_complete(folder: Path) -> None:
-    """Check that every part of every tensor in the index lies within a file of `folder`.
+def require_complete(folder: Path, sizes: Mapping[str, int] | None = None) -> None:
+    """Check that every part of every tensor in the index lies within a file of `folder`, or of `sizes`.
 
     Raises:
         StorageError: one does not.
     """
     index = read_tensor_index(folder)
-    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+    if sizes is None:
+        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
     for name, kind in index.state_dict_metadata.items():
         assert isinstance(kind, TensorStorageMetadata)
         for chunk in kind.chunks:
@@ -152,19 +172,20 @@ def require_complete(folder: Path) -> None:
                 raise StorageError(f"{folder}: a part of {name} was not written.")
 
 
-def load_into(folder: Path, tensors: dict[str, Tensor], *, alone: bool = True) -> None:
+def load_into(folder: Path, tensors: dict[str, Tensor], *, alone: bool = True, url: str | None = None) -> None:
     """Fill `tensors` in place from `folder`, however they were spread when saved and are now.
 
-    With `alone` False every rank must call it, each with its shards of the same tensors.
+    With `alone` False every rank must call it, each with its shards of the same tensors. With `url` only the index is
+    in `folder`; of the files there each rank reads what it needs.
 
     Raises:
         CheckpointError: one is missing or has another shape, or a file is damaged.
     """
     try:
         with torch.no_grad():
-            dcp.load(tensors, storage_reader=_Reader(folder), no_dist=alone)
+            dcp.load(tensors, storage_reader=_Reader(folder, url), no_dist=alone)
     except (CheckpointException, OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
-        raise CheckpointError(f"{folder} does not fit: {_reason(error)}") from error
+        raise CheckpointError(f"{url or folder} does not fit: {_reason(error)}") from error
 
 
 def read_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:

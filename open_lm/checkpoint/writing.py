@@ -110,8 +110,8 @@ def write_sharded(
     folder = storage.local_path(storage.join(target.folder, shards))
     marker = target.retention.unfinished(snapshot.label, [shards])
     with contextlib.ExitStack() as stack:
-        problem = _problem_of(lambda: stack.enter_context(marker)) if world.is_master else None
-        problem = problem or _problem_of(lambda: folder.mkdir(parents=True, exist_ok=True))
+        problem = problem_of(lambda: stack.enter_context(marker)) if world.is_master else None
+        problem = problem or problem_of(lambda: folder.mkdir(parents=True, exist_ok=True))
         require_none(problem, group)
         return _write_shards(target, snapshot, folder, world, group)
 
@@ -131,9 +131,7 @@ def _write_shards(
         commits_made: list[Commit] = []
         if world.is_master:
             records = {name: record for named in everyone for name, record in named.items()}
-            problem = _problem_of(
-                lambda: commits_made.append(_commit_shards(target, snapshot, folder, values, records))
-            )
+            problem = problem_of(lambda: commits_made.append(_commit_shards(target, snapshot, folder, values, records)))
         else:
             problem = None
         require_none(problem, group)
@@ -148,12 +146,17 @@ def _commit_shards(
     target: Target, snapshot: Snapshot, folder: Path, values: dict[str, Any], records: dict[str, FileRecord]
 ) -> Commit:
     sharded.require_complete(folder)
-    head = {**snapshot.head(target.name), **snapshot.stats, "config": target.config}
-    payload = {**head, "values": values, "scaler": snapshot.scaler}
+    payload = shards_payload(target, snapshot, values)
     files = {sharded.STATS: commits.save_file(str(folder), sharded.STATS, payload), **records}
     named = {f"{folder.name}/{name}": record for name, record in files.items()}
     require_sizes(target.folder, named)
     return target.commit(snapshot, named, shards=folder.name)
+
+
+def shards_payload(target: Target, snapshot: Snapshot, values: dict[str, Any]) -> dict[str, Any]:
+    """What stands in `stats.pt` beside the tensors."""
+    head = {**snapshot.head(target.name), **snapshot.stats, "config": target.config}
+    return {**head, "values": values, "scaler": snapshot.scaler}
 
 
 def require_sizes(folder: str, files: dict[str, FileRecord]) -> None:
@@ -170,7 +173,8 @@ def require_sizes(folder: str, files: dict[str, FileRecord]) -> None:
             )
 
 
-def _problem_of(work: Callable[[], Any]) -> str | None:
+def problem_of(work: Callable[[], Any]) -> str | None:
+    """What went wrong in `work`, as text; None where nothing did."""
     try:
         work()
     except WRITE_ERRORS as error:

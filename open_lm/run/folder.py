@@ -59,7 +59,7 @@ def _open(config: RunConfig, facts: dict[str, Any], lock: FolderLock) -> str:
         storage.require_writable(folder, "--logs")
         lock.acquire()
     if resume == "latest" and copy:
-        bring_back(copy, folder)
+        bring_back(copy, folder, logs_only=config.checkpoint.checkpoint_format == "sharded-remote")
     if resume is None and config.trains and copy and committed(storage.join(copy, "checkpoints")):
         raise ConfigError(
             f"--remote-sync: {storage.shown(copy)} already holds a run. Continue it with --resume latest, or choose "

@@ -48,13 +48,25 @@ def wrap(model: nn.Module, world: World, config: ParallelConfig) -> nn.Module:
     if world.size == 1:
         return model
     device_ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(
+    wrapped = DistributedDataParallel(
         model,
         device_ids=device_ids,
         static_graph=config.ddp_static_graph,
         gradient_as_bucket_view=True,
         broadcast_buffers=False,  # they are constants (rotary frequencies), the same on every rank
     )
+    if world.device.type == "cpu":
+        fix_buckets(wrapped)
+    return wrapped
+
+
+def fix_buckets(model: DistributedDataParallel) -> None:
+    """Settle at once in which buckets gradients are added up; torch does so after the first step. The order in which
+    more than two ranks are added depends on the place in a bucket, so the first step after a resume would differ in
+    the last bit from the same step of a run that was not stopped. On GPUs the order by readiness is worth more.
+    """
+    model.reducer._push_all_rebuilt_params()
+    model.reducer._rebuild_buckets()
 
 
 def shards(world: World, config: ParallelConfig) -> bool:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -186,3 +187,43 @@ def test_three_failures_in_a_row_end_the_run(tmp_path, monkeypatch):
         assert not checkpoints.save(state, NoData(), label="1", stats=STATS, wait=True)
     with pytest.raises(StorageError, match="No space left"):
         checkpoints.save(state, NoData(), label="1", stats=STATS, wait=True)
+
+
+def _verify_on_ranks(world, folder):
+    """Every file is read by one rank; the newest is damaged, so the one before it is taken."""
+    seen = []
+    real = commits.matches
+    commits.matches = lambda path, record: seen.append(os.path.basename(path)) or real(path, record)
+    files = [os.path.basename(name) for commit in commits.committed(str(folder)) for name in commit.files]
+    world.wait_for_all()
+    state = make_state(world, fsdp=True, seed=5)
+    restore(make_checkpoints(folder, resume="latest"), state, NoData())
+    everyone = world.gather(seen)
+    assert state.step == 3
+    assert sorted(name for names in everyone for name in names) == sorted(files)
+    assert all(everyone)
+
+
+def test_checksums_are_shared_among_the_ranks_and_none_is_taken_twice(saved_on_four, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(saved_on_four, folder)
+    state = make_state(seed=5)
+    restore(make_checkpoints(folder, resume="latest"), state, NoData())
+    step = state.step
+    take_steps(state, 1)
+    save(folder, state, label="2")
+    (newest,) = folder.glob("epoch_2.sharded-*/*.distcp")
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    assert step == 3
+    run_ranks(_verify_on_ranks, 2, folder)
+
+
+def test_files_are_shared_by_size():
+    from open_lm.checkpoint.checksum import FileRecord
+    from open_lm.checkpoint.verify import shares
+
+    files = {name: FileRecord(size, "xxh3-128:0") for name, size in {"a": 5, "b": 4, "c": 3, "d": 2}.items()}
+    assert shares(files, 2) == [["a", "d"], ["b", "c"]]
+    assert shares(files, 6) == [["a"], ["b"], ["c"], ["d"], [], []]

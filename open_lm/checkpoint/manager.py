@@ -114,14 +114,7 @@ class Checkpoints:
             if self._world.device.type == "cuda":  # a new thread starts on GPU 0, whichever is this rank's
                 torch.cuda.set_device(self._world.device)
             faults.at("save", label)
-            if in_shards and self.home != self.folder:
-                written = write_remote_shards(
-                    self._target, snapshot, shards, self._world, self._group, local=self.folder
-                )
-            elif in_shards:
-                written = write_sharded(self._target, snapshot, shards, self._world, self._group)
-            else:
-                written = write_consolidated(self._target, snapshot) if self._world.is_master else None
+            written = self._write(snapshot, shards if in_shards else None)
             self.seconds = max(self.seconds, time.monotonic() - began)
             if written:
                 self._thin_out(written)
@@ -130,6 +123,15 @@ class Checkpoints:
         if wait or self._staging is None:
             return self.wait()
         return True
+
+    def _write(self, snapshot: Snapshot, shards: str | None) -> commits.Commit | None:
+        """Write `snapshot`, into the new folder `shards` if given; the commit on rank 0."""
+        if shards is None:
+            return write_consolidated(self._target, snapshot) if self._world.is_master else None
+        common = self._target, snapshot, shards, self._world, self._group
+        if self.home != self.folder:
+            return write_remote_shards(*common, local=self.folder)
+        return write_sharded(*common)
 
     def wait(self) -> bool:
         """Wait for the save on its way, if there is one: whether it succeeded. Every rank must call this.

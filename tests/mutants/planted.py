@@ -97,6 +97,7 @@ PLANTED = [
         ("torch.linalg.vector_norm(torch.stack(norms))", "torch.stack(norms).sum()"),
         ("model.set_requires_all_reduce(enabled)", "model.set_requires_all_reduce(False)"),
     ),
+    *_of(PARALLEL, "tests/faults/test_kills.py -k four_ranks", ("    model.reducer._push_all_rebuilt_params()\n    model.reducer._rebuild_buckets()\n", "    pass\n")),
     *_of("open_lm/distributed.py", "tests/train/test_parallel.py", ('(shape.dp, shape.n_shards, shape.tp), ("copy"', '(shape.n_shards, shape.dp, shape.tp), ("copy"')),
     *_of(
         "open_lm/train/averaging.py",
@@ -126,7 +127,7 @@ PLANTED = [
         OWNERSHIP,
         ("    storage.remove(storage.join(folder, commit.commit_name))\n    for name in commit.files:\n        storage.remove(storage.join(folder, name))\n",
          "    for name in commit.files:\n        storage.remove(storage.join(folder, name))\n    storage.remove(storage.join(folder, commit.commit_name))\n"),
-        ("if process.is_here(owner) and process.is_running(owner):", "if False:"),
+        ("if processes.is_here(owner) and processes.is_running(owner):", "if False:"),
         ("if commit.label not in self._pinned:", "if True:"),
         ("(c.branch, c.step) > (branch, step)", "c.branch > branch"),
         ("if name not in spoken_for:", "if True:"),
@@ -177,7 +178,7 @@ PLANTED = [
     *_of(f"{CHECKPOINT}/upload.py", OWNERSHIP, ("            _require(summing.record(), expected, path)", "            pass")),
     # the run
     *_of("open_lm/run/recorder.py", "tests/faults/test_stuck_and_spoilt.py -k finite", ("math.isfinite(loss) and math.isfinite(grad_norm)", "math.isfinite(loss)")),
-    *_of("open_lm/run/lock.py", "tests/commands/test_lock.py tests/faults/test_folders.py -k 'second or lock or dead'", ("            if process.is_running(owner):\n", "            if False:\n")),
+    *_of("open_lm/run/lock.py", "tests/commands/test_lock.py tests/faults/test_folders.py -k 'second or lock or dead'", ("            if processes.is_running(owner):\n", "            if False:\n")),
     # the loader and the plan
     *_of(
         f"{DATA}/loader.py",

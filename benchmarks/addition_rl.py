@@ -89,7 +89,8 @@ def run(folder, seed, options):
     (folder / "model.json").write_text(json.dumps(MODEL))
     common = ["--model", str(folder / "model.json"), "--device", "cpu", "--precision", "fp32", "--workers", "0",
               "--logs-dir", str(folder / "logs"), "--seed", str(seed), "--wd", "0"]  # fmt: skip
-    sft, steps = fine_tuned(folder, seed, options, common), options.epochs * options.minibatches
+    start = seed if options.sft_seed is None else options.sft_seed
+    sft, steps = fine_tuned(folder, start, options, common), options.epochs * options.minibatches
     began = time.time()
     rl = main(
         ["--task", options.task, "--prompts", f"{folder}/prompts/prompts.jsonl", "--pretrained", sft,
@@ -124,6 +125,7 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--minibatches", type=int, default=2)
     parser.add_argument("--lr", type=float, default=7e-4)
+    parser.add_argument("--sft-seed", type=int, help="start all seeds from the fine-tuned model of this one")
     parser.add_argument("--folder", help="keep data and runs here, and take fine-tuned models from here")
     parser.add_argument("--recomputed", action="store_true")
     options = parser.parse_args()
@@ -137,6 +139,12 @@ if __name__ == "__main__":
             prepare(folder, write_tokenizer(folder), options.forgotten)
         for seed in options.seeds:
             before, after, clipped, seconds = run(folder, seed, options)
-            row = {"task": options.task, "recomputed": options.recomputed, "seed": seed, "sft_greedy": before}
+            row = {
+                "task": options.task,
+                "recomputed": options.recomputed,
+                "seed": seed,
+                "sft_seed": options.sft_seed,
+                "sft_greedy": before,
+            }
             row |= {"rl_greedy": after, "clip_share": clipped, "rl_seconds": round(seconds)}
             print(json.dumps(row), flush=True)

@@ -16,7 +16,7 @@ RUN=$BASE/logs/quickstart
 [ -d "$RUN/checkpoints" ] || fail "$RUN holds no checkpoints: run bash scripts/quickstart.sh $BASE first"
 BEGAN=$SECONDS
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
-SFT_STEPS=${SFT_STEPS:-80} DPO_STEPS=${DPO_STEPS:-30} GRPO_ITERATIONS=${GRPO_ITERATIONS:-60}
+SFT_STEPS=${SFT_STEPS:-60} DPO_STEPS=${DPO_STEPS:-20} GRPO_ITERATIONS=${GRPO_ITERATIONS:-30}
 VERIFIERS=open_lm.post_training.verifiers
 
 openlm() { printf '$ openlm %s\n' "$*"; "$PYTHON" -m open_lm "$@"; }
@@ -49,11 +49,11 @@ prepare prompts held_out
 
 score base "$RUN"
 train sft "$RUN" --dataset-manifest "$DIR/conversations/manifest.jsonl" --multiple-data-passes \
-    --train-steps "$SFT_STEPS" --global-batch-size 8 --lr 1e-3
+    --train-steps "$SFT_STEPS" --global-batch-size 4 --lr 1e-3
 train dpo "$DIR/logs/sft" --dataset-manifest "$DIR/pairs/manifest.jsonl" --multiple-data-passes \
     --train-steps "$DPO_STEPS" --global-batch-size 16 --lr 5e-5 --beta 0.1
 train grpo "$DIR/logs/dpo" --prompts "$DIR/prompts/prompts.jsonl" --reward $VERIFIERS:last_number $VERIFIERS:tests \
-    --train-steps $((2 * GRPO_ITERATIONS)) --rollout-prompts 32 --group-size 8 --rl-minibatches 2 --rollout-tokens 16 \
+    --train-steps $((2 * GRPO_ITERATIONS)) --rollout-prompts 16 --group-size 8 --rl-minibatches 2 --rollout-tokens 16 \
     --lr 1e-4
 
 openlm report --run "$DIR/logs/grpo" --title "SFT, DPO and GRPO on the quickstart's model" \

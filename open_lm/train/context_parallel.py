@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch.distributed._functional_collectives as collectives
 from torch import Tensor
-from torch.distributed._functional_collectives import all_gather_tensor_autograd
 
 from open_lm.distributed import World
 from open_lm.model.context import SequencePart
+
+_all_gather = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
+"""With gradients; the second is its name before torch 2.13."""
 
 
 def sequence_part(world: World) -> SequencePart | None:
@@ -16,6 +19,6 @@ def sequence_part(world: World) -> SequencePart | None:
     group = world.meshes.context.get_group()
 
     def gathered(x_BTGK: Tensor) -> Tensor:
-        return all_gather_tensor_autograd(x_BTGK.contiguous(), gather_dim=1, group=group)
+        return _all_gather(x_BTGK.contiguous(), gather_dim=1, group=group)
 
     return SequencePart(world.shape.place(world.rank)["cp"], world.shape.cp, gathered)

@@ -10,6 +10,8 @@ from open_lm.evaluate.engine.encode import Question
 
 PADDED_SHARE = 4
 """Prefixes of a batch are padded by at most this part of the shortest."""
+FEW_TOKENS = 128
+"""Tails of fewer tokens are joined by longer ones: products of so few rows take longer for each."""
 ENOUGH_SHARE = 8
 """Prefixes that fill this part of the tokens of a batch take in no longer ones."""
 
@@ -45,10 +47,23 @@ class ScoringBatch:
 
     @property
     def n_forwards(self) -> int:
-        """Number of runs of the model: tails of one token need only what follows the prefix."""
-        if not self.shares_context:
-            return 1
-        return 2 if any(len(tail) > 1 for item in self.items for tail in item.tails) else 1
+        """Number of runs of the model."""
+        return 1 + len(self.tail_groups) if self.shares_context else 1
+
+    @property
+    def tail_groups(self) -> list[list[int]]:
+        """Tails that run together after the prefixes, by their number in the batch, about equally long; those of one
+        token are not among them: they need only what follows the prefix."""
+        n_inputs = [len(tail) - 1 for item in self.items for tail in item.tails]
+        groups: list[list[int]] = []
+        for row in sorted((row for row, n in enumerate(n_inputs) if n), key=lambda row: n_inputs[row]):
+            shortest = n_inputs[groups[-1][0]] if groups else 0
+            alike = n_inputs[row] <= shortest + max(1, shortest // PADDED_SHARE)
+            if groups and (alike or len(groups[-1]) * shortest < FEW_TOKENS):
+                groups[-1].append(row)
+            else:
+                groups.append([row])
+        return groups
 
     @property
     def n_questions(self) -> int:

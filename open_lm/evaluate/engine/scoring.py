@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from open_lm.evaluate.engine.batching import ScoringBatch
 from open_lm.evaluate.engine.token_stats import token_stats
+from open_lm.kernels.dense_linear import dense_linear
 from open_lm.model.cache import LayerCache, StaticCache
 from open_lm.model.transformer import Transformer
 from open_lm.precision import Precision
@@ -47,7 +48,7 @@ class Scorer:
     @torch.no_grad()
     def score(self, batch: ScoringBatch) -> dict[tuple[int, int], Score]:
         """The score of every continuation of `batch`, by (question, choice)."""
-        with self.precision.autocast():
+        with self.precision.autocast(), dense_linear(self.model):
             tokens_N4 = self._shared(batch) if batch.shares_context else self._single(batch)
         return _per_continuation(tokens_N4.cpu(), batch)
 
@@ -75,66 +76,57 @@ class Scorer:
     def _shared(self, batch: ScoringBatch) -> Tensor:
         """Each prefix once; the tails from its cache, but for a first token that directly follows the prefix."""
         ids_BT, real_BT = self._padded_left([item.prefix for item in batch.items])
-        row_of_R = torch.repeat_interleave(torch.tensor([len(item.tails) for item in batch.items])).to(self.device)
+        prefix_of_R = self._ids([number for number, item in enumerate(batch.items) for _ in item.tails])
         tails = [tail for item in batch.items for tail in item.tails]
         n_given = [given for item in batch.items for given in item.n_given]
-        follow = torch.tensor([given == 0 for given in n_given]).to(self.device)
-        firsts = [tail[0] for tail, given in zip(tails, n_given, strict=True) if given == 0]
-        if batch.n_forwards == 1:
-            targets_R = self._ids(firsts)
-            return self.model(
-                ids_BT, attention_mask_BT=real_BT,
-                head=lambda h_BTD, w_VD: token_stats(h_BTD[:, -1], w_VD, row_of_R, targets_R),
-            )  # fmt: skip
+        firsts = [row for row, given in enumerate(n_given) if given == 0]
+        prefix_of_firsts, targets_N = prefix_of_R[self._ids(firsts)], self._ids([tails[row][0] for row in firsts])
+        last = slice(-1, None) if firsts else slice(0, 0)
+
+        def head(hidden_BTD: Tensor, weight_VD: Tensor) -> Tensor:
+            return token_stats(hidden_BTD[:, last].flatten(0, 1), weight_VD, prefix_of_firsts, targets_N)
+
         cache = ContextCache(self.n_layers)
-        last_BD = self.model(
-            ids_BT, past_key_values=cache, attention_mask_BT=real_BT, head=lambda h_BTD, w_VD: h_BTD[:, -1]
-        )
-        cache.reorder(row_of_R)
-        starts = [max(given, 1) for given in n_given]
-        rest = [tail[start:] for tail, start in zip(tails, starts, strict=True)]
+        stats = self.model(ids_BT, past_key_values=cache, attention_mask_BT=real_BT, head=head)
+        parts: list[list[Tensor]] = [[] for _ in tails]
+        for row, part in zip(firsts, stats.split(1) if firsts else (), strict=True):
+            parts[row].append(part)
+        for group in batch.tail_groups:
+            prefixes, chosen = prefix_of_R[self._ids(group)], [(tails[row], n_given[row]) for row in group]
+            for row, part in zip(group, self._tails(chosen, prefixes, cache, real_BT), strict=True):
+                parts[row].append(part)
+        return torch.cat([part for row in parts for part in row])
+
+    def _tails(
+        self,
+        tails: Sequence[tuple[tuple[int, ...], int]],
+        prefixes: Tensor,
+        cache: ContextCache,
+        real_BT: Tensor | None,
+    ) -> Sequence[Tensor]:
+        """The statistics of the scored tokens of each `(tail, tokens given)`, but of a first one that directly follows
+        its prefix, which is the one of number `prefixes` in `cache`."""
+        starts = [max(given, 1) for _, given in tails]
+        rest = [tail[start:] for (tail, _), start in zip(tails, starts, strict=True)]
         rows, places = _scored_places(rest, [start - 1 for start in starts])
-        targets_N = self._ids([token for tokens in (firsts, *rest) for token in tokens])
-        inputs_RT = self._padded([tail[:-1] for tail in tails])
-        stats_N4 = self._token_scores(
-            inputs_RT,
-            cache,
-            rows,
-            places,
-            targets_N,
-            last_BD,
-            row_of_R[follow],
-            _with_prefix(real_BT, row_of_R, inputs_RT),
-        )
-        return _interleaved(stats_N4, len(firsts), follow.tolist(), [len(tokens) for tokens in rest])
+        targets_N = self._ids([token for tokens in rest for token in tokens])
+        ids_RT = self._padded([tail[:-1] for tail, _ in tails])
+        real_RS = _with_prefix(real_BT, prefixes, ids_RT)
+        stats_N4 = self._token_scores(ids_RT, cache.selected(prefixes), rows, places, targets_N, real_RS)
+        return stats_N4.split([len(tokens) for tokens in rest])
 
     def after(self, ids_BT: Tensor, cache: ContextCache | None) -> Tensor:
         """Logits after the last position, (B, V); `cache` keeps all of them."""
         return self.model(ids_BT, past_key_values=cache, head=lambda h_BTD, w_VD: F.linear(h_BTD[:, -1], w_VD).float())
 
     def _token_scores(
-        self,
-        ids_BT: Tensor,
-        cache: Any,
-        rows: Tensor,
-        places: Tensor,
-        targets_N: Tensor,
-        further_MD: Tensor | None = None,
-        further_rows: Tensor | None = None,
-        real_BS: Tensor | None = None,
+        self, ids_BT: Tensor, cache: Any, rows: Tensor, places: Tensor, targets_N: Tensor, real_BS: Tensor | None = None
     ) -> Tensor:
-        """Statistics of the tokens that follow the positions `places` of `rows`; only their logits are computed.
-
-        The first of `targets_N` follow `further_rows` of `further_MD`, positions of an earlier forward pass.
-        """
+        """Statistics of the tokens that follow the positions `places` of `rows`; only their logits are computed."""
 
         def head(hidden_BTD: Tensor, weight_VD: Tensor) -> Tensor:
             hidden_ND = hidden_BTD[rows.to(self.device), places.to(self.device)]
-            row_N = torch.arange(len(hidden_ND), device=self.device)
-            if further_MD is not None and further_rows is not None:
-                hidden_ND = torch.cat((further_MD, hidden_ND))
-                row_N = torch.cat((further_rows, row_N + len(further_MD)))
-            return token_stats(hidden_ND, weight_VD, row_N, targets_N)
+            return token_stats(hidden_ND, weight_VD, torch.arange(len(hidden_ND), device=self.device), targets_N)
 
         return self.model(ids_BT, past_key_values=cache, attention_mask_BT=real_BS, head=head)
 
@@ -165,10 +157,12 @@ class ContextCache(StaticCache):
         past = self.layers[0].past
         return 0 if past is None else past[0].shape[1]
 
-    def reorder(self, rows: Tensor) -> None:
-        """Let row i continue what context `rows[i]` has seen; there may be more rows than contexts."""
-        for layer in self.layers:
-            layer.past = tuple(part.index_select(0, rows) for part in layer.past)
+    def selected(self, rows: Tensor) -> ContextCache:
+        """A cache in which row i has seen what context `rows[i]` has; there may be more rows than contexts."""
+        found = ContextCache(len(self.layers))
+        for layer, own in zip(self.layers, found.layers, strict=True):
+            own.past = tuple(part.index_select(0, rows) for part in layer.past)
+        return found
 
 
 def _scored_places(continuations: Sequence[Sequence[int]], starts: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -182,13 +176,6 @@ def _scored_places(continuations: Sequence[Sequence[int]], starts: Sequence[int]
 def _with_prefix(real_BT: Tensor | None, row_of_R: Tensor, ids_RT: Tensor) -> Tensor | None:
     """Mask of the real positions, of the prefix of each row and of what follows it."""
     return None if real_BT is None else torch.cat((real_BT[row_of_R], torch.ones_like(ids_RT, dtype=torch.bool)), 1)
-
-
-def _interleaved(stats_N4: Tensor, n_firsts: int, has_first: Sequence[bool], n_rest: Sequence[int]) -> Tensor:
-    """The first `n_firsts` rows, those of first tokens, put before the other tokens of the tails that have one."""
-    firsts = iter(stats_N4[:n_firsts].split(1))
-    parts = zip(has_first, stats_N4[n_firsts:].split(list(n_rest)), strict=True)
-    return torch.cat([tensor for first, rest in parts for tensor in ((next(firsts), rest) if first else (rest,))])
 
 
 def _per_continuation(tokens_N4: Tensor, batch: ScoringBatch) -> dict[tuple[int, int], Score]:

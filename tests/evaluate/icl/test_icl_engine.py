@@ -61,7 +61,7 @@ def test_a_prompt_beyond_the_context_loses_its_start_and_is_counted(model, token
 def test_a_continuation_that_leaves_no_room_is_an_error_that_names_the_row(model, tokenizer, tmp_path):
     rows = [{"context": "a", "continuation": "b"}, {"context": "a", "continuation": "word " * 300}]
     task = task_of(write_rows(tmp_path / "a.jsonl", rows), "language_modeling")
-    with pytest.raises(DataError, match=r"a.jsonl:2: a continuation of \d+ tokens in a context of 32"):
+    with pytest.raises(DataError, match=r"a.jsonl:2: a continuation of \d+ tokens, where 1 to 31 fit"):
         ran(model, tokenizer, task, max_seq_len=32)
 
 

@@ -105,7 +105,9 @@ def _in_a_pool(tasks: Sequence[WorkerTask], n_workers: int, bar: Progress) -> Un
     context = multiprocessing.get_context("forkserver")  # a fork of this process would copy its threads' locks
     progress, began = context.Value("q", 0), context.Array("b", len(tasks))
     count = min(n_workers, len(tasks))
-    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=(progress, began))
+    pool = ProcessPoolExecutor(
+        count, mp_context=context, initializer=_start, initargs=(progress, began, {**os.environ})
+    )
     before, done = bar.n, set[int]()
     try:
         waiting = iter(enumerate(tasks))
@@ -128,10 +130,12 @@ def _in_a_pool(tasks: Sequence[WorkerTask], n_workers: int, bar: Progress) -> Un
     return UnfinishedTasks([], [])
 
 
-def _start(progress: Any, began: Any) -> None:
-    """In a new worker: one thread each, and no life after the parent's."""
+def _start(progress: Any, began: Any, environment: dict[str, str]) -> None:
+    """In a new worker: the current environment, one thread each, and no life after the parent's."""
     global _progress, _began
     _progress, _began = progress, began
+    os.environ.clear()
+    os.environ.update(environment)  # what forks workers has that of its own beginning
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: the end of the process that forked this one

@@ -165,6 +165,23 @@ def test_a_task_that_kills_its_worker_is_set_aside_and_the_others_are_done(tmp_p
     assert {path.name for path in tmp_path.iterdir()} == {*"012345", "once"}
 
 
+def test_workers_have_the_current_environment(tmp_path, monkeypatch):
+    from functools import partial
+
+    from open_lm.preprocess import workers
+
+    for value in ("first", "second"):
+        monkeypatch.setenv("OF_NOW", value)
+        calls = [partial(_note_environment, str(tmp_path / f"{value}{k}")) for k in range(2)]
+        workers.run_tasks(calls, 2, label="x", total_bytes=0)
+        assert (tmp_path / f"{value}0").read_text() == value
+
+
+def _note_environment(path):
+    Path(path).write_text(os.environ.get("OF_NOW", "nothing"))
+    yield 1
+
+
 def _mark(path):
     Path(path).touch()
     yield 1

@@ -31,6 +31,8 @@ __all__ = ["Loader", "build_loader", "validation_batches"]
 log = logging.getLogger(__name__)
 
 _READ_AHEAD_STEPS = 16
+_TOGETHER_BYTES = 4 << 20
+_MOST_TOGETHER = 16
 _FEWEST_SAMPLES = 64
 """So many unreadable samples at the start, and none that can be read, are no accident."""
 
@@ -74,6 +76,7 @@ class Loader:
             n_workers=self._config.workers,
             batch=self.batch_positions.local_batch,
             ahead=_READ_AHEAD_STEPS if self._fill.reads_remote else 0,
+            together=self._steps_together(),
         )
         for step, rows in enumerate(steps, start_step):
             self._check(rows, step)
@@ -81,6 +84,13 @@ class Loader:
             n_samples = (step + 1 - start_step) * self.batch_positions.local_batch
             self._require_some(n_samples, at_end=step + 1 == stop_step)
             yield batch if self._rows == 1 else self._with_columns(batch, step).trimmed()
+
+    def _steps_together(self) -> int:
+        """How many steps a worker hands over at a time: so many that they make up for the handing over."""
+        if self._fill.reads_remote:
+            return 1
+        part_bytes = 2 * self._fill.sample_tokens * self.geometry.local_batch // max(1, self._config.workers)
+        return max(1, min(_MOST_TOGETHER, _TOGETHER_BYTES // max(1, part_bytes)))
 
     def _check(self, rows: StepRows, step: int) -> None:
         """Compare what was read with what the plan wants, and ids with the checksums of their writer."""

@@ -92,19 +92,59 @@ _SIGNED = {np.dtype("<u2"): "<i2", np.dtype("<u4"): "<i4"}
 
 
 def _packed(rows: SampleRows) -> dict[str, Any]:
-    """`rows` as it travels to the main process: ids as wide as they are stored, in a tensor, so in shared memory.
-
-    A worker sends a copy: its reader fills the same table again while this one is still on its way.
-    """
+    """`rows` as a part. A worker's is a copy: its reader fills the same table again while this one is on its way."""
     plain = rows.tokens.dtype in _SIGNED
     if get_worker_info() is None:
         return {"tokens": rows.tokens, "plain": plain, "rows": rows}
-    tokens = rows.tokens.copy()
-    tensor = torch.from_numpy(tokens.view(_SIGNED[tokens.dtype]) if plain else tokens)
-    return {"tokens": tensor, "plain": plain, "rows": rows._replace(tokens=_NOTHING)}
+    return {"tokens": rows.tokens.copy(), "plain": plain, "rows": rows._replace(tokens=_NOTHING)}
 
 
 _NOTHING = np.zeros(0)
+
+
+@dataclass(frozen=True)
+class GroupStage:
+    """The third stage of a worker: parts of `n_steps` steps at a time, their ids in one tensor, so in shared memory.
+
+    To hand over a tensor costs both processes as much as to read a few hundred samples.
+    """
+
+    n_steps: int
+
+    def __call__(self, parts: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+        group: list[dict[str, Any]] = []
+        for part in parts:
+            group.append(part)
+            if len(group) == self.n_steps:
+                yield _in_one_tensor(group)
+                group = []
+        if group:
+            yield _in_one_tensor(group)
+
+
+def _in_one_tensor(group: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The parts; of those whose ids are of one type, the first holds the ids of all, the others how many rows."""
+    tables = [part["tokens"] for part in group if "tokens" in part]
+    if len({(table.dtype, table.shape[1]) for table in tables}) != 1:
+        return [part | {"tokens": _tensor(part["tokens"])} if "tokens" in part else part for part in group]
+    found = [part | {"tokens": len(part["tokens"])} if "tokens" in part else part for part in group]
+    return [{"all": _tensor(np.concatenate(tables))}, *found]
+
+
+def _tensor(ids: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(ids.view(_SIGNED[ids.dtype]) if ids.dtype in _SIGNED else ids)
+
+
+def _apart(message: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The parts of a message, each with its own ids."""
+    if "all" not in message[0]:
+        yield from message
+        return
+    ids, start = message[0]["all"], 0
+    for part in message[1:]:
+        if "tokens" in part:
+            part["tokens"], start = ids[start : start + part["tokens"]], start + part["tokens"]
+        yield part
 
 
 def _ids(part: dict[str, Any]) -> np.ndarray:
@@ -127,26 +167,33 @@ class StepRows(NamedTuple):
     """Whether no id carries a mark."""
 
 
-def run_pipeline(source: StepSource, fill: Fill, *, n_workers: int, batch: int, ahead: int = 0) -> Iterator[StepRows]:
-    """The steps of `source` in order, read by `n_workers` processes (0: by this one), announced `ahead` steps before.
+def run_pipeline(
+    source: StepSource, fill: Fill, *, n_workers: int, batch: int, ahead: int = 0, together: int = 1
+) -> Iterator[StepRows]:
+    """The steps of `source` in order, read by `n_workers` processes (0: by this one), announced `ahead` steps before
+    and handed over `together` steps at a time.
 
     Raises:
         DataError: a worker died, hung or ended early; errors of the workers are raised here as they are.
     """
-    pipeline = wds.DataPipeline(source, ReadStage(fill, ahead))
     if not n_workers:
+        pipeline = wds.DataPipeline(source, ReadStage(fill, ahead))
         yield from (_together([part], source.start + k, batch) for k, part in enumerate(iter(pipeline)))
         return
-    loader: Any = _web_loader(pipeline, n_workers)
+    loader: Any = _web_loader(wds.DataPipeline(source, ReadStage(fill, ahead), GroupStage(together)), n_workers)
     parts = iter(loader)
+    waiting: list[deque[dict[str, Any]]] = [deque() for _ in range(n_workers)]
     try:
         for step in range(source.start, source.stop):
-            yield _together([_next(parts, step) for _ in range(n_workers)], step, batch)
+            for queue in waiting:  # all are empty at the same steps; messages come in the order of the workers
+                if not queue:
+                    queue.extend(_apart(_next(parts, step)))
+            yield _together([queue.popleft() for queue in waiting], step, batch)
     except BaseException as error:
         _let_go(error)  # a traceback that somebody keeps would keep the workers
         raise
     finally:
-        del parts, loader
+        del parts, loader, waiting
 
 
 def _let_go(error: BaseException | None) -> None:
@@ -168,7 +215,7 @@ def _web_loader(pipeline: wds.DataPipeline, n_workers: int) -> wds.WebLoader:
     )
 
 
-def _next(parts: Any, step: int) -> dict[str, Any]:
+def _next(parts: Any, step: int) -> list[dict[str, Any]]:
     try:
         return next(parts)
     except StopIteration:

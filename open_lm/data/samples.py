@@ -18,6 +18,7 @@ class PlannedSamples:
 
     def __init__(self, plan: Plan, reader: SampleReader):
         self.plan, self.reader = plan, reader
+        self.sample_tokens = reader.sample_tokens
         self.reads_remote = any(storage.is_remote(shard.url) for shard in reader.shards)
         self._last: tuple[np.ndarray, Samples] | None = None
 
@@ -54,6 +55,10 @@ class SyntheticSamples:
     seq_len: int
     seed: int
     reads_remote = False
+
+    @property
+    def sample_tokens(self) -> int:
+        return self.seq_len + 1
 
     def expected_checksum(self, positions: np.ndarray) -> int:
         """That of one shard, which nobody reads."""

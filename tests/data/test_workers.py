@@ -38,8 +38,9 @@ class Fill:
         return SampleRows(np.zeros((len(places), 3), np.int32) + places[:, None].astype(np.int32), [])
 
 
-def run(then, n_workers=2):
-    steps = run_pipeline(StepSource(positions, alternating, 0, 20), Fill(then), n_workers=n_workers, batch=4)
+def run(then, n_workers=2, together=1):
+    source = StepSource(positions, alternating, 0, 20)
+    steps = run_pipeline(source, Fill(then), n_workers=n_workers, batch=4, together=together)
     return [step.tokens[:, 0].tolist() for step in steps]
 
 
@@ -65,7 +66,28 @@ def bug():
 
 @pytest.mark.parametrize("n_workers", [0, 1, 2, 3])
 def test_steps_come_in_order_each_put_together_from_all_workers(n_workers):
-    assert run(nothing, n_workers) == [list(range(4 * k, 4 * k + 4)) for k in range(20)]
+    for together in (1, 3, 50):
+        assert run(nothing, n_workers, together) == [list(range(4 * k, 4 * k + 4)) for k in range(20)]
+
+
+def test_steps_handed_over_together_may_be_of_several_types():
+    class Mixed(Fill):
+        def __call__(self, places):
+            rows = super().__call__(places)
+            return rows if places[0] % 8 else rows._replace(tokens=rows.tokens.astype("<u2"))
+
+    steps = run_pipeline(StepSource(positions, alternating, 0, 20), Mixed(nothing), n_workers=2, batch=4, together=4)
+    assert [step.tokens[:, 0].tolist() for step in steps] == [list(range(4 * k, 4 * k + 4)) for k in range(20)]
+
+
+def test_the_steps_before_an_error_are_not_lost_with_it():
+    """The error stands in the same message as steps that are whole."""
+    steps = run_pipeline(
+        StepSource(positions, alternating, 0, 20), Fill(expected_error), n_workers=1, batch=4, together=8
+    )
+    assert [int(next(steps).tokens[0, 0]) for _ in range(10)] == list(range(0, 40, 4))
+    with pytest.raises(DataError, match="is broken"):
+        next(steps)
 
 
 def test_a_killed_worker_is_an_error_that_names_the_step():

@@ -85,7 +85,7 @@ class hanging:  # called as a function is
     reads_remote = False
 
     def __init__(self, real):
-        self.expected_checksum = real.expected_checksum
+        self.expected_checksum, self.sample_tokens = real.expected_checksum, real.sample_tokens
 
     def __call__(self, positions):
         time.sleep(60)

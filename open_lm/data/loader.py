@@ -89,7 +89,7 @@ class Loader:
         """How many steps a worker hands over at a time: so many that they make up for the handing over."""
         if self._fill.reads_remote:
             return 1
-        part_bytes = 2 * self._fill.sample_tokens * self.geometry.local_batch // max(1, self._config.workers)
+        part_bytes = 2 * self._fill.sample_tokens * self.batch_positions.local_batch // max(1, self._config.workers)
         return max(1, min(_MOST_TOGETHER, _TOGETHER_BYTES // max(1, part_bytes)))
 
     def _check(self, rows: StepRows, step: int) -> None:

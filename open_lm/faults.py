@@ -18,12 +18,12 @@ Injector = Callable[[str, Any], Any]
 
 EVENTS = (
     "data", "step", "loss", "gradients", "validation",
-    "load", "save", "upload",
+    "load", "read", "save", "upload",
     "file.open", "file.write", "file.sync", "file.rename", "file.renamed", "file.remove",
 )  # fmt: skip
 """In the order of a run: the wait for a batch and the step after it (value: the steps taken), the loss and the model
-whose gradients are there; a restore, a save (its label), a copy to a remote; and each operation on a local file (its
-path) that is written whole or not at all."""
+whose gradients are there; a restore on every rank and what rank 0 reads for it, a save (its label), a copy to a remote;
+and each operation on a local file (its path) that is written whole or not at all."""
 
 
 def _named(name: str | None) -> Injector | None:

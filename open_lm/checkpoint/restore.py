@@ -195,6 +195,7 @@ def _read(
     stored: Stored, checkpoints: Checkpoints, state: Saved, known: Verdicts, *, trains: bool
 ) -> dict[str, Any] | None:
     """Fill `stored` from its files; what the other ranks need to know of it, or None when there is no checkpoint."""
+    faults.at("read", checkpoints.folder)
     choice = _choose(checkpoints, known, trains=trains)
     if choice is None:
         return None

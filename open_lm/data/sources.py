@@ -191,6 +191,9 @@ def _parts_with_factors(opening: Opening) -> list[Source]:
 
 def _pooled(sources: Sequence[Source]) -> Source:
     """All sources as one; a shard keeps its source's number in its name, so equal names do not clash."""
+    total = sum(source.n_sequences for source in sources)
+    counted = ", ".join(f"{source.name} {source.n_sequences / total:.0%}" for source in sources)
+    log.info("no weights: each source counts by its size (%s); OpenLM gives equal shares.", counted)
     shards = [shard._replace(name=f"{k}/{shard.name}") for k, source in enumerate(sources) for shard in source.shards]
     return Source(" + ".join(source.name for source in sources), tuple(shards))
 

@@ -307,3 +307,10 @@ def test_what_workers_need_survives_pickling_so_that_they_may_be_spawned(data_se
     copies = pickle.loads(pickle.dumps((source, begun._fill)))
     found = [step.tokens[:, 0].tolist() for step in run_pipeline(*copies, n_workers=0, batch=4)]
     assert found == numbers(begun.batches(0, 5))
+
+
+def test_sources_without_weights_say_what_each_counts(data_set, caplog):
+    caplog.set_level("INFO")
+    folders = [data_set([10], name="a"), data_set([30], name="b", first=100)]
+    loader(DataConfig(dataset_manifest=tuple(f"{f}/manifest.jsonl" for f in folders), workers=0))
+    assert "25%" in caplog.text and "75%" in caplog.text and "OpenLM gives equal shares" in caplog.text

@@ -77,3 +77,28 @@ def test_a_manifest_stands_for_the_shards_it_names(tmp_path):
             write_shard(file, np.full((2, 5), k, "<u2"), "npy")
     write_manifest(str(tmp_path / "manifest.jsonl"), [{"shard": f"{k}", "num_sequences": 2} for k in (2, 0)])
     assert sorted(scored(read(f"{tmp_path}/manifest.jsonl", 4, 0, 1))) == [0, 0, 2, 2]
+
+
+def test_validation_masks_what_training_masks(tmp_path):
+    """The loss on a validation set and the training loss on the same samples are means over the same targets."""
+    import numpy as np
+
+    from open_lm.data.config import DataConfig
+    from open_lm.data.masking import batch_of
+    from open_lm.data.shards import write_shard
+
+    samples = np.random.default_rng(0).integers(0, 6, (9, 9)).astype("<u2")
+    with open(tmp_path / "0.tar", "wb") as file:
+        write_shard(file, samples, "npy")
+    for flags in (
+        {"target_mask_left": 3},
+        {"target_mask_individual": 2},
+        {"target_mask_left": 3, "squash_mask_left": True},
+    ):
+        config = DataConfig(train_data=("x",), **flags)
+        (batch,) = validation_batches(
+            str(tmp_path / "0.tar"), vocab_size=6, seq_len=8, batch=9, rank=0, world_size=1, config=config
+        )
+        trained = batch_of(torch.from_numpy(samples.astype("int64")), config, None)
+        assert torch.equal(batch.targets_BT, trained.targets_BT) and (trained.targets_BT == IGNORED).any(), flags
+        assert torch.equal(batch.inputs_BT, trained.inputs_BT)

@@ -1,5 +1,6 @@
 """Signals: to torchrun, to one rank, twice, while a save, a validation or a restore goes on (rows 11 to 16)."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,6 +9,8 @@ import time
 
 import pytest
 from runs import ROOT
+
+from open_lm.checkpoint.commit import committed, damaged_file
 
 PREEMPTED = 85
 
@@ -58,11 +61,11 @@ def test_a_save_that_is_killed_for_taking_longer_than_the_grace_leaves_the_one_b
     scene.require_as_straight()
 
 
-def torchrun(scene, *words, faults="[]", log=None):
+def torchrun(scene, *words, faults="[]", extra=()):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words, "-m"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests", "OMP_NUM_THREADS": "1"}
     environment |= {"OPENLM_FAULTS": "faults.injector:at", "OPENLM_FAULT_PLAN": faults}
-    endless = scene.words("--multiple-data-passes", steps=100_000)
+    endless = scene.words("--multiple-data-passes", *extra, steps=100_000)
     running = subprocess.Popen(
         [*launcher, "open_lm.main", *endless], stderr=subprocess.PIPE, text=True, env=environment
     )
@@ -104,3 +107,21 @@ def test_a_signal_to_torchrun_ends_with_a_checkpoint_and_no_orphan(scene, number
         running.kill()
         running.stderr.close()
     assert len(scene.steps()) == 1 and scene.commits()[0].facts["kind"] == "ephemeral"
+
+
+@pytest.mark.slow
+def test_what_is_saved_on_preemption_under_torchrun_reaches_a_slow_remote(scene):
+    """torchrun ends the other ranks once one has left: none leaves before the copy is there."""
+    slow = json.dumps([{"event": "upload", "path": "optimizer", "do": "sleep:3", "always": True}])
+    copy = scene.folder / "remote"
+    running = torchrun(scene, faults=slow, extra=["--remote-sync", str(copy), "--remote-sync-frequency", "600"])
+    try:
+        running.send_signal(signal.SIGTERM)
+        running.wait(60)
+        assert ranks_left(scene, 30) == []
+    finally:
+        running.kill()
+        running.stderr.close()
+    there = str(copy / "run" / "checkpoints")
+    assert [c.identity for c in committed(there)] == [c.identity for c in scene.commits()]
+    assert scene.steps() and all(damaged_file(there, commit) is None for commit in committed(there))

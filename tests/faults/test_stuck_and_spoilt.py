@@ -65,3 +65,16 @@ def test_a_spike_on_one_rank_is_skipped_on_all_and_the_batch_counts_as_used(scen
     assert [line["step"] for line in skipped] == [spike + 1]
     assert max(list(metrics(scene.folder).values())[-5:]) < 2 and scene.steps()[-1] == steps
     assert {state["samples_consumed"] for state in scene.data_states()} >= {steps * 8}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["consolidated", "sharded"])
+def test_a_rank_that_writes_or_reads_for_longer_than_the_timeout_is_waited_for(scene, kind):
+    """A slow disk is no hang: what waits for files has no limit of --dist-timeout."""
+    slow = {"rank": 0, "do": "sleep:10"}
+    words = ["--checkpoint-format", kind, "--no-async-save", "--dist-timeout", "6", "--hang-timeout", "30"]
+    codes, output = scene.run(*words, "--stop-at-step", "12", size=2, faults=[{"event": "file.sync", "nth": 2, **slow}])
+    assert codes == [0, 0], output
+    codes, output = scene.run(*words, "--resume", "latest", size=2, faults=[{"event": "read", **slow}])
+    assert codes == [0, 0], output
+    scene.require_as_straight(size=2)

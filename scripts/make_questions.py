@@ -2,7 +2,7 @@
 
 python scripts/make_questions.py --output-dir questions
 
-"Which is larger, 41 or 17?" is answered in two ways, by a number and by a sentence; pairs prefer the sentence. Of all
+"Which is larger, 41 or 17?" is answered in two ways, by a number and by a sentence; pairs prefer the number. Of all
 pairs of numbers some are held out: nothing is trained on them.
 """
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-SENTENCE = r"^The larger one is \d+\.$"
-"""What the sentences look like, as open_lm.post_training.verifiers:tests checks it."""
+NUMBER = r"^\d+$"
+"""What the preferred answers look like, as open_lm.post_training.verifiers:tests checks it."""
 
 
 def questions(seed: int = 0) -> list[tuple[int, int]]:
@@ -29,7 +29,7 @@ def asked(a: int, b: int) -> str:
 
 def prompt(a: int, b: int) -> dict:
     """A question with what its answer is checked against."""
-    return {"question": asked(a, b), "answer": str(max(a, b)), "tests": [{"matches": SENTENCE}]}
+    return {"question": asked(a, b), "answer": str(max(a, b)), "tests": [{"matches": NUMBER}]}
 
 
 def conversation(a: int, b: int) -> dict:
@@ -39,8 +39,8 @@ def conversation(a: int, b: int) -> dict:
 
 
 def pair(a: int, b: int) -> dict:
-    """Both answers, the sentence preferred."""
-    return {"prompt": asked(a, b), "chosen": f"The larger one is {max(a, b)}.", "rejected": str(max(a, b))}
+    """Both answers, the number preferred."""
+    return {"prompt": asked(a, b), "chosen": str(max(a, b)), "rejected": f"The larger one is {max(a, b)}."}
 
 
 def main() -> None:

@@ -95,13 +95,8 @@ def test_questions_are_held_out_and_their_answers_checked(tmp_path, monkeypatch)
         turned = {re.sub(r"(\d+) or (\d+)", r"\2 or \1", question) for question in asked}
         assert not turned & held_out
     row = rows["prompts"][0]
-    right = f"The larger one is {row['answer']}."
-    assert (
-        verifiers.last_number(right, row)
-        == verifiers.tests(right, row)
-        == verifiers.last_number(row["answer"], row)
-        == 1
-    )
-    assert verifiers.tests(row["answer"], row) == 0
+    sentence = f"The larger one is {row['answer']}."
+    assert verifiers.last_number(sentence, row) == verifiers.last_number(row["answer"], row) == 1
+    assert verifiers.tests(row["answer"], row) == 1 and verifiers.tests(sentence, row) == 0
     styles = [row["answer"].isdigit() for row in rows["conversations"]]
     assert 0.4 < sum(styles) / len(styles) < 0.6

@@ -273,10 +273,21 @@ def start_world(
         timeout=datetime.timedelta(seconds=timeout_seconds),
         device_id=world.device if world.device.type == "cuda" else None,
     )
+    is_lost = False
     try:
         yield replace(world, patient=dist.new_group(backend="gloo", timeout=PATIENCE))
+    except BaseException as error:
+        is_lost = not isinstance(error, OpenLMError) or isinstance(error, DeviceError)
+        raise
     finally:
-        _LEFT.extend(dist.distributed_c10d._world.pg_map)
+        leave(world, is_lost=is_lost)
+
+
+def leave(world: World, *, is_lost: bool) -> None:
+    """Leave the other ranks. After a failure on GPUs (`is_lost`) the groups are left to the end of the process: NCCL
+    would wait for collectives that another rank never joins, and hide the error behind a hang."""
+    _LEFT.extend(dist.distributed_c10d._world.pg_map)
+    if not (is_lost and world.device.type == "cuda"):
         dist.destroy_process_group()
 
 

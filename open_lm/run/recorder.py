@@ -56,7 +56,7 @@ class Recorder:
         """Count one step, without waiting for its figures; `timing` has been running since the last `write`."""
         self._timing = timing
         self._watchdog.beat()
-        self._meter.add(report.parts, report.grad_norm.reshape(1).to(report.parts.dtype))
+        self._meter.add(report.parts, report.grad_norm.reshape(1).to(report.parts))
         if self._bar is not None:
             self._bar.update()
 

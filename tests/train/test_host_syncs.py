@@ -46,3 +46,30 @@ def test_the_count_sees_a_read():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         torch.ones(1).item()
     assert "aten::_local_scalar_dense" in {event.key for event in profile.key_averages()}
+
+
+def test_a_norm_on_the_host_is_counted_beside_parts_on_the_device():
+    """As under --fsdp-cpu-offload; `meta` stands for the GPU."""
+    from types import SimpleNamespace
+
+    from open_lm.distributed import World
+    from open_lm.run.recorder import Recorder
+    from open_lm.tracking.meter import Meter
+    from open_lm.train.step import StepReport
+
+    recorder = SimpleNamespace(
+        _meter=Meter(World(), 1, 1, None), _watchdog=SimpleNamespace(beat=lambda: None), _bar=None
+    )
+    Recorder.add(recorder, StepReport(torch.zeros(2, device="meta"), torch.ones((), dtype=torch.float64), 1e-3), None)
+    assert recorder._meter._sums.device.type == "meta"
+
+
+def test_groups_are_left_alone_after_a_failure_on_gpus_and_destroyed_else(monkeypatch):
+    from open_lm import distributed
+
+    destroyed = []
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: destroyed.append(1))
+    on_gpu, on_cpu = (distributed.World(device=torch.device(name)) for name in ("cuda", "cpu"))
+    for world, is_lost, n in ((on_gpu, True, 0), (on_gpu, False, 1), (on_cpu, True, 2), (on_cpu, False, 3)):
+        distributed.leave(world, is_lost=is_lost)
+        assert len(destroyed) == n

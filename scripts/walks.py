@@ -93,8 +93,11 @@ def manifest(folder: Path) -> Walk:
     url = str(folder / "manifest.jsonl")
     write_manifest(url, [{"shard": "00000000", "num_sequences": len(samples)}])
     config = DataConfig(dataset_manifest=(url,), workers=0)
-    shape = {"vocab_size": 16, "seq_len": SEQ_LEN, "global_batch": 2, "rank": 0, "world_size": 1, "seed": 0}
-    return watched(lambda: build_loader(config, **shape), start="build_loader")
+
+    def build() -> None:
+        build_loader(config, vocab_size=16, seq_len=SEQ_LEN, global_batch=2, rank=0, world_size=1, seed=0)
+
+    return watched(build, start="build_loader")
 
 
 def document(folder: Path) -> Walk:

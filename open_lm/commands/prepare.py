@@ -176,10 +176,11 @@ def n_workers(flags: Make2048) -> int:
 
 def describe(job: Any, flags: Make2048) -> str:
     """What will be read and written, in one line each."""
-    form = f".{job.data_key}" if flags.format == "webdataset" else f"flat arrays of {job.dtype.name}"
+    is_flat = flags.format == "npy-flat"
+    kind, form = ("arrays", f"flat {job.dtype.name}") if is_flat else ("shards", f".{job.data_key}")
     return (
         f"reading    {len(job.inputs):,} files, {text.size(sum(size for _, size in job.inputs))}\n"
         f"tokenizer  {job.tokenizer}: {job.vocab_size:,} ids, end of text {job.eot_token!r}\n"
-        f"writing    {flags.output_dir}: shards of {job.shard_size:,} samples "
+        f"writing    {flags.output_dir}: {kind} of {job.shard_size:,} samples "
         f"of {job.sample_tokens:,} tokens ({form})"
     )

@@ -88,4 +88,5 @@ def main():
     print(hits, finished)
 
 
-main()
+if __name__ == "__main__":  # workers import this file
+    main()

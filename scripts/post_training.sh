@@ -2,7 +2,7 @@
 # SFT, DPO and GRPO on the model of the quickstart:  bash scripts/post_training.sh [QUICKSTART]   (QUICKSTART: quickstart)
 #
 # A model of Python code learns to answer "Which is larger, 41 or 17?": fine-tuned on answers in two styles, then taught
-# by preferences which style is liked, then by rewards to be right. After each stage it answers questions that nothing
+# by preferences which style is liked, then rewarded for being right. After each stage it answers questions that nothing
 # was trained on. Everything goes to QUICKSTART/post_training; remove that to begin anew. What is done is not repeated.
 # SFT_STEPS, DPO_STEPS and GRPO_ITERATIONS set how long each stage trains.
 set -Eeuo pipefail

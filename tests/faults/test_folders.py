@@ -62,6 +62,7 @@ ALLOWED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_flags_that_may_change_at_a_resume_and_flags_that_may_not(scene):
     """Those that would not add up are refused by name; the folder stays as it was."""
     scene.run("--stop-at-step", "12")

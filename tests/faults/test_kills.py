@@ -18,6 +18,7 @@ def test_one_rank_killed_at_a_random_step(scene, step):
     scene.require_as_straight(size=2)
 
 
+@pytest.mark.slow
 def test_four_ranks_are_bit_equal_after_a_kill(scene):
     """torch settles the buckets of DDP after a first step; the order in which four ranks are added depends on them."""
     codes, _ = scene.run(size=4, faults=[{"event": "step", "step": 8, "do": "kill"}])
@@ -26,6 +27,7 @@ def test_four_ranks_are_bit_equal_after_a_kill(scene):
     scene.require_as_straight(size=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_the_job_killed_at_random_moments_until_it_is_done(scene, seed):
     """Other numbers of ranks and workers each time; two formats."""
@@ -44,13 +46,13 @@ def test_the_job_killed_at_random_moments_until_it_is_done(scene, seed):
 
 @pytest.mark.parametrize(("kind", "size"), [("consolidated", 1), ("sharded", 2)])
 def test_a_kill_between_any_two_operations_on_files_leaves_the_old_checkpoint_or_the_new(scene, kind, size):
-    kill_points(scene, kind, size, n_points=5, seed=kind)
+    kill_points(scene, kind, size, n_points=3, seed=kind)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "size"), [("consolidated", 1), ("sharded", 2)])
-def test_a_kill_at_thirty_points_of_a_save(scene, kind, size):
-    kill_points(scene, kind, size, n_points=30, seed="all")
+def test_a_kill_at_fifteen_points_of_a_save(scene, kind, size):
+    kill_points(scene, kind, size, n_points=15, seed="all")
 
 
 def kill_points(scene, kind, size, n_points, seed):
@@ -86,6 +88,7 @@ def test_a_kill_while_a_step_is_saved_again_leaves_its_first_checkpoint_untouche
     assert scene.steps() == [6, 12]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMATS)
 def test_two_good_checkpoints_always_exist_while_saves_are_killed(scene, kind):
     words = ["--checkpoint-format", kind, "--no-async-save", "--keep-last", "2", "--resume", "latest"]

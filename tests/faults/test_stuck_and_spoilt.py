@@ -55,6 +55,7 @@ def test_a_figure_that_is_not_finite_on_one_rank_ends_all_with_77(scene, event, 
     scene.require_as_straight(size=2)
 
 
+@pytest.mark.slow
 def test_a_spike_on_one_rank_is_skipped_on_all_and_the_batch_counts_as_used(scene):
     steps, spike = 90, 80
     fault = {"event": "loss", "rank": 1, "step": spike, "do": "times:100"}

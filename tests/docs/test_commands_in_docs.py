@@ -13,6 +13,7 @@ import sys
 from functools import cache
 
 import pytest
+import zstandard
 from runs import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -117,7 +118,6 @@ SMALL = {
 }  # fmt: skip
 """What a page says, and what is run instead."""
 PREPARED = """
-openlm corpus --output-dir raw --max-megabytes 0.7 --n-files 1
 openlm tokenizer --input-files 'raw/train-*.jsonl.zst' --output-dir tokenizer --vocab-size 512
 ln -s tokenizer/tokenizer.json tokenizer.json
 openlm prepare --input-files raw/held-out.jsonl.zst --output-dir held-out --tokenizer tokenizer --seqlen 64
@@ -161,6 +161,11 @@ def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
     for name in ("scripts", "eval", "datapreprocess"):
         (folder / name).symlink_to(ROOT / name)
+    (folder / "raw").mkdir()
+    texts = [path.read_text() for path in sorted((ROOT / "open_lm" / "data").glob("*.py"))]
+    for name, chosen in (("train-00", texts[4:]), ("held-out", texts[:4])):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in chosen)
+        (folder / "raw" / f"{name}.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
     (prepare,) = [block for block in blocks_to_run(ROOT / "README.md") if block.startswith("openlm prepare")]
     in_bash(PREPARED + prepare.replace(" --tokenizer", " --seqlen 64 --tokenizer"), folder)
     return folder

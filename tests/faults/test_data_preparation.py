@@ -89,14 +89,14 @@ def test_ten_kills_at_random_moments_change_no_byte(job, tmp_path, tokenizer_jso
 def test_a_hundred_kills_of_all_of_the_coordinator_and_of_workers_change_no_byte(job, tmp_path, tokenizer_json):
     build_data_set(job, destination(str(tmp_path / "straight")), tokenizer_json.read_text(), n_workers=1)
     wanted, total = digest(tmp_path / "straight"), Counter()
-    for seed, (n_kills, n_workers, whom) in enumerate([(76, 1, "all"), (8, 2, "coordinator"), (8, 2, "worker")]):
+    for seed, (n_kills, n_workers, whom) in enumerate([(89, 1, "all"), (8, 2, "coordinator"), (3, 2, "worker")]):
         folder = tmp_path / whom
         hits, finished = kill(tmp_path, tokenizer_json, n_kills, n_workers, whom, str(folder), seed)
         total.update(kills=hits, finished=finished)
         last = destination(str(folder / str(finished)))
         build_data_set(job, last, tokenizer_json.read_text(), n_workers=1, resume=True)
         assert {digest(folder / str(k)) for k in range(finished + 1)} == {wanted}
-    assert total["kills"] >= 92
+    assert total["kills"] >= 100
     print(dict(total))
 
 

@@ -55,7 +55,7 @@ class Tokenizer:
     def encode_prompt(self, text: str) -> list[int]:
         """The ids of a text to be continued: with what the tokenizer puts before it (BOS), none after it."""
         plain = self.encode(text)
-        whole = self._backend.encode(text, add_special_tokens=True).ids
+        whole = self._backend.encode_batch_fast([text], add_special_tokens=True)[0].ids  # `encode` would hold the GIL
         n_before = next((k for k in range(len(whole) - len(plain) + 1) if whole[k : k + len(plain)] == plain), 0)
         return whole[: n_before + len(plain)]
 

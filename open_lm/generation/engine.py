@@ -74,12 +74,13 @@ class Engine:
         return texts
 
     def _drop_cancelled(self) -> list[Text]:
+        """End the texts that other threads have cancelled: `cancelled` is read once, the rest goes by `finish`."""
         gone = [text for text in (*self.waiting, *self.reading, *self.writing) if text.cancelled]
         for text in gone:
             text.finish = "cancelled"
         if gone:
-            self.waiting = deque(text for text in self.waiting if not text.cancelled)
-            self._leave([text for text in (*self.reading, *self.writing) if text.cancelled])
+            self.waiting = deque(text for text in self.waiting if text.finish is None)
+            self._leave(gone)
         return gone
 
     def _admit(self) -> None:

@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         add_group(parser, group)
     args = parser.parse_args(argv)
     config, flags = read_group(args, ServeConfig), read_group(args, ModelFlags)
-    config = dataclasses.replace(config, api_key=config.api_key or os.environ.get("OPENLM_API_KEY") or None)
+    if config.api_key is None:
+        config = dataclasses.replace(config, api_key=os.environ.get("OPENLM_API_KEY"))
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s | %(levelname)s | %(message)s")
     require_packages()
     if not config.is_loopback and config.api_key is None:

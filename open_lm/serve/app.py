@@ -101,6 +101,8 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def plain(request: Request, error: HTTPException) -> Response:
         if isinstance(error.__cause__, Refused):  # raised while the body was read
             return _json(error.__cause__)
+        if isinstance(error.__cause__, (RecursionError, ValueError)):  # raised by the JSON reader
+            return _json(Refused(400, f"The body cannot be read as JSON: {str(error.__cause__)[:200]}."))
         return _json(Refused(error.status_code, f"{error.detail}: {request.method} {request.url.path[:200]}"))
 
     @app.exception_handler(ClientGone)
@@ -122,6 +124,8 @@ def _refusal_of(error: RequestValidationError) -> Refused:
     message = found["msg"].removeprefix("Value error, ")
     if found["type"] == "json_invalid":
         return Refused(400, f"The body is not JSON: {found.get('ctx', {}).get('error', message)}.")
+    if found["type"] == "missing" and not where:
+        return Refused(400, "The body is empty: send a JSON object.")
     if found["type"] == "extra_forbidden":
         return Refused(400, f"Unknown field {where[-1][:100]!r}.", where[-1][:100])
     name = ".".join(fields)[:100]

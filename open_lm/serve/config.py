@@ -56,6 +56,8 @@ class ServeConfig:
             raise ConfigError("--checkpoint is missing: give a run folder or an epoch_K.pt.")
         if self.adapter and len(self.checkpoint) > 1:
             raise ConfigError(f"--adapter belongs to one --checkpoint, here are {len(self.checkpoint)}: give one.")
+        if self.api_key is not None and not self.api_key.strip():
+            raise ConfigError("--api-key (or $OPENLM_API_KEY) is empty: give a key, or neither for a server without.")
         if self.port > 65535:
             raise ConfigError(f"--port {self.port}: need 0 to 65535.")
 

@@ -149,16 +149,15 @@ async def _sums(
     request: Request, served: Served, pairs: Sequence[tuple[list[int], list[int]]]
 ) -> list[tuple[float, bool]]:
     """Log-likelihood of each second part after the first, and whether greedy decoding writes it."""
-    service, seconds = served.service, state_of(request).config.max_seconds
+    limit = TimeLimit(state_of(request).config.max_seconds)
     scored = [index for index, (_, after) in enumerate(pairs) if after]
 
-    def tickets_of(indices: Sequence[int]) -> list[Ticket]:
-        asked = [TextSettings(GREEDY, max_tokens=0, score_from=len(pairs[index][0])) for index in indices]
-        return served.tickets([[*pairs[index][0], *pairs[index][1]] for index in indices], asked)
+    def ticket_of(index: int) -> Ticket:
+        before, after = pairs[index]
+        asked = TextSettings(GREEDY, max_tokens=0, score_from=len(before))
+        return served.tickets([[*before, *after]], [asked])[0]
 
-    found = [
-        _sum(ticket) async for tickets in in_turns(request, service, scored, tickets_of, seconds) for ticket in tickets
-    ]
+    found = await in_turns(request, served.service, scored, ticket_of, _sum, limit)
     of_index = dict(zip(scored, found, strict=True))
     return [of_index.get(index, (0.0, True)) for index in range(len(pairs))]
 
@@ -176,13 +175,13 @@ async def _written(
     for prompt, one in prompts:  # before the first is written
         served.require_readable(prompt, one)
 
-    def tickets_of(some: Sequence[tuple[list[int], TextSettings]]) -> list[Ticket]:
-        tickets = served.tickets([prompt for prompt, _ in some], [one for _, one in some])
+    def ticket_of(job: tuple[list[int], TextSettings]) -> Ticket:
+        tickets = served.tickets([job[0]], [job[1]])
         state.log_prompts(served, tickets)
-        return tickets
+        return tickets[0]
 
-    texts: list[str] = []
-    async for tickets in in_turns(request, served.service, prompts, tickets_of, state.config.max_seconds):
-        state.log_texts(served, tickets)
-        texts += [ticket.stream.text for ticket in tickets]
-    return texts
+    def text_of(ticket: Ticket) -> str:
+        state.log_texts(served, [ticket])
+        return ticket.stream.text
+
+    return await in_turns(request, served.service, prompts, ticket_of, text_of, TimeLimit(state.config.max_seconds))

@@ -50,8 +50,9 @@ class Limits:
         key = self.state.config.api_key
         if key is None and self.state.config.is_loopback and not is_loopback(_host(headers.get("host", ""))):
             raise Refused(403, "This server answers to localhost alone: another site may not send you here.")
-        given = headers.get("authorization", "").removeprefix("Bearer ").encode("latin1")
-        if key and scope["path"] not in OPEN and not secrets.compare_digest(given, key.encode()):
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        given = given.strip() if scheme.lower() == "bearer" else ""
+        if key and scope["path"] not in OPEN and not secrets.compare_digest(given.encode("latin1"), key.encode()):
             raise Refused(401, "Send the key of this server as `Authorization: Bearer KEY`.", code="invalid_api_key")
         if scope["method"] == "POST":
             kind = headers.get("content-type", "").split(";")[0].strip().lower()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from open_lm.serve.refused import Refused
 from open_lm.serve.service import Service, TextProgress, Ticket
 
 T = TypeVar("T")
+R = TypeVar("R")
 RETRY_SECONDS = 0.05
 """Between two attempts of a request that has begun to find room for its next texts."""
 
@@ -36,30 +37,52 @@ class TimeLimit:
 
 
 async def in_turns(
-    request: Any, service: Service, jobs: Sequence[T], tickets_of: Callable[[Sequence[T]], list[Ticket]], seconds: float
-) -> AsyncIterator[list[Ticket]]:
-    """Let `service` write the texts of any number of jobs, no more at a time than it has slots; gives those written.
+    request: Any,
+    service: Service,
+    jobs: Sequence[T],
+    ticket_of: Callable[[T], Ticket],
+    result_of: Callable[[Ticket], R],
+    limit: TimeLimit,
+) -> list[R]:
+    """Let `service` write the texts of any number of jobs, each as soon as one before it has ended, no more at a time
+    than it has slots; gives the result of each.
 
     Raises:
-        ClientGone, Refused: as `until_written`; the queue is full for the first of them alone, others wait.
+        ClientGone, Refused: as `until_written`; the queue is full for the first job alone, others wait.
     """
-    limit = TimeLimit(seconds)
-    for begin in range(0, len(jobs), service.n_slots):
-        tickets = tickets_of(jobs[begin : begin + service.n_slots])
-        await until_written(request, service, tickets, limit, waits_for_room=begin > 0)
-        yield tickets
+    numbered, results = iter(enumerate(jobs)), {}
+
+    async def work() -> None:
+        for index, job in numbered:
+            ticket = ticket_of(job)
+            await _all_written(service, [ticket], limit, waits_for_room=index > 0)
+            results[index] = result_of(ticket)
+
+    async def all_work() -> None:
+        tasks = [asyncio.ensure_future(work()) for _ in range(min(service.n_slots, len(jobs)))]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    await _unless_client_leaves(request, all_work())
+    return [results[index] for index in range(len(jobs))]
 
 
-async def until_written(
-    request: Any, service: Service, tickets: Sequence[Ticket], limit: TimeLimit, *, waits_for_room: bool = False
-) -> None:
+async def until_written(request: Any, service: Service, tickets: Sequence[Ticket], limit: TimeLimit) -> None:
     """Let `service` write every text and wait for the last; texts that are unfinished on an error are cancelled.
 
     Raises:
         ClientGone: the client has left.
-        Refused: the queue is full (unless the request waits for room), time is up, or the engine failed.
+        Refused: the queue is full, time is up, or the engine failed.
     """
-    work = asyncio.ensure_future(_all_written(service, tickets, limit, waits_for_room))
+    await _unless_client_leaves(request, _all_written(service, tickets, limit))
+
+
+async def _unless_client_leaves(request: Any, awaited: Awaitable[None]) -> None:
+    """Wait for `awaited`; when the client leaves, it is cancelled and ClientGone raised."""
+    work = asyncio.ensure_future(awaited)
     gone = asyncio.ensure_future(_client_leaves(request))
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -69,7 +92,6 @@ async def until_written(
     finally:
         work.cancel()
         gone.cancel()
-        service.cancel(tickets)
 
 
 async def progress_of(
@@ -97,7 +119,9 @@ async def progress_of(
         service.cancel(tickets)
 
 
-async def _all_written(service: Service, tickets: Sequence[Ticket], limit: TimeLimit, waits_for_room: bool) -> None:
+async def _all_written(
+    service: Service, tickets: Sequence[Ticket], limit: TimeLimit, waits_for_room: bool = False
+) -> None:
     while not _submitted(service, tickets, waits_for_room):
         if limit.left < 0:
             raise limit.refusal()

@@ -168,6 +168,48 @@ def test_a_cancelled_text_frees_its_slot_at_the_next_step():
     assert second.tokens == alone(model, PROMPTS[1], 3).tokens
 
 
+class CancelledLate(Text):
+    """A text that another thread cancels just after the engine has looked whether it is cancelled."""
+
+    looks = 0
+
+    @property
+    def cancelled(self):
+        self.looks += self.is_armed
+        return self.looks > 1
+
+    @cancelled.setter
+    def cancelled(self, value):
+        self.is_armed = value
+
+
+def test_a_text_that_is_cancelled_between_two_looks_ends_once_and_keeps_its_slot_till_then():
+    model = make_model("llama")
+
+    @torch.inference_mode()
+    def written(late):
+        greedy = GenerateConfig(temperature=0)
+        first, writing, waiting = (
+            Text([2, 3], greedy, 30),
+            CancelledLate([4, 5], greedy, 30),
+            CancelledLate([6], greedy, 9),
+        )
+        stranger = Text([7, 8, 9], greedy, 20)
+        engine, told = Engine(model, 2, 40, block=4), []
+        for one in (first, writing, stranger, waiting):
+            engine.add(one)
+        for _ in range(4):
+            engine.step()
+        first.cancelled = True
+        writing.cancelled = waiting.cancelled = late
+        while engine.busy:
+            told += engine.step()
+        return stranger.tokens, [one.finish for one in (writing, waiting) if one in told]
+
+    expected, _ = written(late=False)
+    assert written(late=True) == (expected, ["cancelled", "cancelled"])
+
+
 def test_a_model_that_computes_nan_ends_its_texts():
     model = make_model("llama")
     torch.nn.init.constant_(model.norm.weight, float("nan"))

@@ -24,6 +24,14 @@ def served(folder, *flags):
     return started([*files, *flags], cwd=folder)
 
 
+def test_an_empty_key_is_refused(folder, monkeypatch):
+    with pytest.raises(ConfigError, match="--api-key .* is empty"):
+        main(["--checkpoint", str(folder / "first.pt"), "--api-key", ""])
+    monkeypatch.setenv("OPENLM_API_KEY", " ")
+    with pytest.raises(ConfigError, match="OPENLM_API_KEY.* is empty"):
+        main(["--checkpoint", str(folder / "first.pt")])
+
+
 @pytest.mark.parametrize("stream", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(folder, stream):
     process, url = served(folder, "--slots", "2")

@@ -43,6 +43,20 @@ def test_long_requests_are_encoded_beside_the_event_loop_whatever_they_consist_o
     assert len(threads) >= 170 and set(threads[:60]).isdisjoint(loops) and "MainThread" not in threads
 
 
+def test_a_prompt_that_is_encoded_lets_other_threads_go_on(first):
+    tokenizer, n_looks = first[1], 0
+    encoding = threading.Thread(target=tokenizer.encode_prompt, args=["ab " * 60_000])
+    encoding.start()
+    gaps, last = [], time.perf_counter()
+    begun = last
+    while encoding.is_alive():
+        time.sleep(0.001)
+        gaps.append(time.perf_counter() - last)
+        last += gaps[-1]
+        n_looks += 1
+    assert n_looks > 10 and max(gaps) < (last - begun) / 2
+
+
 def test_log_probabilities_are_bounded_by_request_and_in_all(folder, monkeypatch):
     from open_lm.serve import service
 

@@ -25,10 +25,10 @@ def served(folder, *flags):
 
 
 def test_an_empty_key_is_refused(folder, monkeypatch):
-    with pytest.raises(ConfigError, match="--api-key .* is empty"):
+    with pytest.raises(ConfigError, match=r"--api-key .* is empty"):
         main(["--checkpoint", str(folder / "first.pt"), "--api-key", ""])
     monkeypatch.setenv("OPENLM_API_KEY", " ")
-    with pytest.raises(ConfigError, match="OPENLM_API_KEY.* is empty"):
+    with pytest.raises(ConfigError, match=r"OPENLM_API_KEY.* is empty"):
         main(["--checkpoint", str(folder / "first.pt")])
 
 

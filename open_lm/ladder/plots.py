@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -145,14 +145,21 @@ def _draw_size(axes: Any, found: Fit, held_out: Points | None, n: float, color: 
         axes.plot(unseen.d, unseen.loss, "s", color=color, label=name, **HOLLOW)
 
 
-def _few_ticks(axes: Any) -> None:
+def power_of_ten(x: float) -> str:
+    """2e19 as 2 × 10^19, in TeX."""
+    factor, exponent = f"{x:.1e}".split("e")
+    start = "" if factor == "1.0" else rf"{float(factor):g}\times"
+    return f"${start}10^{{{int(exponent)}}}$"
+
+
+def _few_ticks(axes: Any, written: Callable[[float], str] = text.count) -> None:
     """Labels that do not collide on a logarithmic axis of less than two decades."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     low, high = axes.get_xlim()
     if high < 100 * low:
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(lambda x, _: text.count(float(x)) if x < 1e13 else f"{x:.0e}")
+    axes.xaxis.set_major_formatter(lambda x, _: written(float(x)))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
@@ -163,29 +170,41 @@ def _draw_errors(axes: Any, found: Fit, held_out: Points | None) -> None:
         error = found.predict(held_out.n, held_out.d) / held_out.loss - 1
         axes.plot(held_out.flops, 100 * error, "s", color="C3", label="held out", **HOLLOW)
     axes.set(xscale="log", xlabel="training compute 6ND [FLOPs]", ylabel="predicted / measured loss - 1  [%]")
-    _few_ticks(axes)
+    _few_ticks(axes, power_of_ten)
     axes.legend(fontsize=8)
 
 
 def plot_isoflop(result: Any, path: str) -> str:
     """The parabolas of an IsoFLOP analysis, and the line through their lowest points."""
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
-    colors = pyplot().get_cmap("viridis")(np.linspace(0.05, 0.9, len(result.curves)))
-    for curve, color in zip(result.curves, colors, strict=True):
+    flops = np.array([curve.flops for curve in result.curves])
+    scale = _compute_scale(flops)
+    for curve, color in zip(result.curves, scale.to_rgba(flops), strict=True):
         n = np.geomspace(curve.points.n.min() / 1.2, curve.points.n.max() * 1.2, 80)
         left.plot(curve.points.n, curve.points.loss, "o", markersize=3, color=color)
-        left.plot(n, np.polyval(curve.coefficients, np.log(n)), linewidth=1, color=color, label=f"{curve.flops:.1e}")
+        left.plot(
+            n, np.polyval(curve.coefficients, np.log(n)), linewidth=1, color=color, label=power_of_ten(curve.flops)
+        )
         left.plot(curve.n, curve.loss, "*", markersize=8, color=color)
     left.set(xscale="log", xlabel="parameters N", ylabel="loss")
-    if len(result.curves) <= MAX_LEGEND:
+    if len(result.curves) > MAX_LEGEND:
+        figure.colorbar(scale, ax=left, label="compute of the budget [FLOPs]", pad=0.01)
+    else:
         left.legend(title="FLOPs", fontsize=7, title_fontsize=8)
-    flops = np.array([curve.flops for curve in result.curves])
     right.plot(flops, [curve.n for curve in result.curves], "o", markersize=4)
     line = np.geomspace(flops.min() / 2, flops.max() * 2, 20)
     right.plot(line, result.scale * line**result.exponent, "--", color="C3", label=f"N = g C^{result.exponent:.3f}")
     right.set(xscale="log", yscale="log", xlabel="training compute [FLOPs]", ylabel="compute-optimal parameters")
     right.legend()
     return save(figure, path)
+
+
+def _compute_scale(flops: Array) -> Any:
+    """Colours of budgets by the logarithm of their compute."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm
+
+    return ScalarMappable(LogNorm(float(flops.min()), float(flops.max())), "viridis")
 
 
 def plot_sweep(rows: Sequence[Mapping[str, float]], path: str) -> str:

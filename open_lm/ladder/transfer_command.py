@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,11 +93,21 @@ def lr_sweep(argv: Sequence[str]) -> dict[str, list[dict[str, float]]]:
     found = {name: transfer.lr_sweep(flags.setup(name), shapes, own.rates) for name in flags.parametrizations}
     for name, rows in found.items():
         for width in flags.widths:
-            best = min((row for row in rows if row["width"] == width), key=lambda row: row["loss"])
-            print(f"{name:<10} width {width:>5}: best learning rate {best['lr']:g}, loss {best['loss']:.4f}")
+            best = lowest([row for row in rows if row["width"] == width])
+            words = (
+                f"best learning rate {best['lr']:g}, loss {best['loss']:.4f}"
+                if best
+                else "every learning rate diverged"
+            )
+            print(f"{name:<10} width {width:>5}: {words}")
     write_rows([{"parametrization": name, **row} for name, rows in found.items() for row in rows], own.output)
     print(f"written: {plot_sweeps(found, own.output)}")
     return found
+
+
+def lowest(rows: Sequence[dict[str, float]]) -> dict[str, float] | None:
+    """The row of least loss among those that have not diverged."""
+    return min((row for row in rows if math.isfinite(row["loss"])), key=lambda row: row["loss"], default=None)
 
 
 def write_rows(rows: Sequence[dict[str, Any]], picture: str) -> None:

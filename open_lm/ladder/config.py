@@ -11,7 +11,7 @@ from typing import Any
 from open_lm import storage
 from open_lm.errors import ConfigError, OpenLMError
 from open_lm.ladder.checked import checked, known_keys, parse_object, whole
-from open_lm.ladder.owned import refuse_own
+from open_lm.ladder.owned import plain_name, refuse_own
 from open_lm.ladder.run_configurator import CONFIGURATORS, RunConfigurator
 from open_lm.ladder.sizes import COUNTINGS, ModelConfigurator, SizeSpec
 
@@ -78,6 +78,12 @@ class LadderConfig:
     def root(self) -> str:
         """The folder or url that holds a folder for each size."""
         return self.path(self.dir)
+
+    @property
+    def reports_to_wandb(self) -> bool:
+        """Whether its flags of training ask for Weights & Biases, by either name or by `all`."""
+        asked = next((value for key, value in self.flags.items() if plain_name(key) == "report_to"), "")
+        return bool({"wandb", "all"} & {word.strip() for word in str(asked).split(",")})
 
     def configurator(self) -> RunConfigurator:
         """The rule for the numbers of runs.

@@ -81,6 +81,10 @@ class SizePlan:
             found.append(
                 f"{self.n_params:,} parameters ({self.config.counting}) are {off:.1%} off the name {self.name}"
             )
+        if self.config.project and not self.config.reports_to_wandb:
+            found.append(
+                f'project {self.config.project} is used by Weights & Biases only: give flags.report_to "wandb"'
+            )
         return tuple(found)
 
     def facts(self) -> dict[str, Any]:

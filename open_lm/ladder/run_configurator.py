@@ -157,7 +157,7 @@ class WSDSChinchillaRunConfigurator:
         """Each end in whole batches.
 
         Raises:
-            ConfigError: a period has no step.
+            ConfigError: a period has no step, or the warm-up reaches into the first decay.
         """
         periods: list[Period] = []
         for multiple in self.multiples():
@@ -170,6 +170,13 @@ class WSDSChinchillaRunConfigurator:
                 )
             decay = round(self.decay_fraction * (end - start))
             periods.append(Period(len(periods) + 1, multiple, start, end - decay, end))
+        constant = periods[0].decay_start or periods[0].end  # a decay of the whole period begins after the warm-up
+        if n_params > constant:
+            raise ConfigError(
+                f"run.chinchilla_multiple {self.chinchilla_multiple:g}, run.decay_fraction {self.decay_fraction:g} in "
+                f"the ladder file: the warm-up of {n_params:,} tokens outlasts the {constant:,} before the first "
+                "decay. Raise the multiple or lower the fraction."
+            )
         return tuple(periods)
 
 

@@ -69,6 +69,8 @@ def test_a_ladder_file_that_cannot_be_honoured_is_refused(tmp_path, changes, wor
         ({"run": {"z_loss": float("nan")}}, "finite"),
         ({"run": {"decay_fraction": 2}}, "at most 1"),
         ({"run": {"chinchilla_multiple": 0.001, "batch_multiplier": 20}}, "has no step"),
+        ({"run": {"chinchilla_multiple": 0.04, "batch_multiplier": 0.1}}, "warm-up of .* outlasts"),
+        ({"run": {"chinchilla_multiple": 0.5, "decay_fraction": 0.95}}, "warm-up of .* outlasts"),
         ({"sizes": {"a": {"hidden_dim": 8}}}, "n_layers"),
         ({"sizes": {"a": {"wide": 8}}}, "no such key"),
         ({"sizes": {"nope": {}}}, "no such model"),
@@ -317,3 +319,12 @@ def test_the_plan_of_a_started_size_does_not_depend_on_the_folder_it_is_called_f
     near = plan_size(read_ladder("ladder.json"), next(iter(SIZES))).facts()
     monkeypatch.chdir("/")
     assert plan_size(read_ladder(path), next(iter(SIZES))).facts() == near
+
+
+@pytest.mark.parametrize(
+    ("report_to", "warns"), [(None, True), ("tensorboard", True), ("wandb", False), ("all", False)]
+)
+def test_a_project_without_weights_and_biases_is_warned_of(tmp_path, report_to, warns):
+    flags = {"--report-to": report_to} if report_to else {}
+    plan = plan_size(read_ladder(write_ladder(tmp_path, project="mine", flags=flags)), "a")
+    assert any('flags.report_to "wandb"' in warning for warning in plan.warnings) == warns

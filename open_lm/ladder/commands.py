@@ -16,9 +16,8 @@ from open_lm.ladder.ladder import ModelLadder, run_all
 from open_lm.ladder.plots import plot_lr_schedule, plot_sweep
 from open_lm.ladder.points import numbers, read_table, where
 from open_lm.ladder.records import FoundCheckpoint
-from open_lm.ladder.run_configurator import POST_DECAY
 from open_lm.ladder.status import status as status_text
-from open_lm.ladder.tables import discovered, frame_of, write_table
+from open_lm.ladder.tables import discovered, finished, frame_of, is_metrics, write_table
 
 C = TypeVar("C")
 
@@ -173,7 +172,7 @@ def fit(argv: Sequence[str]) -> FitResult:
     """Fit a law; print it, write fit.json and fit.png."""
     flags, own = _read("fit", argv, LadderFlags, FitFlags)
     if own.data is not None:
-        frame, counting, folder = read_table(own.data), None, own.output_dir or "."
+        frame, counting, folder = _given_table(own), None, own.output_dir or "."
     else:
         ladder, sizes = flags.open()
         frame, counting = ladder_table(ladder, sizes, own.all_checkpoints), ladder.config.counting
@@ -186,24 +185,31 @@ def fit(argv: Sequence[str]) -> FitResult:
 
 
 def ladder_table(ladder: ModelLadder, sizes: Sequence[str], all_checkpoints: bool = False) -> Any:
-    """The metrics of a ladder that a law is fitted to: the ends of decays, for a model inside one is not finished.
+    """The metrics of a ladder that a law is fitted to.
 
     Raises:
         ConfigError: there are none yet.
     """
+    for size in sizes:
+        if changes := ladder.changes(size):
+            logging.warning(
+                "size %s was trained by another ladder file: %s. Its points are those of that run, as far as this file "
+                "names their steps.", size, "; ".join(changes),
+            )  # fmt: skip
     frame = frame_of(ladder.metrics_rows(sizes))
-    if not all_checkpoints and len(frame):
-        frame = frame[frame["description"].str.endswith(POST_DECAY)]
-    if len(frame):
-        frame = frame[frame["tokens"] > 0]  # no power law says what a model knows before its first step
-    if len(frame):
-        frame = frame.set_index(frame["size"] + " " + frame["description"].str.removesuffix(f" {POST_DECAY}"))
-    if not len(frame):
+    if not len(frame) or not len(frame := finished(frame, all_checkpoints)):
         raise ConfigError("the ladder has no metrics yet: train it with `openlm ladder run`, or give --data.")
-    if "valid/loss" not in frame:
-        logging.warning(
-            "the ladder has no val_data: its law is fitted to the training loss, the mean at a decay's end."
-        )
+    return frame
+
+
+def _given_table(own: FitFlags) -> Any:
+    """The table of --data; one that `metrics` wrote is read as the metrics of a ladder are."""
+    frame = read_table(own.data or "")
+    if not is_metrics(frame):
+        return frame
+    frame = finished(frame, own.all_checkpoints)
+    if not len(frame):
+        raise DataError(f"--data {own.data}: metrics of a ladder without the end of a decay. Give --all-checkpoints.")
     return frame
 
 

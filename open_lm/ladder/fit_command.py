@@ -20,6 +20,7 @@ from open_lm.ladder.minimise import OBJECTIVES
 from open_lm.ladder.optimum import SAME_BUDGET, IsoFlopFit, compute_optimal, isoflop
 from open_lm.ladder.plots import plot_fit, plot_isoflop
 from open_lm.ladder.points import Points, TableColumns, points_of, split, where
+from open_lm.ladder.tables import is_metrics
 from open_lm.ladder.task_error import FORMS, ErrorFit, fit_error
 
 
@@ -115,6 +116,7 @@ def fit_table(frame: Any, flags: FitFlags, counting: str | None) -> FitResult:
     """Fit what `flags` ask for to the rows of a table; `counting` says how its parameters were counted."""
     asked = targets(flags.predict)
     frame = where(frame.iloc[flags.drop_first :], flags.where)
+    counting = counting or _counting(frame)
     seen, unseen = split(frame, flags.hold_out, "--hold-out")
     points = points_of(seen, flags.columns)
     held_out = points_of(unseen, flags.columns)
@@ -147,6 +149,18 @@ def fit_table(frame: Any, flags: FitFlags, counting: str | None) -> FitResult:
     return FitResult(found, held_out, errors, curves, report)
 
 
+def _counting(frame: Any) -> str | None:
+    """How N was counted in a table of metrics; None where another table does not say.
+
+    Raises:
+        ConfigError: in several ways, so that no law goes through its rows.
+    """
+    found = sorted(set(frame["counting"].astype(str))) if is_metrics(frame) else []
+    if len(found) > 1:
+        raise ConfigError(f"--data: N is counted {' and '.join(found)}. Choose by --where counting={found[0]}.")
+    return found[0] if found else None
+
+
 def _rows(points: Points) -> list[tuple[str, float, float, float, float]]:
     return list(zip(points.names, points.n, points.d, points.loss, points.error, strict=True))
 
@@ -170,7 +184,10 @@ def _prediction(
 
 def _optimum(found: Fit, curves: IsoFlopFit | None, flops: float) -> dict[str, Any]:
     best = compute_optimal(found, flops)
-    row = {"flops": flops, "n": best.n, "n_95": best.n_interval, "d": best.d, "ratio": best.ratio, "loss": best.loss}
+    row: dict[str, Any] = {"flops": flops, "edge": best.edge, "resamples_at_edge": best.resamples_at_edge}
+    names = ("n", "n_95", "d", "ratio", "loss")
+    values = (best.n, best.n_interval, best.d, best.ratio, best.loss)
+    row |= dict.fromkeys(names) if best.edge else dict(zip(names, values, strict=True))
     return row | ({"isoflop_n": curves.optimum(flops)[0]} if curves else {})
 
 
@@ -224,11 +241,7 @@ def as_text(report: dict[str, Any]) -> str:
     lines.append(f"mean relative error of the fit: {report['mean_relative_error']:.3%}")
     for title, key in (("held out", "held_out"), ("prediction", "predictions")):
         lines += [_prediction_line(title, row) for row in report[key]]
-    for row in report["compute_optimal"]:
-        lines.append(
-            f"compute-optimal for {row['flops']:.3g} FLOPs: N {row['n']:.4g} {_span(row['n_95'])}, D {row['d']:.4g} "
-            f"({row['ratio']:.1f} tokens per parameter), loss {row['loss']:.4f}"
-        )
+    lines += [_optimum_line(row) for row in report["compute_optimal"]]
     if error := report.get("error_law"):
         values = ", ".join(f"{k} {v:.5g} {_span(error['intervals_95'].get(k))}" for k, v in error["parameters"].items())
         lines.append(f"task error, {error['form']} ({error['points']} points): {values}")
@@ -244,6 +257,19 @@ def as_text(report: dict[str, Any]) -> str:
 
 def _span(bounds: Any) -> str:
     return f"[{bounds[0]:.4g}, {bounds[1]:.4g}]" if bounds else ""
+
+
+def _optimum_line(row: dict[str, Any]) -> str:
+    start = f"compute-optimal for {row['flops']:.3g} FLOPs: "
+    if row["edge"]:
+        return (
+            f"{start}none. WARNING: the law has no optimum inside the range of N sought, it lies at its {row['edge']} N"
+        )
+    line = f"{start}N {row['n']:.4g} {_span(row['n_95'])}, D {row['d']:.4g} "
+    line += f"({row['ratio']:.1f} tokens per parameter), loss {row['loss']:.4f}"
+    if share := row["resamples_at_edge"]:
+        line += f"\n  WARNING: {share:.0%} of the resamples have no optimum and are not in its interval"
+    return line
 
 
 def _prediction_line(title: str, row: dict[str, Any]) -> str:

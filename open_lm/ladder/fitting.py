@@ -12,6 +12,8 @@ from open_lm.ladder.laws import Array, Law
 from open_lm.ladder.minimise import Problem, best_of_grid, descend
 from open_lm.ladder.points import Points
 
+LEAST_RATIO_SPREAD = 0.03
+"""Spread of log(D / N), in that of log N, below which the ratio is one: whole batches leave about half of it."""
 BOUND_TOLERANCE = 1e-6
 MAX_REDRAWS = 200
 LEAST_EFFECT = 1e-6
@@ -79,6 +81,8 @@ class Fit:
             values = np.append(values, np.zeros(len(seen) - len(values)))
             loose = directions[values < LEAST_INDEPENDENCE * values[0]]
             found |= {k for column, k in enumerate(seen) if (abs(loose[:, column]) > 0.1).any()}
+        if _one_ratio(self.points):  # the terms of N and of D can change places, however well each is determined
+            found |= {self.law.names.index(name) for name in self.law.exchangeable}
         return tuple(self.law.names[k] for k in sorted(found))
 
     def bound_shares(self) -> dict[str, float]:
@@ -157,6 +161,11 @@ def interval(values: Any, level: float = 0.95) -> tuple[float, float]:
     finite = np.asarray(values, dtype=np.float64)
     low, high = np.percentile(finite[np.isfinite(finite)], [50 * (1 - level), 50 * (1 + level)])
     return float(low), float(high)
+
+
+def _one_ratio(points: Points) -> bool:
+    sizes, ratios = np.log(points.n), np.log(points.d / points.n)
+    return bool(sizes.std() > 0 and ratios.std() < LEAST_RATIO_SPREAD * sizes.std())
 
 
 def _near(x: float, bound: float) -> bool:

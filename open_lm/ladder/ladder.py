@@ -206,22 +206,27 @@ class ModelLadder:
 
     def _keep_facts(self, plan: SizePlan, folder: str) -> None:
         """Write the plan of a size that starts; refuse one that differs from the plan it was started with."""
-        facts = json.loads(json.dumps(plan.facts()))
-        kept = next(
-            (k for k in (records.read_json(storage.join(f, PLAN)) for f in self._folders(plan.name)) if k), None
-        )
-        if kept is None:
+        if self._kept_facts(plan.name) is None:
+            facts = json.loads(json.dumps(plan.facts()))
             self._write_model(plan, folder)
             for place in self._folders(plan.name):
                 storage.write_text(storage.join(place, PLAN), json.dumps(facts, indent=1))
             return
-        differences = differing(kept, facts)
-        if differences:
+        if differences := self.changes(plan.name):
             raise ConfigError(
                 f"the size was started with another ladder file: {'; '.join(differences)}. Put that back, "
                 f"or give the ladder another dir, or remove {folder}."
             )
         self._write_model(plan, folder)
+
+    def changes(self, size: str) -> list[str]:
+        """What differs between the ladder file and the one that a size was started with, in words."""
+        kept = self._kept_facts(size)
+        return differing(kept, json.loads(json.dumps(self.plan(size).facts()))) if kept else []
+
+    def _kept_facts(self, size: str) -> dict[str, Any] | None:
+        """The plan that a size was started with; None before it was."""
+        return next((k for k in (records.read_json(storage.join(f, PLAN)) for f in self._folders(size)) if k), None)
 
     def _write_model(self, plan: SizePlan, folder: str) -> None:
         path = os.path.join(folder, MODEL)

@@ -20,7 +20,10 @@ WIDE = 200.0
 
 
 class Law(Protocol):
-    """A form of L(N, D). `logs`: parameters that are logarithms, so that a difference of 1 is a factor."""
+    """A form of L(N, D). `logs`: parameters that are logarithms, so that a difference of 1 is a factor.
+
+    `exchangeable`: parameters of the terms of N and D that can change places where D is proportional to N.
+    """
 
     name: ClassVar[str]
     formula: ClassVar[str]
@@ -28,6 +31,7 @@ class Law(Protocol):
     shown: ClassVar[dict[str, str]]
     names: ClassVar[tuple[str, ...]]
     logs: ClassVar[frozenset[str]]
+    exchangeable: ClassVar[tuple[str, ...]]
     lower: ClassVar[tuple[float, ...]]
     upper: ClassVar[tuple[float, ...]]
     objective: ClassVar[str]
@@ -51,6 +55,7 @@ class ChinchillaLaw:
     shown: ClassVar[dict[str, str]] = {"A": "A", "B": "B", "E": "E", "alpha": r"\alpha", "beta": r"\beta"}
     names: ClassVar[tuple[str, ...]] = ("a", "b", "E", "alpha", "beta")
     logs: ClassVar[frozenset[str]] = frozenset(("a", "b"))
+    exchangeable: ClassVar[tuple[str, ...]] = ("a", "b", "alpha", "beta")
     lower: ClassVar[tuple[float, ...]] = (-WIDE, -WIDE, 0.0, 0.0, 0.0)
     upper: ClassVar[tuple[float, ...]] = (WIDE, WIDE, INFINITY, 3.0, 3.0)
     objective: ClassVar[str] = "huber-log"
@@ -100,6 +105,7 @@ class OvertrainingLaw:
     shown: ClassVar[dict[str, str]] = {"a": "a", "b": "b", "c": "c", "E": "E"}
     names: ClassVar[tuple[str, ...]] = ("a", "b", "c", "E")
     logs: ClassVar[frozenset[str]] = frozenset()
+    exchangeable: ClassVar[tuple[str, ...]] = ("a", "c")
     lower: ClassVar[tuple[float, ...]] = (0.0, -3.0, 0.0, 0.0)
     upper: ClassVar[tuple[float, ...]] = (INFINITY, 0.0, INFINITY, INFINITY)
     objective: ClassVar[str] = "least-squares"

@@ -25,6 +25,10 @@ class Optimum:
     d: float
     loss: float
     n_interval: tuple[float, float] | None = None
+    """Of the resamples that have an optimum; `resamples_at_edge` is the share of those that have none."""
+    edge: str | None = None
+    """"smallest" or "largest" where the loss still falls at that end of the N that were tried: there is no optimum."""
+    resamples_at_edge: float = 0.0
 
     @property
     def ratio(self) -> float:
@@ -34,22 +38,32 @@ class Optimum:
 
 def compute_optimal(found: Fit, flops: float) -> Optimum:
     """The N and D = C / 6N of least predicted loss, on a fine grid over 12 orders of magnitude, refined twice."""
-    n = float(_best_n(found, found.theta[None], flops)[0])
+    best, side = _best_n(found, found.theta[None], flops)
+    n = float(best[0])
     d = flops / (FLOPS_PER_PARAM_TOKEN * n)
-    drawn = interval(_best_n(found, found.resampled, flops)) if len(found.resampled) else None
-    return Optimum(flops, n, d, float(found.predict(n, d)[0]), drawn)
+    drawn, sides = _best_n(found, found.resampled, flops)
+    inside = drawn[sides == 0]
+    bounds = interval(inside) if len(inside) and not side[0] else None
+    share = float((sides != 0).mean()) if len(drawn) else 0.0
+    edge = {-1: "smallest", 0: None, 1: "largest"}[int(side[0])]
+    return Optimum(flops, n, d, float(found.predict(n, d)[0]), bounds, edge, share)
 
 
-def _best_n(found: Fit, theta_SP: Array, flops: float) -> Array:
+def _best_n(found: Fit, theta_SP: Array, flops: float) -> tuple[Array, Array]:
+    """N of least loss for each parameter vector, and -1 or 1 where it is the smallest or the largest tried, else 0."""
+    sides = np.zeros(len(theta_SP))
     centre, width = np.full(len(theta_SP), np.log(np.sqrt(flops / (FLOPS_PER_PARAM_TOKEN * 20)))), 14.0
-    for _ in range(4):
+    for level in range(4):
         offsets = np.linspace(-width, width, 401)
         for row in range(len(theta_SP)):
             n = np.exp(centre[row] + offsets)
             losses = found.law.loss(theta_SP[row : row + 1], n, flops / (FLOPS_PER_PARAM_TOKEN * n))[0]
-            centre[row] += offsets[int(np.argmin(losses))]
+            lowest = int(np.argmin(losses))
+            centre[row] += offsets[lowest]
+            if level == 0:
+                sides[row] = (lowest == len(offsets) - 1) - (lowest == 0)
         width /= 100
-    return np.exp(centre)
+    return np.exp(centre), sides
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import numpy as np
 from open_lm.errors import ConfigError, DataError
 from open_lm.ladder.laws import Array
 from open_lm.ladder.science import pandas
+from open_lm.ladder.sizes import label_params
 
 FLOPS_PER_PARAM_TOKEN = 6
 """C = 6 N D, where a table holds compute instead of tokens."""
@@ -24,6 +25,7 @@ _OPERATORS = {
     "<": lambda a, b: a < b,
     ">": lambda a, b: a > b,
 }
+_TRUTH = {"true": True, "1": True, "false": False, "0": False}
 _CONDITION = re.compile(r"\s*(.+?)\s*(==|!=|<=|>=|<|>|=)\s*(.+?)\s*")
 
 
@@ -122,14 +124,36 @@ def _mask(frame: Any, condition: str, flag: str) -> Any:
     if found is None:
         raise ConfigError(f"{flag} {condition!r}: give COLUMN OP VALUE, with one of = != < > <= >=.")
     column, operator, value = found.groups()
+    operator = "==" if operator == "=" else operator
     require_column(frame, column, flag)
-    values = frame[column]
-    if pandas().api.types.is_numeric_dtype(values):
+    values, types = frame[column], pandas().api.types
+    if types.is_bool_dtype(values):
+        if value.lower() not in _TRUTH or operator not in ("==", "!="):
+            raise ConfigError(f"{flag} {condition!r}: {column} is true or false: give {column}=true or {column}=false.")
+        return _OPERATORS[operator](values, _TRUTH[value.lower()])
+    if types.is_numeric_dtype(values):
         try:
-            return _OPERATORS["==" if operator == "=" else operator](values, float(value))
+            return _OPERATORS[operator](values, float(value))
         except ValueError:
             raise ConfigError(f"{flag} {condition!r}: {column} holds numbers, {value!r} is none.") from None
-    return _OPERATORS["==" if operator == "=" else operator](values.astype(str), value)
+    if operator in ("==", "!="):
+        return _OPERATORS[operator](values.astype(str), value)
+    words = [*values.astype(str), value]
+    sizes = [_quantity(word) for word in words]
+    if None in sizes:
+        raise ConfigError(
+            f"{flag} {condition!r}: {words[sizes.index(None)]!r} is no number and no size such as 60M: {operator} has "
+            "no meaning. Compare a column of numbers, such as num_params, or use = and !=."
+        )
+    return _OPERATORS[operator](np.array(sizes[:-1], dtype=np.float64), sizes[-1])
+
+
+def _quantity(word: str) -> float | None:
+    """The number that a word or a label such as 370M stands for; text sorts 60M above it."""
+    try:
+        return float(word)
+    except ValueError:
+        return label_params(word)
 
 
 def require_column(frame: Any, column: str, flag: str) -> None:
@@ -153,14 +177,15 @@ def points_of(frame: Any, columns: TableColumns, *, drop_first: int = 0) -> Poin
     n = numbers(frame, columns.params, "--params-column")
     loss = numbers(frame, columns.loss, "--loss-column")
     if columns.flops is not None:
-        d = numbers(frame, columns.flops, "--flops-column") / (FLOPS_PER_PARAM_TOKEN * n)
+        with np.errstate(divide="ignore", invalid="ignore"):  # an N of 0 is refused below
+            d = numbers(frame, columns.flops, "--flops-column") / (FLOPS_PER_PARAM_TOKEN * n)
     elif columns.ratio is not None:
         d = numbers(frame, columns.ratio, "--ratio-column") * n
     else:
         d = numbers(frame, columns.tokens or "tokens", "--tokens-column")
     names = frame[columns.name].astype(str) if columns.name else frame.index.astype(str)
     points = Points(n, d, loss, _errors(frame, columns), tuple(names))
-    whole = np.isfinite(n) & np.isfinite(d) & np.isfinite(loss)
+    whole = np.isfinite(n) & (np.isfinite(d) | (n <= 0)) & np.isfinite(loss)
     if not whole.all():
         left_out = ", ".join(points.names[k] for k in np.flatnonzero(~whole)[:5])
         logging.warning(
@@ -178,8 +203,25 @@ def _errors(frame: Any, columns: TableColumns) -> Array:
     if not columns.error:
         return np.full(len(frame), np.nan)
     flag = "--error-columns" if columns.errors_given else "--score-columns"
-    scores = np.stack([numbers(frame, column, flag) for column in columns.error]).mean(axis=0)
+    low, high = (0, 2) if columns.errors_given else (-1, 1)  # centred accuracies are negative below chance
+    scores = np.stack([_shares(frame, column, flag, low, high) for column in columns.error]).mean(axis=0)
     return scores if columns.errors_given else 1 - scores
+
+
+def _shares(frame: Any, column: str, flag: str, low: float, high: float) -> Array:
+    """A column of accuracies or errors.
+
+    Raises:
+        DataError: a value is outside [low, high], so in percent.
+    """
+    values = numbers(frame, column, flag)
+    outside = (values < low) | (values > high)
+    if outside.any():
+        raise DataError(
+            f"{flag} {column}: {values[outside][0]:g} is outside [{low}, {high}]. Accuracies and errors are shares of "
+            "1: divide percentages by 100."
+        )
+    return values
 
 
 def numbers(frame: Any, column: str, flag: str) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -10,12 +11,15 @@ from open_lm import storage
 from open_lm.checkpoint.commit import committed
 from open_lm.errors import ConfigError, OpenLMError
 from open_lm.ladder import records
+from open_lm.ladder.run_configurator import POST_DECAY
 from open_lm.ladder.science import pandas
 from open_lm.ladder.sizes import count_params
 from open_lm.model.config import ModelConfig
 from open_lm.model.describe import model_size
 
 FIRST = ("name", "step", "tokens", "size", "num_params", "flops", "loss", "description", "counting", "train_flops")
+RUN_FOLDER = "run folder"
+"""Description of a row that no ladder promised."""
 SMOOTHED_SHARE = 0.01
 """Share of an ordinary run over which its training loss is averaged; its schedule is not known here."""
 FORMATS = (".csv", ".json", ".pkl")
@@ -28,6 +32,32 @@ def frame_of(rows: Sequence[dict[str, Any]]) -> Any:
         return pandas().DataFrame(columns=list(FIRST))
     columns = [name for name in FIRST if name in frame] + sorted(name for name in frame if name not in FIRST)
     return frame[columns].sort_values(["num_params", "name", "step"], kind="stable").reset_index(drop=True)
+
+
+def is_metrics(frame: Any) -> bool:
+    """Whether a table is one that `metrics` wrote."""
+    return set(FIRST) <= set(frame)
+
+
+def finished(frame: Any, all_checkpoints: bool = False) -> Any:
+    """The rows of metrics that a law is fitted to: the ends of decays, for a model inside one is not finished.
+
+    Of other run folders it is their last step. No power law says what a model knows before its first step.
+    """
+    last = frame.groupby(["name", "num_params"])["step"].transform("max") == frame["step"]
+    ends = frame["description"].str.endswith(POST_DECAY) | ((frame["description"] == RUN_FOLDER) & last)
+    trained = frame["tokens"] > 0
+    kept = frame[trained & (ends | all_checkpoints)]
+    if len(kept) < len(frame):
+        logging.warning(
+            "%d of %d rows of the metrics are left out: %d of step 0, %d inside a run (--all-checkpoints takes these).",
+            len(frame) - len(kept), len(frame), (~trained).sum(), len(frame) - len(kept) - (~trained).sum(),
+        )  # fmt: skip
+    if "valid/loss" not in kept or kept["valid/loss"].isna().all():
+        logging.warning(
+            "the ladder has no val_data: its law is fitted to the training loss, the mean at a decay's end."
+        )
+    return kept.set_index(kept["size"].astype(str) + " " + kept["description"].str.removesuffix(f" {POST_DECAY}"))
 
 
 def discovered(roots: Sequence[str], prefix: str, counting: str, known: Collection[str]) -> list[dict[str, Any]]:
@@ -57,7 +87,7 @@ def run_rows(folder: str, counting: str) -> list[dict[str, Any]]:
             {
                 "name": os.path.basename(folder),
                 "step": step,
-                "description": "run folder",
+                "description": RUN_FOLDER,
                 "tokens": tokens,
                 "size": os.path.basename(folder),
                 "num_params": n_params,

@@ -124,7 +124,7 @@ if __name__ == "__main__":
     parser.add_argument("--group", type=int, default=8, help="answers to each")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--minibatches", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--sft-seed", type=int, help="start all seeds from the fine-tuned model of this one")
     parser.add_argument("--folder", help="keep data and runs here, and take fine-tuned models from here")
     parser.add_argument("--recomputed", action="store_true")

@@ -109,6 +109,7 @@ def _rank(words):
     from open_lm.command import run
     from open_lm.main import main
 
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler that a worker of pytest-xdist has
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # not those that pytest reads
     torch.set_num_threads(1)
     faults._injector = injector.at

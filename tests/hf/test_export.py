@@ -128,7 +128,7 @@ def test_the_command_writes_weights_tokenizer_and_card_and_prints_the_difference
     assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {(out / "config.json").stat().st_mode & 0o777}
     card = (out / "README.md").read_text()
     flags = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
-    assert flags == {"lr": 0.003} and "open_lm.main --config run.yaml" in card
+    assert flags == {"lr": 0.003} and "openlm train --config run.yaml" in card
     config, generation = (json.loads((out / f).read_text()) for f in ("config.json", "generation_config.json"))
     assert (config["dtype"], config["eos_token_id"], generation["eos_token_id"]) == ("bfloat16", 0, 0)
     for fact in (

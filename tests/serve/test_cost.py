@@ -22,9 +22,9 @@ from serve_setup import httpx, n_open, running, until
 )
 def test_a_body_with_a_million_faults_costs_no_more_than_one_with_one(client, path, body):
     """Each fault used to be listed: half a minute and several GB."""
-    begun = time.monotonic()
+    begun = time.process_time()  # of the server, too: it is in this process
     answer = client.post(path, json=body)
-    assert answer.status_code == 400 and time.monotonic() - begun < 3
+    assert answer.status_code == 400 and time.process_time() - begun < 5
 
 
 def test_long_requests_are_encoded_beside_the_event_loop_whatever_they_consist_of(client, server, monkeypatch):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 
 class LogFile(logging.FileHandler):
-    """A log file that may not be writable, on a full disk say: that is said once on the terminal, and ends nothing."""
+    """A log file whose write errors (a full disk) are printed once on the terminal and end nothing."""
 
     _is_broken = False
 

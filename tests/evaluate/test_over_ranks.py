@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import socket
 
@@ -64,7 +65,12 @@ def command(work, folder, out, ranks, **settings):
         arguments = (ranks, port, folder, out, settings)
         torch.multiprocessing.start_processes(work, arguments, nprocs=ranks, start_method="fork")
     content = json.loads((out / "results.json").read_text())
-    values = {(run["name"], r["key"], r["metric"]): r["value"] for run in content["runs"] for r in run["records"]}
+    values = {}
+    for run in content["runs"]:
+        for r in run["records"]:
+            # A perplexity is the exponential of a mean loss: an untrained model's last bits stand in the sixth digit.
+            value = math.log(r["value"]) if "perplexity" in r["metric"] else r["value"]
+            values[run["name"], r["key"], r["metric"]] = value
     return values, {run["weights"] for run in content["runs"]}
 
 

@@ -38,7 +38,7 @@ dist:  ## Build wheel and sdist into dist/
 nightly:  ## Exports under transformers 4.57, the current one and llama.cpp, in environments of their own
 	bash scripts/nightly_exports.sh
 
-flags:  ## Write docs/flags.md anew from the flags in the code
+flags:  ## Regenerate docs/flags.md from the flags in the code
 	$(PYTHON) scripts/flags_page.py
 
 house:  ## Count modules, floors and arrows

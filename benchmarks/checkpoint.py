@@ -72,7 +72,7 @@ class Timed:
 
 
 def local_parts(tree):
-    """What of the state this rank holds."""
+    """This rank's part of the state."""
     return map_tensors(tree, lambda _, tensor: tensor.to_local() if isinstance(tensor, DTensor) else tensor)
 
 

@@ -55,7 +55,7 @@ PEERS = {
 
 
 def loaders(flat: Path, folder: Path, pythons: list[str]) -> dict[str, list[str]]:
-    """Name -> command that prints tokens/s, by the wall clock and by its own CPU; what is not installed is said."""
+    """Name -> command that prints tokens/s, by the wall clock and by its own CPU; a missing peer is reported."""
     commands = {}
     for name, (write, read, get) in PEERS.items():
         for python in pythons:

@@ -48,7 +48,7 @@ GIB = 2**30
 
 
 def build(config, world, flags):
-    """What a run would train with."""
+    """The training state, as a run would build it."""
     precision = Precision(flags.precision, world.device.type)
     prepare_backends(flags, world.device, config.seq_len, config.vocab_size)
     model = build_wrapped(config, world, flags, 0, precision.weight_dtype).train()

@@ -1,4 +1,4 @@
-"""How much does `openlm serve` write for many clients at once, beside a plain server around transformers' `generate`?
+"""Throughput of `openlm serve` with many clients at once, beside a plain server around transformers' `generate`.
 
     python benchmarks/serving.py --clients 1 64 --seconds 60
 

@@ -30,7 +30,7 @@ def words(rng, n):
 
 
 class Clients:
-    """What clients ask, and what was wrong with the answers."""
+    """Clients that ask one request after the other; wrong answers are kept."""
 
     def __init__(self, client, prompts, end):
         self.client, self.prompts, self.end = client, prompts, end

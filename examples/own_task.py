@@ -31,7 +31,7 @@ class Smoothed(Task):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What is reported: the plain cross-entropy, so that runs can be compared, and what is minimised."""
+        """Two metrics: the plain cross-entropy, so that runs can be compared, and the loss that is minimised."""
         return ("loss", "smoothed_loss")
 
     def loss_sums(self, model: nn.Module, batch: Batch) -> Losses:

@@ -28,7 +28,7 @@ def samples(manifest: Path) -> Iterator[np.ndarray]:
 
 
 def main(manifest: Path) -> tuple[int, int]:
-    """How many samples and tokens there are."""
+    """The numbers of samples and tokens."""
     lengths = [len(tokens) for tokens in samples(manifest)]
     return len(lengths), sum(lengths)
 

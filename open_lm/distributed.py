@@ -121,7 +121,7 @@ class World:
         return self.gather(value)[:: self.shape.tp]
 
     def on_rank0(self, work: Callable[[], T]) -> T:
-        """What `work` gives on rank 0, on every rank; an OpenLMError it raises is raised on every rank."""
+        """The result of `work` on rank 0, on every rank; an OpenLMError it raises is raised on every rank."""
         if self.size == 1:
             return work()
         outcome: Any = None
@@ -213,7 +213,7 @@ def ranks_from_environment(env: Mapping[str, str] = os.environ) -> tuple[int, in
 
 
 def process_group_backend(name: str | None, device: torch.device) -> str:
-    """What carries tensors between ranks: gloo for those on CPUs always, `name` (None: nccl) for those on GPUs."""
+    """The back end of collectives: always gloo for tensors on CPUs, `name` (None: nccl) for those on GPUs."""
     return f"cpu:gloo,cuda:{name or 'nccl'}" if device.type == "cuda" else name or "gloo"
 
 

@@ -57,7 +57,7 @@ class MeshShape:
         return self.dp == self.size
 
     def place(self, rank: int) -> dict[str, int]:
-        """Where `rank` stands along each axis."""
+        """The index of `rank` along each axis."""
         places = {}
         for axis in reversed(AXES):
             rank, places[axis] = divmod(rank, getattr(self, axis))

@@ -75,7 +75,7 @@ GROUPS: dict[str, type] = {
 
 FACTS = ("seq_len", "vocab_size", "per_gpu_batch_size", "per_gpu_val_batch_size", "world_size", "rank", "local_rank",
          "distributed")  # fmt: skip
-"""What params.txt says beside the flags, for OpenLM's scripts; --config skips them."""
+"""Keys of params.txt beside the flags, for OpenLM's scripts; --config skips them."""
 
 
 def build_parser() -> Parser:

@@ -72,11 +72,11 @@ class Precision:
 
     @property
     def loss_scale(self) -> float | None:
-        """What the loss is multiplied by before the backward pass; None without scaling."""
+        """The factor on the loss before the backward pass; None without scaling."""
         return self.scaler.get_scale() if self.scaler else None
 
     def state_dict(self) -> dict[str, Any]:
-        """What must survive a restart: the loss scale; empty without one."""
+        """The state of the loss scaler; empty without one."""
         return self.scaler.state_dict() if self.scaler else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -86,7 +86,7 @@ class Precision:
 
 
 def _step_all(optimizers: Sequence[Optimizer], overflowed: Tensor | None) -> None:
-    """Take the steps of all optimizers, or of none where `overflowed` is 1: the norm is that of all gradients on all
+    """Take the steps of all optimizers, or of none where `overflowed` is 1: the norm covers all gradients on all
     ranks. Fused optimizers look at it on the device; others make the host wait for it."""
     fused = [getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in optimizers]
     if overflowed is None or not all(fused):

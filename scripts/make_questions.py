@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 NUMBER = r"^\d+$"
-"""What the preferred answers look like, as open_lm.post_training.verifiers:tests checks it."""
+"""Pattern of the preferred answers, as open_lm.post_training.verifiers:tests checks it."""
 
 
 def questions(seed: int = 0) -> list[tuple[int, int]]:

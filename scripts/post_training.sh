@@ -3,7 +3,7 @@
 #
 # A model of Python code learns to answer "Which is larger, 41 or 17?": fine-tuned on answers in two styles, then taught
 # by preferences which style is liked, then rewarded for being right. After each stage it answers questions that nothing
-# was trained on. Everything goes to QUICKSTART/post_training; remove that to begin anew. What is done is not repeated.
+# was trained on. Everything goes to QUICKSTART/post_training; remove that to start over. What is done is not repeated.
 # SFT_STEPS, DPO_STEPS and GRPO_ITERATIONS set how long each stage trains.
 set -Eeuo pipefail
 cd "$(dirname "$0")/.."

@@ -27,7 +27,7 @@ SEQ_LEN = 16
 
 @dataclass(frozen=True)
 class Walk:
-    """What a piece of work called, in order: (file, function)."""
+    """The calls of a piece of work, in order: (file, function)."""
 
     calls: list[tuple[str, str]]
 

@@ -8,7 +8,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_tests(tmp_path_factory):
-    """What programs remember between runs is neither found nor left in the user's folder."""
+    """A cache folder for the tests: nothing is found or left in the user's own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPEN_LM_CACHE", str(tmp_path_factory.mktemp("open_lm-cache")))
         yield

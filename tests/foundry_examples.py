@@ -1,4 +1,4 @@
-"""What LLM Foundry and our engine make of each example: its ids, the span that is scored, its likelihood, its verdict.
+"""LLM Foundry and our engine, example by example: ids, the span that is scored, its likelihood, the verdict.
 
 `python tests/foundry_examples.py FOLDER [--rows N] [--shots N…] [--max-seq-len N]` compares all task files of a folder.
 """
@@ -66,7 +66,7 @@ def _ours(question: Question, number: int, scores: Any, metric: str) -> Example:
 
 
 def differences(mine: list[Example], other: list[Example], tolerance: float = 2e-5) -> list[str]:
-    """What differs, example by example; likelihoods relative to their size."""
+    """Differences, example by example; likelihoods relative to their size."""
     found = [] if len(mine) == len(other) else [f"{len(mine)} examples, LLM Foundry has {len(other)}"]
     for number, (a, b) in enumerate(zip(mine, other, strict=False)):
         if a.rows != b.rows:

@@ -1,4 +1,4 @@
-"""What llama.cpp computes from a GGUF file, in fp64 and position by position, by the file's own metadata alone."""
+"""A reference of llama.cpp's forward pass: fp64, position by position, by the GGUF file's own metadata alone."""
 
 import math
 

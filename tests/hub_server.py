@@ -109,7 +109,7 @@ class Handler(BaseHTTPRequestHandler):
         return found or self.reply(404, {"error": "no revision"}, X_Error_Code="RevisionNotFound")
 
     def entry(self, folder, name):
-        """How the Hub lists one path, a file or a folder."""
+        """The Hub's entry of one path, a file or a folder."""
         path = self.hub.root / folder / name
         if path.is_dir():
             return {"type": "directory", "path": name, "oid": COMMIT, "size": 0}

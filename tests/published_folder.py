@@ -52,7 +52,7 @@ def weights(params, seed=0):
 
 
 def logits(params, state, ids_BT):
-    """What the model must compute, in fp64, position by position."""
+    """The logits that the model must compute, in fp64, position by position."""
     w = {name.removeprefix("model."): tensor.double() for name, tensor in state.items()}
     dim, n_heads = params["dim"], params["n_heads"]
     head = dim // n_heads

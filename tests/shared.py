@@ -1,4 +1,4 @@
-"""Where the fixtures outside the repository are, and the mark for tests that need them."""
+"""Fixtures outside the repository, and the mark for tests that need them."""
 
 from pathlib import Path
 

@@ -20,7 +20,7 @@ ALGORITHMS: dict[str, Callable[[], Any]] = {DEFAULT: xxhash.xxh3_128, "sha256": 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a committed file must look like: its size, and `ALGORITHM:HEX` of its content."""
+    """Size and checksum (`ALGORITHM:HEX`) of a committed file."""
 
     size_bytes: int
     checksum: str

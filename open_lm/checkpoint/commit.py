@@ -26,7 +26,7 @@ from open_lm.errors import CheckpointError
 VERSION = 2
 COMMIT_PATTERN = "epoch_*.commit.json"
 SHARDS_SIGN = ".sharded-"
-"""What the names of folders of shards have in them: `epoch_3.sharded-1f2e3d4c`."""
+"""The mark of a folder of shards in its name: `epoch_3.sharded-1f2e3d4c`."""
 FIRST_KEYS = {"label", "step", "files", "facts"}
 """All that commit files of the first version hold; later ones also hold their version and their own checksum."""
 RECORD_KEYS = {"size_bytes", "checksum", "sha256"}
@@ -48,7 +48,7 @@ class Commit:
 
     @property
     def weights_name(self) -> str:
-        """What to name to load it: its file of weights, or its folder of shards where it has no such file."""
+        """The file of weights, or the folder of shards where there is no such file."""
         whole = f"epoch_{self.label}.pt"
         return self.facts["shards"] if whole not in self.files and "shards" in self.facts else whole
 
@@ -148,8 +148,8 @@ def _has_sizes(folder: str, commit: Commit) -> bool:
 
 
 def damaged_file(folder: str, commit: Commit, only: Collection[str] | None = None) -> str | None:
-    """What is wrong with the first file of the checkpoint (of those in `only`) that is not as it was written; None
-    when all are. It is also logged."""
+    """The first damaged file of the checkpoint (of those in `only`) and its fault, which is also logged; None when
+    every file is as it was written."""
     wanted = [item for item in commit.files.items() if only is None or item[0] in only]
     with ThreadPoolExecutor(N_THREADS) as pool:
         sound = pool.map(lambda item: matches(storage.join(folder, item[0]), item[1]), wanted)

@@ -122,7 +122,7 @@ class CheckpointConfig:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """What each of `start` counts."""
+        """The weight of each of `start` in their mean."""
         return self.average_coefficients or (1 / len(self.start),) * len(self.start)
 
     @property

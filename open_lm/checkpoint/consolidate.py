@@ -21,7 +21,7 @@ from open_lm.weights.file import clean_state_dict, load_file
 
 HEAD = ("epoch", "name", "step", "tokens")
 EXTRA = (*HEAD, "config", "values", "scaler")
-"""What stats.pt in a folder of shards holds beside what stats_K.pt does."""
+"""Keys of stats.pt in a folder of shards that stats_K.pt does not have."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def describe(path: str) -> dict[str, Any]:
-    """Where the checkpoint is, its step, tokens, config and metrics, its files if it is complete, and its parameters.
+    """Path, step, tokens, config, metrics and parameters of a checkpoint, and its files if it is complete.
 
     Raises:
         CheckpointError: there is none, or it is damaged.

@@ -31,7 +31,7 @@ MAX_FAILED_SAVES = 3
 
 
 class DataOrder(Protocol):
-    """What of a loader the checkpoints read: the data are a function of the step, so only the settings are kept."""
+    """The part of a loader that is saved: the order of the data is a function of the step, so only its settings are."""
 
     def state(self, step: int) -> dict[str, Any]: ...
 
@@ -46,7 +46,7 @@ class Checkpoints:
         self.config = dict(config)
         self.flags = flags
         self.problem: str | None = None
-        """Why the last save did not succeed, once that is known."""
+        """The fault of the last save, once it is known; None for a save that succeeded."""
         self.seconds = 0.0
         """Longest time of a save so far, from its start to its commit."""
         self.retention = Retention(folder, flags.n_kept)
@@ -168,7 +168,7 @@ class Checkpoints:
 
     @property
     def home(self) -> str:
-        """Where checkpoints are written to and continued from: the folder, or its remote copy."""
+        """The place that checkpoints are written to and resumed from: the folder, or its remote copy."""
         return self.copy if self.copy and self.flags.checkpoint_format == "sharded-remote" else self.folder
 
     @property

@@ -47,7 +47,7 @@ def read_checkpoint(name: Name) -> dict[str, Any]:
 
 
 def read_facts(name: Name) -> dict[str, Any]:
-    """What a checkpoint says beside its weights: `step`, `tokens`, `config`, metrics; {} if nothing.
+    """The metadata of a checkpoint: `step`, `tokens`, `config`, metrics; {} if it has none.
 
     Weights are neither read nor hashed; of one with a commit file that says all of it not even opened.
 
@@ -105,7 +105,7 @@ def local_shards(found: Found, *, only_facts: bool = False) -> Iterator[Path]:
 
 
 def stored_config(name: Name) -> dict[str, Any]:
-    """What a checkpoint of ours knows of its run: `model` (the architecture) and `flags`.
+    """The configuration stored in a checkpoint: `model` (the architecture) and `flags`.
 
     Raises:
         CheckpointError: it is missing, or was made by a program that keeps no architecture in it.

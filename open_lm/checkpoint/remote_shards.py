@@ -24,7 +24,7 @@ from open_lm.checkpoint.writing import Target, gathered, problem_of, require_non
 from open_lm.distributed import World
 
 SCRATCH = ".shards-"
-"""How the folders begin that a rank writes its part to before it is sent."""
+"""Prefix of the folders that a rank writes its part to before it is sent."""
 
 
 def write_remote_shards(

@@ -29,7 +29,7 @@ Checked = Literal["nothing", "weights", "all"]
 
 
 Verdicts = Mapping[str, str | None]
-"""What is wrong with checkpoints, by identity; None: all their files are as they were written."""
+"""Faults of checkpoints, by identity; None: all files are as they were written."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Found:
 
 
 Name = str | PathLike[str] | Found
-"""What a checkpoint may be given as: its name, or what that was resolved to before."""
+"""A checkpoint as callers give it: its name, or the result of an earlier `resolve`."""
 
 
 def resolve(name: Name, check: Checked = "nothing", known: Verdicts = MappingProxyType({})) -> Found:
@@ -131,7 +131,7 @@ def _weights_right_in(folder: str) -> list[str]:
 
 
 def checkpoint_folder(folder: str) -> str:
-    """Where a run keeps its checkpoints: `folder/checkpoints`, or `folder` itself when it is that folder."""
+    """The checkpoints of a run: `folder/checkpoints`, or `folder` itself when it is that folder."""
     inside = storage.join(folder, "checkpoints")
     return inside if storage.exists(inside) else folder
 

@@ -36,13 +36,13 @@ from open_lm.train.row_order import RowOrder, copy_from_file_order, order_of, ro
 from open_lm.weights.file import clean_state_dict, load_file, named_weights, plain_name
 
 Use = Literal["evaluate", "weights", "state", "resume"]
-"""What is taken of a checkpoint: the weights to evaluate them; the weights to start from; optimizer, step and the rest
-too; all that and the data where they stood."""
+"""The use of a checkpoint: its weights to evaluate; its weights to start from; optimizer, step and the rest too; all
+that and the position in the data."""
 
 
 @dataclass
 class Stored:
-    """What a checkpoint of consolidated files holds; the tensors are there on rank 0 only."""
+    """The content of a checkpoint of consolidated files; rank 0 alone holds the tensors."""
 
     weights: dict[str, Any] = field(default_factory=dict)
     names: Mapping[str, Any] = field(default_factory=dict)
@@ -171,7 +171,7 @@ def _saved_companions(state: Saved, facts: Mapping[str, Any]) -> list[tuple[str,
 
 
 def _choose(checkpoints: Checkpoints, known: Verdicts, *, trains: bool) -> tuple[Use, tuple[Found, ...]] | None:
-    """What to take from which checkpoints, whose files are as they were written; None when --resume latest finds none.
+    """The verified checkpoints to start from and their use; None when --resume latest finds none.
 
     Raises:
         CheckpointError: one is missing or damaged.

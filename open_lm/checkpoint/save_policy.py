@@ -17,14 +17,14 @@ stay for ever; an `ephemeral` one goes as soon as another checkpoint is there.""
 
 @dataclass(frozen=True)
 class SaveSteps:
-    """Where --save-* ask for a checkpoint: intervals end after `interval_ends` steps, the run after `last`."""
+    """Steps at which --save-* ask for a checkpoint: intervals end after `interval_ends` steps, the run after `last`."""
 
     flags: CheckpointConfig
     interval_ends: tuple[int, ...]
     last: int
 
     def kind_at(self, step: int, *, time_is_up: bool = False) -> SaveKind | None:
-        """What to write after `step` steps, if anything; of several that are due the one that stays longest.
+        """The kind of checkpoint due after `step` steps, if any; of several, the one that is kept longest.
 
         `time_is_up`: --save-every-minutes have passed since the last one.
         """
@@ -95,7 +95,7 @@ def kind_of(commit: Commit) -> SaveKind:
 
 
 def to_delete(complete: Sequence[Commit], newest: Commit, n_kept: int | None) -> list[Commit]:
-    """The `complete` checkpoints that retention lets go of now that `newest`, one of them, exists.
+    """The `complete` checkpoints that retention deletes now that `newest`, one of them, exists.
 
     `n_kept` None keeps all but ephemeral ones. Ephemeral ones never count as one of those that are kept, fixed ones
     neither count nor go, and `newest` stays whatever it is, as does what a newer program wrote. Without `newest` among

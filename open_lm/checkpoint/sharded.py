@@ -72,7 +72,7 @@ class _Reader(dcp.FileSystemReader):
 
 
 def read_tensor_index(folder: Path) -> Metadata:
-    """What is where in `folder`.
+    """The index of `folder`: the file and offset of every tensor.
 
     Raises:
         CheckpointError: it is missing, is damaged, or holds anything but an index of tensors.
@@ -117,7 +117,7 @@ class _SummingFiles(FileSystem):
 
 
 class _SummingStream(ChecksummingFile):
-    """What torch's writer asks of a file, with a checksum."""
+    """A file for torch's writer that computes its checksum as it is written."""
 
     def __init__(self, stream: Any):
         super().__init__(stream)

@@ -38,7 +38,7 @@ class Companion(Protocol):
 
 
 class Saved(Protocol):
-    """What of a training state the checkpoints read and set."""
+    """The parts of a training state that checkpoints save and restore."""
 
     model: nn.Module
     optimizers: list[Optimizer]
@@ -87,7 +87,7 @@ class Snapshot:
         }
 
     def head(self, name: str) -> dict[str, Any]:
-        """What every file says first."""
+        """The keys that every file begins with."""
         return {"epoch": self.epoch, "name": name, "step": self.step, "tokens": self.tokens}
 
 
@@ -131,7 +131,7 @@ def n_bytes(tree: Mapping[str, Any]) -> int:
 
 
 def take(tree: dict[str, Any], *, sharded: bool, is_master: bool, staging: Staging | None) -> dict[str, Any]:
-    """What of the live `tree` this rank writes, on the host; every rank must call this.
+    """This rank's share of the live `tree`, on the host; every rank must call this.
 
     With `staging` nothing in it changes when training goes on; without, it holds the live tensors where those are on
     the host already.

@@ -97,7 +97,7 @@ def load_optimizers(model: nn.Module, optimizers: list[Optimizer], saved: dict[s
 
 
 def spread_tensors(saved: Mapping[str, Any] | None, like: Mapping[str, Any]) -> dict[str, Any]:
-    """What rank 0 holds as `saved`, on every rank, each tensor sharded and placed as its namesake in `like`.
+    """`saved` of rank 0, scattered to every rank: each tensor is sharded and placed as its namesake in `like`.
 
     Raises:
         KeyError: `saved` lacks a tensor of `like`; on rank 0.

@@ -14,8 +14,8 @@ Candidate = tuple[str, Commit]
 
 
 def verified_together(world: World, candidates: Callable[[], Sequence[Candidate]]) -> dict[str, str | None]:
-    """What is wrong with the `candidates` (as rank 0 gives them, the best first) by their identity, None where nothing
-    is: up to the first that is whole. Every rank must call this.
+    """Faults of the `candidates` (as rank 0 gives them, the best first) by their identity, None for a sound one, up to
+    the first that is sound. Every rank must call this.
 
     Those that are not in shards are left out: not every rank may see their files.
     """

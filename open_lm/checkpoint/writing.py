@@ -154,7 +154,7 @@ def _commit_shards(
 
 
 def shards_payload(target: Target, snapshot: Snapshot, values: dict[str, Any]) -> dict[str, Any]:
-    """What stands in `stats.pt` beside the tensors."""
+    """The content of `stats.pt` for tensors that lie in shards."""
     head = {**snapshot.head(target.name), **snapshot.stats, "config": target.config}
     return {**head, "values": values, "scaler": snapshot.scaler}
 
@@ -174,7 +174,7 @@ def require_sizes(folder: str, files: dict[str, FileRecord]) -> None:
 
 
 def problem_of(work: Callable[[], Any]) -> str | None:
-    """What went wrong in `work`, as text; None where nothing did."""
+    """The message of the error that `work` raises; None when it raises none."""
     try:
         work()
     except WRITE_ERRORS as error:

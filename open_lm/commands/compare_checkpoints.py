@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def differing_facts(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Difference]:
-    """What the files say otherwise of their architecture, flags and steps."""
+    """Differences between the architectures, flags and steps that two files state."""
     flat = [
         {"step": file.get("step"), **{f"{k} {n}": v for k in ("model", "flags") for n, v in _stated(file, k).items()}}
         for file in (first, second)

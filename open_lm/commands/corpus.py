@@ -70,7 +70,7 @@ class SourceFile:
 
     @property
     def share_of(self) -> str:
-        """What shares one portion of the corpus: an installed package, or one module of the standard library."""
+        """The owner of one portion of the corpus: an installed package, or one module of the standard library."""
         return "/".join(self.id.split("/")[:2]) if self.source == STDLIB else self.source
 
     def draw(self, purpose: str) -> float:
@@ -124,7 +124,7 @@ def _in_stdlib(root: Path) -> Iterator[SourceFile]:
 
 
 def _in_packages(site_packages: str) -> Iterator[SourceFile]:
-    """What each package says it installed; a package in development (`pip install -e`) is left out."""
+    """The files that each package lists as installed; one in development (`pip install -e`) is left out."""
     for package in importlib.metadata.distributions(path=[site_packages]):
         source = package.metadata["Name"].lower().replace("_", "-")
         if '"editable": true' in (package.read_text("direct_url.json") or ""):
@@ -161,7 +161,7 @@ def judge(documents: Sequence[SourceFile]) -> tuple[dict[SourceFile, int], Count
 
 
 def flaw_of_name(document: SourceFile) -> str | None:
-    """Why the file's name alone says it should not be read; None: nothing speaks against it."""
+    """The reason, from its name alone, to leave a file unread; None for a file to read."""
     *folders, name = document.id.lower().split("/")[1:]
     if _TEST_FOLDERS.intersection(folders) or name.startswith(("test_", "conftest")) or name.endswith("_test.py"):
         return "test"
@@ -177,7 +177,7 @@ def flaw_of_name(document: SourceFile) -> str | None:
 
 
 def flaw_of_text(content: str) -> str | None:
-    """Why the text should not be trained on; None: nothing speaks against it."""
+    """The reason not to train on a text; None for a good one."""
     if len(content) < 200:
         return "shorter than 200 characters"
     if len(content) > 200_000:

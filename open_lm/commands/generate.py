@@ -93,7 +93,7 @@ class TextWriter:
         self.config, self.stops = config, asked.stop
 
     def together(self, prompts: Sequence[str]) -> list[str]:
-        """What the model writes after each prompt, all in one batch."""
+        """The continuation of each prompt, all in one batch."""
         ids = self._encoded(prompts)
         streams = [TextStream(self.tokenizer, self.stops, before=one) for one in ids]
         watch = (lambda row, tokens: streams[row].watch(row, tokens)) if self.stops else None
@@ -101,7 +101,7 @@ class TextWriter:
         return [stream.finish(tokens) for stream, tokens in zip(streams, rows, strict=True)]
 
     def shown(self, prompt: str) -> str:
-        """What the model writes after one prompt, printed while it is written."""
+        """The continuation of one prompt, printed as it is generated."""
         print(prompt, end="", flush=True)
         ids = self._encoded([prompt])
         stream = TextStream(self.tokenizer, self.stops, lambda text: print(text, end="", flush=True), ids[0])

@@ -1,4 +1,4 @@
-"""`openlm interpolate`: held-out losses along the line between two checkpoints, as a table and a picture.
+"""`openlm interpolate`: validation losses along the line between two checkpoints, as a table and a picture.
 
 Between a base model and one fine-tuned from it, a point of the line often keeps most of both (arXiv:2109.01903). Flags
 beside these are the evaluation's: `--val-data`, `--val-names`, `--batch-size`, `--precision` and the like.

@@ -103,6 +103,6 @@ def placed(values: dict[int, float], tokens: dict[int, float], x: str) -> tuple[
 
 
 def label_of(path: str) -> str:
-    """What a run is called: its folder."""
+    """The name of a run: that of its folder."""
     found = Path(path)
     return (found if found.is_dir() else found.parent).resolve().name

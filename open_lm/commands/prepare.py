@@ -175,7 +175,7 @@ def n_workers(flags: Make2048) -> int:
 
 
 def describe(job: Any, flags: Make2048) -> str:
-    """What will be read and written, in one line each."""
+    """A summary of the input and the output, one line each."""
     is_flat = flags.format == "npy-flat"
     kind, form = ("arrays", f"flat {job.dtype.name}") if is_flat else ("shards", f".{job.data_key}")
     return (

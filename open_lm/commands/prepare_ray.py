@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def runtime_env(path: str | None) -> dict[str, Any] | None:
-    """What a file says for ray.init.
+    """The `runtime_env` of ray.init, from a file.
 
     Raises:
         ConfigError: it holds no mapping.

@@ -105,7 +105,7 @@ def build(config: ReportConfig) -> str:
 
 
 def lead(runs: Sequence[RunSummary]) -> str:
-    """What the page is about, in one sentence."""
+    """The lead of the page: its subject, in one sentence."""
     if len(runs) > 1:
         return f"{len(runs)} runs compared over the tokens they trained on."
     model = runs[0].config.get("model", {})
@@ -114,13 +114,13 @@ def lead(runs: Sequence[RunSummary]) -> str:
 
 
 def explain_loss(runs: Sequence[RunSummary]) -> str:
-    """What the loss chart shows."""
+    """The caption of the loss chart."""
     known = "The dashed line is the loss of a uniform guess. " if runs[0].uniform_loss else ""
     return f"{known}Validation text is never trained on; each of its tokens is scored once. Hover for values."
 
 
 def stages(facts: RunSummary, corpus: Any, ledgers: Sequence[Any]) -> list[tuple[str, str, list[str]]]:
-    """What went in and came out at each stage, from files of text to tokens trained on."""
+    """Input and output of each stage, from files of text to tokens trained on."""
     found = []
     if corpus:
         left_out = sum(corpus["rejected"].values())
@@ -187,6 +187,6 @@ def timing_table(path: str | None) -> str:
 
 
 def footer(runs: Sequence[RunSummary]) -> str:
-    """Where the figures come from."""
+    """The source of the figures."""
     folders = ", ".join(run.folder for run in runs)
     return f"From {folders}, by Python {platform.python_version()} on {platform.machine()}."

@@ -60,7 +60,7 @@ def add_model_args(parser: ArgumentParser) -> None:
 
 
 def get_norm_class(model_norm: str) -> Callable[..., nn.Module]:
-    """What makes a norm of that name: called with its width, and `eps` unless that is 1e-5."""
+    """A constructor of the norm of that name, called with its width, and `eps` unless that is 1e-5."""
     norm = NORMS.load(model_norm)
 
     def build(dim: int, eps: float = 1e-5) -> nn.Module:
@@ -89,7 +89,7 @@ def get_attn_func(
 
 
 def pt_load(file_path: str, map_location: Any = None) -> Any:
-    """What torch.save wrote, from disk or a remote store; only plain data is read, never code.
+    """The content of a torch.save file, from disk or a remote store; only plain data is read, never code.
 
     Raises:
         CheckpointError: it is missing, damaged, or holds more than data.

@@ -51,7 +51,7 @@ class Batch:
 
     @property
     def model_inputs(self) -> dict[str, Any]:
-        """What a model needs beside the ids, by the names of its arguments."""
+        """The model's arguments beside the ids, by name."""
         given = {"documents_BT": self.documents_BT, "part": self.part}
         return {name: value for name, value in given.items() if value is not None}
 

@@ -25,7 +25,7 @@ LEAST_STRIPES = 16
 
 @dataclass(frozen=True)
 class BatchPositions:
-    """Where batches begin in the stream, and which slice of each is this rank's."""
+    """Positions of batches in the stream, and this rank's slice of each."""
 
     global_batch: int
     rank: int
@@ -62,7 +62,7 @@ class BatchPositions:
 
 
 def make_batch_positions(config: DataConfig, *, global_batch: int, rank: int, world_size: int) -> BatchPositions:
-    """Where this rank's batches lie in the stream, with --skip-steps left out."""
+    """Positions of this rank's batches in the stream, without those of --skip-steps."""
     skipped = tuple((first * global_batch, (last + 1) * global_batch) for first, last in config.skipped_ranges())
     return BatchPositions(global_batch, rank, world_size, skipped)
 

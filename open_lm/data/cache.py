@@ -257,7 +257,7 @@ class BlockCache:
                 total -= size
 
     def index(self, shard: RemoteShard, key: str) -> ShardIndex:
-        """Where the samples of a shard lie, found once for all processes; all of it is fetched, unless it is regular.
+        """Offsets of a shard's samples, found once for all processes; all of it is fetched, unless it is regular.
 
         Raises:
             DataError: it is damaged, or holds no samples.

@@ -39,7 +39,7 @@ def _run(world_size: int) -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process began, in ticks: pids are used again."""
+    """The start time of a process, in ticks, since a pid is used again."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[19]

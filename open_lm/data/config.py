@@ -113,7 +113,7 @@ class DataConfig:
         "named in checkpoints. None: the one the manifests name, if they do.",
     )
     val_data: tuple[str, ...] = flag(
-        (), "Held-out shards (or their manifest.jsonl), one or more sets; every sequence is scored exactly once."
+        (), "Validation shards (or their manifest.jsonl), one or more sets; every sequence is scored exactly once."
     )
     val_data_key: tuple[str, ...] = flag((), "As --data-key, one for each --val-data. None: auto.")
     val_num_samples: int | None = flag(

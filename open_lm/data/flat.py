@@ -78,7 +78,7 @@ _DOCUMENTS_LOOKED_AT = 65
 
 
 def _first_ends(table: str) -> list[int]:
-    """Where the first documents of a table end."""
+    """Ends of the first documents of a table."""
     try:
         with storage.open_read(table) as file, gzip.open(file, "rt", newline="") as rows:
             ends = [int(row[1]) for row in itertools.islice(csv.reader(rows), _DOCUMENTS_LOOKED_AT)]

@@ -80,7 +80,7 @@ class _Txt:
 
 
 def _literal(payload: bytes) -> object:
-    """What only Python reads as a list (a tuple, a trailing comma); ValueError when it cannot either."""
+    """A list that Python reads and JSON does not (a tuple, a trailing comma); ValueError for anything else."""
     try:
         value = ast.literal_eval(payload.decode())
     except (ValueError, SyntaxError, MemoryError, RecursionError, UnicodeDecodeError) as error:
@@ -164,7 +164,7 @@ def _read_npy_header(head: bytes) -> tuple[np.dtype, int, int]:
 
 
 class PlainNpy(NamedTuple):
-    """What an npy header of 128 bytes says of a vector of plain integers."""
+    """The npy header, of 128 bytes, of a vector of plain integers."""
 
     dtype: np.dtype
     length: int

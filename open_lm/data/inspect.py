@@ -16,7 +16,7 @@ from open_lm.progress import progress
 
 @dataclass(frozen=True)
 class Inspect:
-    """What to show"""
+    """Samples to show"""
 
     path: str = flag("", "A shard, a manifest, or a folder of shards with its manifest.")
     run: str = flag("", "The folder of a training run, instead of --path: with --step, the samples it used then.")

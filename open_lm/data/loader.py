@@ -86,7 +86,7 @@ class Loader:
             yield batch if self._rows == 1 else self._with_columns(batch, step).trimmed()
 
     def _steps_together(self) -> int:
-        """How many steps a worker hands over at a time: so many that they make up for the handing over."""
+        """Number of steps that a worker sends at a time, large enough to hide the cost of sending."""
         if self._fill.reads_remote:
             return 1
         part_bytes = 2 * self._fill.sample_tokens * self.batch_positions.local_batch // max(1, self._config.workers)
@@ -123,7 +123,7 @@ class Loader:
             )
 
     def state(self, step: int) -> dict[str, Any]:
-        """Where the data stands when `step` optimizer steps are done, and what its order depends on. Plain JSON."""
+        """Position in the data after `step` optimizer steps, and the settings that fix its order. Plain JSON."""
         consumed = self.batch_positions.consumed(step)
         counts = self._consumed_by_source(consumed)
         return {
@@ -169,7 +169,7 @@ class Loader:
                 raise CheckpointError(_differs(what, *contents))
 
     def _order(self, state: dict[str, Any]) -> tuple[Any, ...]:
-        """What the order of a state depends on that this loader can take over."""
+        """The settings of a state's order that this loader can take over."""
         shapes = [(source.get("lanes"), source.get("window")) for source in state.get("sources", [])]
         return state.get("planned_batch"), state.get("samples_consumed"), state.get("pattern"), shapes
 
@@ -241,7 +241,7 @@ class Loader:
         return replace(batch, inputs_BT=inputs_BT, targets_BT=targets_BT)
 
     def _advice(self, reason: str) -> str:
-        """What to do about a sample that cannot be read for `reason`."""
+        """Advice for a sample that cannot be read for `reason`."""
         if OUTSIDE not in reason:
             return "Repair the shard, or go on without such samples with --ignore-parse-errors."
         name = named_tokenizer(self.sources)

@@ -19,7 +19,7 @@ _Q, _LOW = np.uint64(_Q_BITS), np.uint64(2**_Q_BITS - 1)
 
 
 class Samples(NamedTuple):
-    """Where samples lie: source, shard of it and place in that, int64 arrays of one length, all counted from 0."""
+    """Places of samples: source, shard of it and index in that, int64 arrays of one length, all counted from 0."""
 
     source: np.ndarray
     shard: np.ndarray

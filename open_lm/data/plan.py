@@ -107,7 +107,7 @@ class _Permutations:
         self._table = np.empty((0, width), np.uint16 if width <= 65536 else np.uint32)
 
     def permuted(self, keys: np.ndarray, lengths: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-        """Where the block of key `keys[k]`, `lengths[k]` samples long, puts its place `offsets[k]`."""
+        """Shuffled index of `offsets[k]` in the block of key `keys[k]`, which is `lengths[k]` samples long."""
         names = keys.tolist()
         known = self._slots
         try:
@@ -190,7 +190,7 @@ class StripedStream:
         return shards, starts
 
     def pass_key(self, number: int) -> np.uint64:
-        """What the keys of all stripes of one pass are made of."""
+        """The key of one pass, from which those of all its stripes are derived."""
         return key("lane", self.seed, self.salt, number)
 
 
@@ -234,7 +234,7 @@ class StripedStreams:
         return self._order[found], place - self._starts[found]
 
     def _ready(self, source: np.ndarray, pass_number: np.ndarray) -> np.ndarray:
-        """Where the pass asked for is the one held of its source; each source holds the first that is asked for."""
+        """True where the source holds the requested pass: each holds the first that is requested."""
         stale = np.flatnonzero(self._held[source] != pass_number)
         if len(stale):
             places = zip(source[stale].tolist(), pass_number[stale].tolist(), strict=True)
@@ -250,7 +250,7 @@ class StripedStreams:
         return shard, index
 
     def _columns(self, source: np.ndarray) -> np.ndarray | int:
-        """What to take from the columns of all sources: their only row, where there is one source."""
+        """The index into the columns of all sources: their only row, where there is one source."""
         return source if len(self._streams) > 1 else 0
 
     def _rows(self, inside: np.ndarray, at: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
@@ -284,7 +284,7 @@ class StripedStreams:
         return places
 
     def _hold(self, source: int, number: int) -> None:
-        """Have the order of pass `number` of one source at hand; each source holds one."""
+        """Compute and hold the order of pass `number` of one source, instead of the pass it held."""
         mine = slice(int(self._first_shard[source]), int(self._first_shard[source + 1]))
         order, starts = self._streams[source].pass_order(number)
         self._order[mine], self._starts[mine] = order, self._first_place[source] + starts

@@ -57,7 +57,7 @@ class SampleReader:
         return self._first_of[source] + shard
 
     def expected_checksum(self, source: np.ndarray, shard: np.ndarray, place: np.ndarray) -> int:
-        """What `read_checksum` of these samples must be."""
+        """The expected `read_checksum` of these samples."""
         return read_checksum(self._regular.ids_of(self.numbers(source, shard)), place)
 
     def read(self, source: np.ndarray, shard: np.ndarray, place: np.ndarray, position: np.ndarray) -> SampleRows:
@@ -214,7 +214,7 @@ class Files(Protocol):
         """Compare its size with the manifest's; DataError, ValueError or StorageError."""
 
     def index(self, shard: Shard, key: str) -> ShardIndex:
-        """Where its samples lie, from its headers."""
+        """Offsets of its samples, from its headers."""
 
     def prepare(self, shards: Sequence[Shard], offsets: np.ndarray, size: int) -> None:
         """Prefetch remote ranges in parallel; a failure is raised when its range is read."""

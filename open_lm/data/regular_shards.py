@@ -12,7 +12,7 @@ from open_lm.data.shards import ShardIndex
 
 
 class RegularShards:
-    """What is known of shards by number, as arrays: a batch of samples that are all alike is found out at once."""
+    """Facts of shards by number, as arrays, so that a batch of samples of one form is recognised at once."""
 
     def __init__(self, shards: Sequence[Shard]):
         self._shards = shards

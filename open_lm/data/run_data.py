@@ -56,7 +56,7 @@ def _params(run: str) -> dict[str, Any]:
 
 
 def _states(run: str) -> list[dict[str, Any]]:
-    """Where the data stood at each checkpoint."""
+    """The loader's state at each checkpoint."""
     import torch
 
     paths = storage.glob_in(storage.join(run, "checkpoints"), "stats_*.pt")

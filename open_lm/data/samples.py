@@ -33,7 +33,7 @@ class PlannedSamples:
         return self._last[1]
 
     def expected_checksum(self, positions: np.ndarray) -> int:
-        """What the reader's checksum of these positions must be."""
+        """The expected `read_checksum` of the samples at these positions."""
         return self.reader.expected_checksum(*self._locate(positions))
 
     def describe(self, position: np.ndarray) -> str:

@@ -136,7 +136,7 @@ def decode_member(payload: bytes, key: str) -> np.ndarray:
 
 
 def checksum(payload: bytes | memoryview | np.ndarray, key: str) -> int:
-    """What a header holds of its payload: xxh3 of it; of an npy vector without the npy header, so of its ids."""
+    """The checksum of a payload that its header holds: xxh3, for an npy vector of its ids alone."""
     view = memoryview(cast(Any, payload))
     return xxhash.xxh3_64_intdigest(view[NPY_HEADER_BYTES:] if key == "npy" else view)
 
@@ -176,7 +176,7 @@ def read_samples(url: str, *, key: str = "auto", vocab_size: int | None = None) 
 
 
 def describe_shard(content: bytes, shard: str, key: str = "auto") -> dict[str, Any]:
-    """What a manifest says about one shard, all but its name, after the whole tar has been checked.
+    """The manifest's entry of one shard, all but its name, after the whole tar has been checked.
 
     Raises:
         DataError: the tar is empty, cut off or damaged; `shard` is named.

@@ -46,8 +46,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Opening:
-    """What sources are opened for: samples of `sample_tokens` ids below `vocab_size`, into which flat arrays are cut,
-    in a run of `world_size` ranks, which share a cache."""
+    """Needs of the run that opens sources: samples of `sample_tokens` ids below `vocab_size`, into which flat arrays
+    are cut, for `world_size` ranks that share a cache."""
 
     config: DataConfig
     vocab_size: int = 0

@@ -13,7 +13,7 @@ from open_lm.errors import DataError
 BLOCK = 512
 END = bytes(2 * BLOCK)
 CHECKSUM_PLACE = 265
-"""Where a sample's checksum stands in its header: the owner's name, `x3:` and 16 hexadecimal digits."""
+"""Offset of a sample's checksum in its header, in the owner's name: `x3:` and 16 hexadecimal digits."""
 CHECKSUM_MARK = b"x3:"
 MAX_EXTENDED_BYTES = 1 << 20
 """No long name or pax record is larger; what claims to be is damage."""
@@ -145,7 +145,7 @@ def padded(size: int) -> int:
 
 
 def extension(name: str) -> str:
-    """What follows the first dot of a member's base name: `json.gz` of `a/b.json.gz`, as webdataset splits names."""
+    """The extension of a member, from the first dot of its base name: `json.gz` of `a/b.json.gz`, as in webdataset."""
     return name.rpartition("/")[2].partition(".")[2]
 
 

@@ -124,7 +124,7 @@ def load_tokenizer(name_or_path: str, *, at_hand: bool = False) -> Tokenizer:
 
 
 def tokenizer_near(named: str, checkpoint: str) -> str:
-    """Where the tokenizer is that a checkpoint names.
+    """The location of the tokenizer that a checkpoint names.
 
     A run stores the name as it was given. A relative path is looked for in the working folder, then in every folder
     above the checkpoint: one of them is usually the folder that the run was started in.

@@ -38,7 +38,7 @@ class Metadata:
 
 
 def read_metadata(path: str | None) -> Metadata:
-    """What this project knows of DCLM's tasks; `path`, its eval/eval_meta_data.csv, gives the baselines of version 2.
+    """Categories, baselines and groups of DCLM's tasks; `path`, its eval/eval_meta_data.csv, gives those of version 2.
 
     Raises:
         ConfigError: it is no such file.

@@ -114,7 +114,7 @@ def require_same_vocabulary(tokenizer: Tokenizer, n_embeddings: int) -> None:
 
 
 def name_of(found: Found) -> str:
-    """What tables call a checkpoint: its run and epoch."""
+    """The name of a checkpoint in tables: its run and epoch."""
     path = found.path.rstrip("/")
     epoch = os.path.basename(path).removesuffix(".pt").partition(".sharded-")[0]
     folder = storage.parent(path)

@@ -41,7 +41,7 @@ class Record:
 
 @dataclass
 class CheckpointRecords:
-    """What is known of one checkpoint: how far it was trained, its records, and averages over them."""
+    """Results of one checkpoint: its step and tokens, its records, and averages over them."""
 
     name: str
     checkpoint: str

@@ -30,7 +30,7 @@ class ScoredTask:
 
     @property
     def asked(self) -> tuple[str, str, str]:
-        """What two lines share only when they answer the same question."""
+        """The key of a line: weights, task and settings; equal only when two lines answer the same question."""
         return (self.about.weights, self.key, self.identity)
 
     def to_line(self) -> str:
@@ -79,7 +79,7 @@ class ScoredFolder:
         self.session.append(task)
 
     def runs(self) -> list[CheckpointRecords]:
-        """What is known of each checkpoint, under its present name: its newest records, or those asked for."""
+        """Records of each checkpoint, under its present name: the newest, or those requested."""
         names: dict[str, dict[str, CheckpointRecords]] = {}
         for task in self.session:
             names.setdefault(task.about.weights, {})[task.about.name] = task.about

@@ -66,7 +66,7 @@ class ValidationResult:
 
 @dataclass
 class Tally:
-    """What the batches of one rank add up to; the losses of single sequences and tokens only where they are needed."""
+    """Sums over the batches of one rank; the losses of single sequences and tokens only where they are needed."""
 
     sums: Tensor  # loss, tokens, sequences, bytes, in fp64
     of_sequences: list[Tensor] = field(default_factory=list)

@@ -57,7 +57,7 @@ def _kernels(model: nn.Module) -> Iterator[bool]:
 
 
 def cpu_forward(module: nn.Module) -> Callable[..., Tensor] | None:
-    """What computes a part of the model quickly; None for those that torch computes."""
+    """The fast CPU forward of a module; None for those that torch computes."""
     if type(module) is nn.Linear and module.bias is None:
         return partial(linear, module.weight)
     if type(module) is RMSNorm and module.dim % 16 == 0:

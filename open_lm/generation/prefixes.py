@@ -19,7 +19,7 @@ def block_keys(prompt: Sequence[int], block: int) -> list[bytes]:
 
 
 class Prefixes:
-    """Where blocks of prompts lie. A slot's blocks can be found until another text takes it."""
+    """The slots that hold blocks of prompts. A slot's blocks can be found until another text takes it."""
 
     def __init__(self) -> None:
         self._slots_of: dict[bytes, dict[int, None]] = {}  # in the order in which they came

@@ -8,7 +8,7 @@ from typing import Protocol
 from open_lm.generation.stops import StopSearch
 
 UNFINISHED = "\ufffd"
-"""What decoding gives for the first bytes of a character that the next token completes."""
+"""The decoded form of a character's first bytes, which the next token completes."""
 CONTEXT = 4
 """Tokens before a text that its first is decoded with: some tokenizers drop the space of a text's first word."""
 
@@ -80,7 +80,7 @@ class TextStream:
         return self.stopped
 
     def _stop_begins(self) -> int | None:
-        """Where a stop string begins in the text; None if the text holds none."""
+        """The index at which a stop string begins in the text; None if it holds none."""
         n_certain, begin = len(self._certain), self._search.find(self._certain[self._n_searched :])
         if begin is not None:
             return self._n_searched + begin

@@ -88,7 +88,7 @@ def plain_name(path: Any) -> str:
 
 
 def architecture_facts(config: Any) -> list[tuple[str, str]]:
-    """What kind of model it is, as rows of the table."""
+    """Facts of the architecture, as rows of the table."""
     size = ("layers × width", f"{config.n_layers} × {config.hidden_dim}")
     if isinstance(config, MambaConfig):
         return [size, ("kind", f"Mamba, {config.d_state} numbers of state per channel")]
@@ -102,7 +102,7 @@ def architecture_facts(config: Any) -> list[tuple[str, str]]:
 
 
 def training_facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the checkpoint knows of its training, as rows of the table; those it does not know are left out."""
+    """Facts of the training, as rows of the table; those that the checkpoint does not state are left out."""
     flags = (facts.get("config") or {}).get("flags") or {}
     rows = [
         ("run", facts.get("name")),

@@ -36,7 +36,7 @@ def runs_for(x: Tensor, weight_VD: Tensor) -> bool:
 
 
 PLAIN = (Tensor, nn.Parameter)
-"""What holds its own memory: no DTensor."""
+"""Types that hold their own memory: no DTensor."""
 
 
 @functools.cache

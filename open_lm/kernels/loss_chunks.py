@@ -30,8 +30,8 @@ of weight, the latter in fp32."""
 
 
 def gradient_scale(dtype: torch.dtype) -> float:
-    """What the gradients of logits are multiplied by while they are in `dtype`: they are formed before the loss is
-    scaled, and below 6e-8 fp16 has only 0. They never exceed 1 by much, so there is room above."""
+    """The factor on gradients of logits while they are in `dtype`: they are formed before the loss is scaled, and
+    below 6e-8 fp16 has only 0. They never exceed 1 by much, so there is room above."""
     return 1024.0 if dtype == torch.float16 else 1.0
 
 

@@ -75,12 +75,12 @@ def _built() -> Path:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: `open_lm/` in $XDG_CACHE_HOME, or in ~/.cache."""
+    """The folder of compiled kernels: `open_lm/` in $XDG_CACHE_HOME, or in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "open_lm"
 
 
 def _fingerprint(compiler: str | None) -> str:
-    """What the library depends on: the sources, torch, the compiler and this CPU."""
+    """A digest of all that the library depends on: the sources, torch, the compiler and this CPU."""
     digest = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.read_bytes())

@@ -33,7 +33,7 @@ MODULES = {
     "plot_lr_schedule": "plots",
     "read_ladder": "config",
 }
-"""Where each name lives; importing the folder alone (for `openlm ladder --help`) loads none of them."""
+"""The module of each name; importing the folder alone (for `openlm ladder --help`) loads none of them."""
 
 
 def __getattr__(name: str) -> Any:

@@ -47,7 +47,7 @@ class LadderConfig:
     run: dict[str, Any] = field(default_factory=dict)
     flags: dict[str, Any] = field(default_factory=dict)
     folder: str = "."
-    """Where the ladder file lies."""
+    """The folder of the ladder file."""
 
     def __post_init__(self) -> None:
         for key in ("sequence_length", "vocab_size", "max_devices"):

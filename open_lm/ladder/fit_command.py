@@ -150,7 +150,7 @@ def fit_table(frame: Any, flags: FitFlags, counting: str | None) -> FitResult:
 
 
 def _counting(frame: Any) -> str | None:
-    """How N was counted in a table of metrics; None where another table does not say.
+    """The rule by which N was counted in a table of metrics; None where another table does not say.
 
     Raises:
         ConfigError: in several ways, so that no law goes through its rows.

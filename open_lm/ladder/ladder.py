@@ -82,7 +82,7 @@ class ModelLadder:
         return self.plan(size).batch.devices
 
     def get_save_folder(self, size: str) -> str:
-        """Where the checkpoints of a size are kept, local or remote."""
+        """The folder of a size's checkpoints, local or remote."""
         return storage.join(self.config.root, size)
 
     def get_checkpoints(self, size: str) -> list[FoundCheckpoint]:
@@ -220,7 +220,7 @@ class ModelLadder:
         self._write_model(plan, folder)
 
     def changes(self, size: str) -> list[str]:
-        """What differs between the ladder file and the one that a size was started with, in words."""
+        """Differences between the ladder file and the one that a size was started with, in words."""
         kept = self._kept_facts(size)
         return differing(kept, json.loads(json.dumps(self.plan(size).facts()))) if kept else []
 
@@ -260,7 +260,7 @@ class ModelLadder:
 
 
 def differing(kept: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two plans of a size, in words; keys that one of them does not know yet are left out.
+    """Differences between two plans of a size, in words; keys that one of them lacks are left out.
 
     Keys of the architecture that were added since take their defaults.
     """

@@ -68,7 +68,7 @@ class SizePlan:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Where the plan is farther from what was asked than a person expects."""
+        """Deviations of the plan from the request that are larger than a person expects."""
         found = []
         if self.batch.deviation > BATCH_TOLERANCE:
             found.append(

@@ -82,7 +82,7 @@ def smoothed_loss(rows: dict[int, dict[str, float]], step: int, n_steps: int) ->
 
 
 def checkpoint_metrics(plan: SizePlan, info: RunCheckpointInfo, rows: dict[int, dict[str, float]]) -> dict[str, Any]:
-    """What metrics_step{N}.json holds: the point of the ladder, then all that was measured at its step."""
+    """The content of metrics_step{N}.json: the point of the ladder, then all that was measured at its step."""
     measured, tokens = rows.get(info.step, {}), info.step * plan.numbers.batch_tokens
     trained = smoothed_loss(rows, info.step, plan.loss_steps(info.step))
     loss = measured.get("valid/loss", trained)

@@ -15,7 +15,7 @@ from open_lm.train.config import mesh_shape
 
 
 def _memory(plan: SizePlan, config: RunConfig) -> str:
-    """What one rank holds at the peak, by the arithmetic of the trainer's own dry run."""
+    """Peak memory of one rank, by the arithmetic of the trainer's own dry run."""
     model, parallel = plan.size.architecture, config.parallel
     if not isinstance(model, ModelConfig):
         return f"{text.size(plan.model_size.training_bytes)} for weights, gradients and optimizer; activations on top"

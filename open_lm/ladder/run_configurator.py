@@ -122,7 +122,7 @@ class WSDSChinchillaRunConfigurator:
             raise ConfigError(f"run.beta1 {self.beta1} in the ladder file is not in [0, 1).")
 
     def multiples(self) -> tuple[float, ...]:
-        """Where the periods end, in multiples of Chinchilla: each twice the one before, the last as asked."""
+        """Ends of the periods, in multiples of Chinchilla: each twice the one before, the last as requested."""
         ends, multiple = [], 0.5
         while multiple < self.chinchilla_multiple:
             ends.append(multiple)

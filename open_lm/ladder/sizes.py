@@ -94,7 +94,7 @@ def gated_ffn(hidden_dim: int, multiplier: float) -> int:
 
 
 def _checked_size(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a ladder file says of a size; null stands for a key that is left out."""
+    """The entry of a size in a ladder file, checked; null stands for a key that is left out."""
     given = {key: value for key, value in values.items() if value is not None}
     known_keys(f"sizes.{name}.", given, _SIZE_KEYS)
     for key in set(_COUNTS) & set(given):

@@ -26,7 +26,7 @@ DEPTHS = (2, 4, 8, 16)
 
 @dataclass(frozen=True)
 class TransferSetup:
-    """What every model of a check shares; `lr` is the learning rate at `base_width` and `base_depth`."""
+    """Settings that every model of a check shares; `lr` is the learning rate at `base_width` and `base_depth`."""
 
     parametrization: str = "completep"
     base_width: int = 64
@@ -134,7 +134,7 @@ def coordinates(setup: TransferSetup, width: int, depth: int) -> list[Coordinate
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
-    """What the parts of a model give for `tokens`: the residual stream on its way, and the logits."""
+    """Outputs of a model's parts for `tokens`: the residual stream at three depths, and the logits."""
     found: dict[str, Tensor] = {}
     layers = list(model.layers)  # type: ignore[arg-type]
     parts = {"embedding": model.tok_embeddings, "middle block": layers[len(layers) // 2 - 1], "last block": layers[-1]}

@@ -57,7 +57,7 @@ class StaticLayerCache(LayerCache):
 
 
 class StaticCache:
-    """What decoding keeps of the positions it has seen: memory for `batch` rows of `max_len` positions, taken once.
+    """A KV cache of fixed size: memory for `batch` rows of `max_len` positions, allocated once.
 
     `key_shape` is (G, K), the heads of keys and values and their width. Give the cache to a Transformer as
     `past_key_values`; each forward pass appends to it. It carries no gradients.

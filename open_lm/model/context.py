@@ -30,7 +30,7 @@ class SequencePart(LayerCache):
         self.number, self.n_parts, self._gathered = number, n_parts, gathered
 
     def pieces(self, n_local: int) -> tuple[slice, slice]:
-        """Where this rank's two pieces, `n_local` positions together, are in the whole sequence."""
+        """This rank's two slices of the whole sequence, `n_local` positions together."""
         size = n_local // 2
         first, last = self.number * size, (2 * self.n_parts - 1 - self.number) * size
         return slice(first, first + size), slice(last, last + size)

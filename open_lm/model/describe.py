@@ -37,7 +37,7 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class DescribeFlags:
-    """What to describe"""
+    """Models to describe"""
 
     all: bool = flag(False, "Every registered architecture instead of --model.")
     markdown: bool = flag(False, "Print a markdown table.")

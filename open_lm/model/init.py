@@ -31,7 +31,7 @@ def scaled_normal_(weight: Tensor, std: float) -> None:
 
 
 LIBRARIES = ("torch.", "torchao.", "transformers.", "megablocks.")
-"""Whose modules have a `reset_parameters` that is not for a model of ours."""
+"""Packages whose modules have a `reset_parameters` that is not for a model of ours."""
 
 
 def initialises(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from open_lm.errors import ConfigError
 from open_lm.model.nf4 import NF4, dequantised, nf4_linear, quantised
 
 PARTS = ("lora_A", "lora_B", "lora_scale", "lora_magnitude")
-"""What an adapter adds to the names of its layer."""
+"""Suffixes that an adapter adds to the names of its layer."""
 VALUE_HEAD = "value_head.weight"
 
 
@@ -48,7 +48,7 @@ class LoraLinear(nn.Linear):
         return plain + (ratio - 1) * unbiased + ratio * added  # exactly `plain` while the ratio is 1 and B is 0
 
     def plain(self, x: Tensor) -> Tensor:
-        """What the layer computes without its adapter."""
+        """The layer's output without its adapter."""
         return F.linear(x, self.weight, self.bias)
 
     def row_norms(self) -> Tensor:
@@ -69,7 +69,7 @@ class NF4LoraLinear(LoraLinear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight that the bits stand for, computed anew."""
+        """The weight that the bits stand for, recomputed at every call."""
         return dequantised(self.nf4, self.lora_A.dtype)
 
     @property

@@ -36,7 +36,7 @@ class MambaState:
 
 
 class MambaCache:
-    """What decoding keeps of any number of positions: one MambaState per block."""
+    """The decoding state of a Mamba model, of the same size for any number of positions: one MambaState per block."""
 
     def __init__(self, config: MambaConfig, batch: int, device: torch.device, dtype: torch.dtype):
         self.layers = [MambaState(config, batch, device, dtype) for _ in range(config.n_layer)]

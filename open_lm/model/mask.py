@@ -50,7 +50,7 @@ class Mask:
         return self.n_keys - self.n_queries
 
     def apply(self, attend: Callable[..., Tensor], q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
-        """What the back end `attend` gives under this mask."""
+        """The attention of back end `attend` under this mask."""
         return attend(q_BTHK, k_BSGK, v_BSGK, self)
 
     def dense(self) -> Tensor:
@@ -58,7 +58,7 @@ class Mask:
         return self.once("dense", lambda: self.part(slice(0, self.n_queries), slice(0, self.n_keys)))
 
     def once(self, form: Any, make: Callable[[], T]) -> T:
-        """What `make` gives, made by the first layer that asks for this `form` of the mask and kept for the others."""
+        """The result of `make`, built by the first layer that asks for this `form` of the mask, kept for the others."""
         if form not in self._made:
             self._made[form] = make()
         return self._made[form]

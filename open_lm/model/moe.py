@@ -23,7 +23,7 @@ from open_lm.model.split import HiddenWidth, TensorPlan, Tokens
 
 
 class Routing(NamedTuple):
-    """What the routers of a forward pass did: over one layer, or over all layers that have experts."""
+    """Statistics of the routers in a forward pass: of one layer, or of all layers that have experts."""
 
     balance_loss: Tensor
     """1 when all experts get the same share, more when not; a mean over layers, with gradients."""
@@ -140,7 +140,7 @@ class MixtureOfExperts(nn.Module):
         return out_ND.view_as(x_BTD), Routing(balance_loss, n_dropped, load_E)
 
     def _limited(self, x_AD: Tensor, experts_A: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
-        """What the experts make of the first `capacity` rows each; zeros for the rest, which are counted."""
+        """Outputs of the experts for the first `capacity` rows of each; zeros for the rest, which is counted."""
         capacity = math.ceil(self.capacity_factor * len(x_AD) / self.n_experts)
         starts_E = counts_E.cumsum(0) - counts_E
         rank_A = torch.arange(len(x_AD), device=x_AD.device) - starts_E[experts_A]

@@ -90,7 +90,7 @@ def output_std(config: ModelConfig) -> float:
 
 
 def branch_divisor(config: ModelConfig, layer: int) -> float:
-    """What the initial values of the last matrix of a branch of block `layer`, counted from 0, are divided by.
+    """The divisor of the initial values of the last matrix of a branch in block `layer`, counted from 0.
 
     OpenLM takes the root of twice the block's number, so that the sum over blocks stays small. Under `completep` it is
     infinite: every block begins as the identity, so that no depth begins with noise to unlearn.

@@ -29,7 +29,7 @@ class SlotRows:
 
 
 class RowsMask(Mask):
-    """What one new position of each row sees: the keys up to its own, which stand at the end of each row's."""
+    """The mask of one new position of each row: it sees the keys up to its own, the last of the row."""
 
     def __init__(self, rows: SlotRows, device: torch.device, window: int | None):
         super().__init__(1, rows.longest + 1, device, window=window)

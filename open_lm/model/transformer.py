@@ -26,7 +26,7 @@ from open_lm.model.split import TensorPlan, Tokens, Vocabulary
 from open_lm.model.variants import FEED_FORWARDS
 
 Placed = tuple[Tensor, Mask, Sequence[LayerCache | None]]
-"""Where the ids of a forward pass stand: positions (T,), the mask, and the cache of each layer."""
+"""The place of a forward pass's ids: positions (T,), the mask, and the cache of each layer."""
 
 
 def build_feed_forward(config: ModelConfig, layer: int) -> nn.Module:
@@ -169,7 +169,7 @@ class Transformer(nn.Module):
     def _hidden(
         self, input_ids_BT: Tensor, positions_T: Tensor, mask: Mask, caches: Sequence[LayerCache | None]
     ) -> tuple[Tensor, list[Routing]]:
-        """What the output layer reads, (B, T, D), and what the routers did in each layer with experts."""
+        """The input of the output layer, (B, T, D), and the routers' statistics of each layer with experts."""
         first: Any = self.layers[0]
         angles = first.attention.pos_embed.angles(positions_T)
         x_BTD = self.post_embed_norm(self.tok_embeddings(input_ids_BT))

@@ -73,7 +73,7 @@ class AdapterConfig:
 
     @property
     def scale(self) -> float:
-        """What the product of both matrices is multiplied by."""
+        """The scale of the product of both matrices."""
         assert self.lora_rank is not None
         return self.lora_alpha / (math.sqrt(self.lora_rank) if self.rslora else self.lora_rank)
 

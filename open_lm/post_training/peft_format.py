@@ -39,7 +39,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class LayerRows:
-    """Where the rows of one of their layers are in one of ours."""
+    """The rows of one of our layers that one of PEFT's layers covers."""
 
     layer: str
     rows: Tensor

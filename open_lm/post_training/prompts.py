@@ -63,7 +63,7 @@ class Prompts:
         return row
 
     def state(self, step: int) -> dict[str, Any]:
-        """Where the prompts stand after `step` optimizer steps, and what their order depends on."""
+        """Position in the prompts after `step` optimizer steps, and the settings that fix their order."""
         return {
             "version": 1, "prompts": self._digest, "seed": self.seed, "per_iteration": self.per_iteration,
             "steps_per_iteration": self.steps_per_iteration, "steps": step, "sources": [],

@@ -90,7 +90,7 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
 
 
 def shard_identity(shard: Shard) -> str:
-    """What says that a shard is the same: its checksum.
+    """The identity of a shard: its checksum.
 
     Raises:
         ConfigError: its manifest has none.

@@ -49,7 +49,7 @@ def output_of(model: nn.Module) -> nn.Parameter:
 
 
 def values_of(model: nn.Module, batch: Batch) -> Tensor:
-    """What the value head of `model` says at each position, (B, T) in fp32."""
+    """The values that the value head of `model` gives each position, (B, T) in fp32."""
     inner: Any = getattr(model, "module", model)
 
     def head(hidden_BTD: Tensor, weight_VD: Tensor, **_: Any) -> Tensor:

@@ -34,7 +34,7 @@ Reward = Callable[[Sequence[Answer]], list[float]]
 
 
 def build_rewards(names: Sequence[str], tokenizer: Tokenizer, device: str, dtype: torch.dtype) -> list[Reward]:
-    """What --reward names.
+    """The rewards that --reward names.
 
     Raises:
         ConfigError: a module or function does not exist, or a reward model has another vocabulary.

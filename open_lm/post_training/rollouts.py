@@ -41,7 +41,7 @@ TOGETHER = 256
 
 @dataclass
 class Rollouts:
-    """What answers and scores prompts; `state` is the training state, whose model and step are read."""
+    """The sampler and scorer of answers; `state` is the training state, whose model and step are read."""
 
     kind: str
     config: RLConfig

@@ -98,7 +98,7 @@ class FileScorer:
         return {"reward_chosen": scores[0], "reward_rejected": scores[1]}
 
     def summary(self) -> dict[str, Any]:
-        """What became of the rows, and the distribution of the rewards."""
+        """Counts of the rows, and the distribution of the rewards."""
         rewards, margins = np.array(self.rewards), np.array(self.margins)
         found: dict[str, Any] = {"rows": self.n_rows, "left_out": dict(sorted(self.left_out.items()))}
         if len(rewards):

@@ -53,7 +53,7 @@ def make_flat_ledger(
 
 
 def _came_in(work: Workplace, blocks: Sequence[str]) -> tuple[dict[str, Any], int]:
-    """What became of documents and lines; how many tokens they made."""
+    """Counts of documents and lines by outcome, and the number of their tokens."""
     totals: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
     for record in work.records(blocks):

@@ -53,7 +53,7 @@ def choose_encoder(
 
 
 def memory_file() -> Path:
-    """Where proofs are kept: in $OPEN_LM_CACHE, else in the user's cache folder."""
+    """The file of proofs: in $OPEN_LM_CACHE, else in the user's cache folder."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("OPEN_LM_CACHE") or caches / "open_lm") / "exact_encoders.json"
 

@@ -24,7 +24,7 @@ class Origin(NamedTuple):
 
 
 def origin_of(url: str, number: int, line: Line) -> Origin:
-    """Where a document came from; an `id` that is neither text nor a whole number is left out."""
+    """The origin of a document: file, number, id; an `id` that is neither text nor a whole number is left out."""
     content = line.content or b""
     if is_whole(url) or url.endswith(TAR) or len(content) > LONG_BYTES or b'"id"' not in content:
         return Origin(url, number, "")

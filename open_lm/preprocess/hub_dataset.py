@@ -22,7 +22,7 @@ from open_lm.preprocess.jsonl import JSON_ENDINGS, read_lines
 
 PARQUET = ".parquet"
 CONVERTED = "refs/convert/parquet"
-"""Where the Hub keeps its own conversion of data sets that are not parquet."""
+"""The revision that holds the Hub's own conversion of data sets that are not parquet."""
 _SPLITS = {"train", "test", "validation", "valid", "val", "dev", "eval"}
 _ROWS = 1024
 _LEVEL = 3
@@ -241,5 +241,5 @@ _OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has no word for: bytes in base64, anything else as its text."""
+    """A JSON form of a value that JSON has no type for: bytes in base64, anything else as its text."""
     return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)

@@ -84,7 +84,7 @@ class Job:
     def to_json(self) -> bytes:
         inputs = [(storage.to_text(url), size) for url, size in self.inputs]
         facts = asdict(self) | {"inputs": inputs}
-        later = {"form": SHARDS, "id_bytes": 0}  # are only named where they are not these: jobs of before stay the same
+        later = {"form": SHARDS, "id_bytes": 0}  # named only when not the default: older jobs keep their fingerprint
         kept = {name: value for name, value in facts.items() if name not in later or value != later[name]}
         return orjson.dumps(kept, option=orjson.OPT_INDENT_2)
 

@@ -37,7 +37,7 @@ def array_rows(url: str) -> Iterator[bytes]:
         decoder = codecs.getincrementaldecoder("utf-8-sig")()
         try:
             while not last:
-                piece = file.read(max(_PIECE, array.n_waiting))  # doubled for a long element, which is parsed anew
+                piece = file.read(max(_PIECE, array.n_waiting))  # doubled for a long element, which is parsed again
                 last = not piece
                 array.add(decoder.decode(piece, last), last)
                 for row in array.elements():

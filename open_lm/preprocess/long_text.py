@@ -74,7 +74,7 @@ def long_document(content: bytes, content_key: str) -> str | LongText | Rejected
 
 
 def bad_json(content: bytes) -> Rejected:
-    """What is wrong with a line that cannot be parsed."""
+    """The reason why a line cannot be parsed."""
     return Rejected("malformed_json" if sound(LongText(memoryview(content), escaped=False)) else "invalid_utf8")
 
 

@@ -40,14 +40,14 @@ _FEW_BYTES = 128 << 20
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a data set appears, and where its unfinished work lies; both may be urls."""
+    """The folder in which a data set appears, and that of its unfinished work; both may be URLs."""
 
     folder: str
     workplace: str
 
     @property
     def shards(self) -> str:
-        """Where shards are written: for a local folder beside the work, to be moved as one."""
+        """The folder that shards are written to: for a local destination within the workplace, to be moved as one."""
         return self.folder if storage.is_remote(self.folder) else os.path.join(self.workplace, "shards")
 
 
@@ -277,7 +277,7 @@ def _write_all(
 
 
 def _prefix(job: Job, to: Destination) -> str:
-    """What names of new shards begin with, where shards of another data set lie under the plain names.
+    """The prefix of new shards' names, where shards of another data set have the plain names.
 
     A store knows no rename of folders: the old shards stay until the manifest names the new ones.
     """

@@ -39,7 +39,7 @@ class SortedRuns:
 
     @property
     def size_bytes(self) -> int:
-        """What the samples take."""
+        """The size of the samples."""
         return sum(self.counts) * self.sample_tokens * np.dtype(self.dtype).itemsize
 
     def count_bins(self) -> np.ndarray:

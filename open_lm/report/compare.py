@@ -29,7 +29,7 @@ class Difference:
 def compare_tensors(
     first: Mapping[str, Tensor], second: Mapping[str, Tensor], *, rtol: float = 0.0, atol: float = 0.0
 ) -> list[Difference]:
-    """What differs, in the order of `first`; then what only `second` has.
+    """The tensors that differ, in the order of `first`; then those that only `second` has.
 
     Values agree within `atol + rtol * |second|`; NaN agrees with NaN.
     """

@@ -179,7 +179,7 @@ def distillation(
 
 
 def additions(config: RunConfig, architecture: ModelConfig) -> Callable[[nn.Module], None] | None:
-    """What gives a model the adapters and the value head that task and flags ask for; None where they ask for none."""
+    """A function that adds the adapters and the value head of task and flags to a model; None where there are none."""
     flags, kind = config.adapters, TASKS.load(config.task.task)
     if flags.lora_base == "nf4" and (config.parallel.fsdp or config.checkpoint.checkpoint_format == "sharded"):
         raise ConfigError("--lora-base nf4: each rank holds all of its bits; leave out --fsdp and sharded checkpoints.")

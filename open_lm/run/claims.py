@@ -12,7 +12,7 @@ from open_lm.distributed import World
 
 
 class Claims(NamedTuple):
-    """What a rank asks of all before a step; and, summed, what at least one of them asks."""
+    """Requests of a rank before a step; or, summed, those of at least one rank."""
 
     stop: bool = False
     """A stop signal came, or the time limit is near."""
@@ -21,7 +21,7 @@ class Claims(NamedTuple):
 
 
 class Agreement:
-    """What ranks claim, read by all after the same step.
+    """The claims of all ranks, read by each after the same step.
 
     With one process that is what it claims now; with several, what they claimed when the step began. On GPUs it is read
     one step later, so that the host never waits for the step that it has just queued.
@@ -50,7 +50,7 @@ class Agreement:
             self._agreed = self._on_the_way.pop(0).claims()
 
     def on(self, own: Claims) -> Claims:
-        """What to do after this step; `own` is what this process claims now."""
+        """The agreed claims after this step; `own` are those of this process at present."""
         return self._agreed if self.lag else own
 
     def forget_save(self) -> None:

@@ -58,7 +58,7 @@ class Forecast:
 
     @property
     def _costs(self) -> str:
-        """What a rank holds and receives; of the transformers of --model."""
+        """Memory and traffic of one rank; for the transformers of --model only."""
         if not isinstance(self.architecture, ModelConfig):
             return ""
         train, parallel = self.config.train, self.config.parallel
@@ -88,7 +88,7 @@ class Forecast:
 
 
 def forecast(config: RunConfig) -> Forecast:
-    """What `config` asks for, in numbers.
+    """The parameters, memory, steps and tokens that `config` asks for.
 
     Raises:
         ConfigError: the length is not known without the data, or the batch does not divide.

@@ -34,7 +34,7 @@ def open_folder(config: RunConfig, world: World, architecture: ModelConfig, lock
 
 
 def openlm_facts(config: RunConfig, world: World, architecture: ModelConfig) -> dict[str, Any]:
-    """What OpenLM's and DCLM's scripts look for in params.txt and no flag here is called."""
+    """Keys of params.txt that OpenLM's and DCLM's scripts look for and no flag here is called."""
     train, validation, n = config.train, config.validation, world.size
     per_gpu = train.batch_size or max(1, train.global_batch_size // n)
     total = validation.global_val_batch_size
@@ -104,7 +104,7 @@ def run_folder(config: RunConfig) -> str:
 
 
 def remote_folder(config: RunConfig) -> str | None:
-    """Where --remote-sync copies the run's folder to."""
+    """The remote copy of the run's folder (--remote-sync)."""
     url = config.checkpoint.remote_sync
     return storage.join(url, os.path.basename(run_folder(config))) if url else None
 

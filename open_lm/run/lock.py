@@ -108,7 +108,7 @@ class FolderLock:
         return json.dumps({**processes.identity(), "token": self._token, "beats": count})
 
     def _read(self) -> dict[str, Any]:
-        """What the lock file says; {} where it is missing or only half written."""
+        """The content of the lock file; {} where it is missing or only half written."""
         try:
             found = json.loads(Path(self._path).read_text())
         except (OSError, ValueError):

@@ -34,7 +34,7 @@ class RankCosts:
     gathered: int
     """Whole weights of the blocks that FSDP has gathered: the current and the next, and the outer layers'."""
     activations: int
-    """What the forward pass of one micro-batch keeps for the backward pass."""
+    """Memory that the forward pass of one micro-batch keeps for the backward pass."""
     traffic: dict[str, int]
     """Received in a step, by axis."""
 
@@ -127,7 +127,7 @@ def _traffic(
 
 
 def activation_bytes(config: ModelConfig, shape: MeshShape, sequences: int, precision: str, *, recompute: bool) -> int:
-    """What autograd keeps of one micro-batch on a rank: that of a block, times the blocks.
+    """Bytes of activations of one micro-batch on a rank: those of a block, times the blocks.
 
     Measured on fake tensors over the rank's part of the sequence. Tensor parallelism divides all but the inputs of the
     first matrices, which are gathered; context parallelism adds the keys and values of the other ranks.
@@ -144,7 +144,7 @@ def activation_bytes(config: ModelConfig, shape: MeshShape, sequences: int, prec
 
 
 def _block_bytes(config: ModelConfig, sequences: int, seq_len: int, precision: str) -> int:
-    """What one more block keeps."""
+    """Bytes of activations of one block."""
     one, two = (
         _kept_bytes(replace(config, n_layers=n, moe_freq=min(config.moe_freq, 1)), sequences, seq_len, precision)
         for n in (1, 2)
@@ -153,7 +153,7 @@ def _block_bytes(config: ModelConfig, sequences: int, seq_len: int, precision: s
 
 
 def _kept_bytes(config: ModelConfig, sequences: int, seq_len: int, precision: str) -> int:
-    """What a forward pass of the whole model keeps beside its weights."""
+    """Bytes that autograd saves in a forward pass of the whole model, weights not counted."""
     kept: dict[int, Any] = {}
 
     def keep(tensor: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ PEER_LEFT = (
 
 
 class OpenRun:
-    """What a run has before anything is built: its ranks, its folder and checkpoints, its sinks."""
+    """An opened run, before anything is built: its ranks, its folder and checkpoints, its sinks."""
 
     def __init__(
         self,

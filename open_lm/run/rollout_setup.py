@@ -59,7 +59,7 @@ def build_rollouts(
     folder: str,
     table: ShowTable | None = None,
 ) -> Rollouts:
-    """What gives the batches of reinforcement learning; `table` shows answers where metrics go.
+    """The source of batches in reinforcement learning; `table` logs sampled answers with the metrics.
 
     Raises:
         ConfigError: the tokenizer, a reward or the reference is not there or not the model's.

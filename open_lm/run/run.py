@@ -25,7 +25,7 @@ from open_lm.train.timing import Timing
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run gives back: its folder, the steps taken, the last validation losses and scores on tasks."""
+    """The result of a run: its folder, the steps taken, the last validation losses and scores on tasks."""
 
     folder: str
     step: int
@@ -63,14 +63,14 @@ class Run:
         self._saved_at: int | None = state.step
         self._due: tuple[int, SaveKind | None] = (-1, None)
         self._late: SaveKind | None = None
-        """What was due inside an iteration of reinforcement learning."""
+        """A save that was due inside an iteration of reinforcement learning."""
         self._save_clock = SaveClock(self.config.checkpoint.save_every_minutes)
         self._agreement = Agreement(self.world)
         if loader is not None:
             self._before_training(state)
 
     def _before_training(self, state: TrainState) -> None:
-        """What is due before the first step: evaluations and a checkpoint of step 0; resumed, older figures go."""
+        """Work before the first step: evaluations and a checkpoint of step 0; a resumed run drops later figures."""
         if state.step > 0:
             self.recorder.rewind(state.step)
         self._save_clock.restart()
@@ -82,7 +82,7 @@ class Run:
             logging.info("step %d of %d: nothing left to train", state.step, state.run_length.last_step)
 
     def claims(self) -> Claims:
-        """What this rank asks of all of them as the next step begins."""
+        """This rank's requests as the next step begins."""
         self._agreement.step_begins()
         return Claims(self._why_stop() is not None, self.world.is_master and self._save_clock.is_up())
 
@@ -129,7 +129,7 @@ class Run:
             self._save(state, kind)
 
     def _save_due(self, state: TrainState) -> SaveKind | None:
-        """What is to be saved after this step; the same on every rank, however often it is asked."""
+        """The kind of checkpoint due after this step; the same on every rank and at every call."""
         if self._due[0] != state.step:
             agreed = self._agreement.on(Claims(save=self._save_clock.is_up()))
             kind = self._save_steps(state).kind_at(state.step, time_is_up=agreed.save)

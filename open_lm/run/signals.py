@@ -26,7 +26,7 @@ class StopRequests:
         self._previous: dict[signal.Signals, Any] = {}
 
     def asked(self, seconds_needed: float = 0.0) -> str | None:
-        """Why to stop now: a signal's name, or the time limit when less than `seconds_needed` are left of it."""
+        """The reason to stop now: a signal's name, or the time limit when less than `seconds_needed` are left of it."""
         if self.received or self._limit_minutes is None:
             return self.received
         left = 60 * self._limit_minutes - (time.monotonic() - self._began)

@@ -80,7 +80,7 @@ def record_collectives() -> None:
 
 
 def last_collectives() -> dict:
-    """What torch's flight recorder holds of this rank; {} where it was not on, or this torch cannot say."""
+    """The collectives in torch's flight recorder of this rank; {} where it was off, or this torch has none."""
     from torch._C import _distributed_c10d as c10d
 
     dump = getattr(c10d, "_dump_fr_trace_json", None)

@@ -117,7 +117,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 
 def _refusal_of(error: RequestValidationError) -> Refused:
-    """What is wrong with a body: the first fault, with the field it is in."""
+    """The refusal of an invalid body: its first fault, with the field it is in."""
     found = error.errors()[0]
     where = [str(part) for part in found["loc"] if part != "body"]
     fields = [part for part in where if part.isdigit() or (part.replace("_", "").isalpha() and part == part.lower())]

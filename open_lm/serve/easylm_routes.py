@@ -62,7 +62,7 @@ async def loglikelihood_rolling(body: EasyBody, request: Request) -> Any:
 
 @router.post("/generate")
 async def generate(body: EasyBody, request: Request) -> Any:
-    """What the model writes after each prefix, to the end of the text or of the context."""
+    """The continuation of each prefix, to the end of the text or of the context."""
     served = state_of(request).first
     prefixes = _given(body.prefix_text, "prefix_text")
     temperature = 1.0 if body.temperature is None else body.temperature

@@ -1,4 +1,4 @@
-"""What every request must pass before a route sees it: the host it names, a key, a JSON body of bounded size."""
+"""Checks of every request before a route sees it: the host it names, a key, a JSON body of bounded size."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ class _Completions:
         return self._choice(ticket, progress.piece, progress.scores, progress.finish)
 
     def _choice(self, ticket: Ticket, text: str, scores: Sequence[TokenScore], finish: str | None) -> dict[str, Any]:
-        """What is new of a text; with `echo` the prompt comes before its first piece."""
+        """The new piece of a text; with `echo` the prompt comes before the first one."""
         begins, logprobs = self.body.echo and ticket.index not in self._offsets, None
         echoed = self._prompt_text(ticket) if begins else ""
         offset = self._offsets.setdefault(ticket.index, 0)

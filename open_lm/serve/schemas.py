@@ -63,7 +63,7 @@ EITHER = {
     "prompt": "give a text, token ids from 0 on, or a list of 1 to 1024 texts or of 1 to 1024 lists of token ids.",
     "content": "give a text, or a list of parts of the form {type: text, text: …}.",
 }
-"""What fields take that are of one kind or another, by name."""
+"""Advice for fields that take more than one type, by name."""
 Stops = Annotated[str | list[str], PlainValidator(_stops)]
 Count = Annotated[int, BeforeValidator(lambda value: 1 if value is None else value), Field(ge=1, le=128)]
 
@@ -89,7 +89,7 @@ class StreamOptions(Body):
 
 
 class SamplingBody(Body):
-    """What both of OpenAI's routes share. top_k, min_p, repetition_penalty are extensions that others have, too."""
+    """Fields of both of OpenAI's routes. top_k, min_p, repetition_penalty are extensions that others have, too."""
 
     model: str | None = None
     n: Count = 1

@@ -147,7 +147,7 @@ class Served:
 
     @cached_property
     def turn_end(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """What ends an answer beside the end of text: token ids, or strings where they are no tokens of their own."""
+        """The ends of an answer beside the end of text: token ids, or strings where they are no tokens of their own."""
         from open_lm.post_training.chat.template import TemplateRefusal
 
         asked = [{"role": "user", "content": "a"}]

@@ -31,7 +31,7 @@ MAX_OPEN_SCORES = 4 * MAX_SCORES
 
 @dataclass(frozen=True)
 class TextProgress:
-    """What has come to a text since the last one: final characters, scores of tokens, and how it ended, if it did."""
+    """New output of a text since the last report: final characters, scores of tokens, and its end, if it ended."""
 
     piece: str
     scores: tuple[TokenScore, ...]
@@ -51,7 +51,7 @@ class Ticket:
             text.watch = lambda text: stream.take(text.tokens)
 
     def progress(self) -> TextProgress | None:
-        """What is new, for the event loop; None while there is nothing to tell. Called by the engine's thread."""
+        """New output for the event loop; None while there is none. Called by the engine's thread."""
         if self.text.tokens and math.isnan(self.first_token):
             self.first_token = time.monotonic()
         if self.text.finish is not None:

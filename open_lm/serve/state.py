@@ -1,4 +1,4 @@
-"""What all routes share: the models by name, the flags, the figures."""
+"""State shared by all routes: the models by name, the flags, the figures."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class TimeLimit:
         return self._end - time.monotonic()
 
     def refusal(self) -> Refused:
-        """What a request beyond it is told."""
+        """The answer to a request that takes longer."""
         return Refused(504, f"The request took longer than {self.seconds:g} seconds: ask for less.", code="timeout")
 
 
@@ -97,7 +97,7 @@ async def _unless_client_leaves(request: Any, awaited: Awaitable[None]) -> None:
 async def progress_of(
     service: Service, tickets: Sequence[Ticket], limit: TimeLimit
 ) -> AsyncIterator[tuple[Ticket, TextProgress]]:
-    """What comes to texts that have been submitted, until all have ended; whoever stops listening cancels them.
+    """Progress of submitted texts, until all have ended; whoever stops listening cancels them.
 
     Raises:
         Refused: time is up, or the engine failed.

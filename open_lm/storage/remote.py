@@ -155,7 +155,7 @@ async def _http_range(found: Any, url: str, wanted: str, etag: str | None) -> by
 
 
 def patiently(action: str, url: str, attempt: Callable[[], T], *, missing_is_error: bool = True) -> T:
-    """What `attempt` returns, tried again with growing, random pauses while the trouble may pass.
+    """The result of `attempt`, retried with growing, random pauses while the trouble may pass.
 
     Raises:
         StorageError: it is missing or forbidden, or the tries are used up.

@@ -11,7 +11,7 @@ from open_lm.tracking.config import SINKS, TrackingConfig
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a sink may know of the run it writes for."""
+    """Facts of the run that a sink writes for."""
 
     name: str
     folder: str

@@ -25,7 +25,7 @@ EXPENSIVE = {
     _ATEN._scaled_dot_product_cudnn_attention.default,
     torch.ops.open_lm.attention_forward.default,
 }
-"""What selective recomputation keeps the results of: nearly all of the arithmetic, about half of the memory."""
+"""Operators whose results selective recomputation keeps: nearly all of the arithmetic, about half of the memory."""
 
 
 def recompute(blocks: Sequence[nn.Module], config: ParallelConfig) -> None:

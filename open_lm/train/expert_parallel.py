@@ -74,7 +74,7 @@ class SpreadExperts(Experts):
         return self._exchanged(mixed_AD[order_A.argsort()], sent, received)
 
     def _exchanged(self, x: Tensor, received: list[int] | None = None, sent: list[int] | None = None) -> Tensor:
-        """What the ranks send to this one: `received` rows from each, for `sent` rows to each; None: even parts."""
+        """Rows that the ranks send to this one, `received` from each, for `sent` rows to each; None: even parts."""
         even = [len(x) // self.ranks.size()] * self.ranks.size()
         return all_to_all_single_autograd(x.contiguous(), received or even, sent or even, group=self.ranks)
 

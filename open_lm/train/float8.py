@@ -20,7 +20,7 @@ from open_lm.errors import ConfigError
 from open_lm.train.tensor_parallel import ColumnsOf, RowsOf
 
 MULTIPLE = 16
-"""What widths must divide by: the kernels take nothing else."""
+"""Divisor of all widths: the kernels take nothing else."""
 LEAST_CAPABILITY = (8, 9)
 """The first GPUs with float8 products: Ada and Hopper."""
 

@@ -47,7 +47,7 @@ class TrainState:
 
     @property
     def companions(self) -> dict[str, Any]:
-        """What is saved beside weights and optimizer as `<name>_K.pt`, each a `Companion` of checkpoint.snapshot."""
+        """Objects saved beside weights and optimizer as `<name>_K.pt`, each a `Companion` of checkpoint.snapshot."""
         guard = {"guard": self.guard} if self.guard else {}
         return {average.name: average for average in self.averages} | guard
 

@@ -20,7 +20,7 @@ class Losses(NamedTuple):
     total: Tensor
     """The value that is minimised, with gradients."""
     parts: Tensor
-    """What is reported, without gradients: one sum for each of the task's `names`."""
+    """Metrics, without gradients: one sum for each of the task's `names`."""
 
 
 class Task:
@@ -28,11 +28,11 @@ class Task:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What `Losses.parts` are, as they are called in metrics; the first is `loss`."""
+        """The names of `Losses.parts` in metrics; the first is `loss`."""
         raise NotImplementedError
 
     def count(self, batch: Batch) -> Tensor:
-        """What the losses of `batch` are a mean over, on its device: by default the unmasked targets.
+        """The number that divides the summed losses of `batch`, on its device: by default of unmasked targets.
 
         A scalar, or one for each of `names`, the first of which divides what is minimised.
         """

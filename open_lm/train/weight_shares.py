@@ -52,7 +52,7 @@ def _places(share: Tensor, dim: int, order: RowOrder | None) -> Tensor:
 
 
 def _runs(rows: Tensor, most: int) -> Iterator[tuple[int, int, int]]:
-    """`(where in the share, first row, how many)` of rows that follow each other, at most `most` at once."""
+    """`(offset in the share, first row, count)` of rows that follow each other, at most `most` at once."""
     breaks, start = (rows.diff() != 1).nonzero().flatten() + 1, 0
     for run in rows.tensor_split(breaks):
         for part in run.split(most):

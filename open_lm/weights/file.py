@@ -20,10 +20,10 @@ from open_lm.model.lora import is_addition, without_additions
 from open_lm.weights.openlm_names import from_openlm
 
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-"""What DDP, compile, FSDP and activation checkpointing put between the parts of a name, in any order and place."""
+"""Names that DDP, compile, FSDP and activation checkpointing insert between the parts of a name, in any order."""
 
 INNER = "model."
-"""What a class around OpenLM's model puts before its names, as in DCLM's folders on the Hub."""
+"""Prefix of names in a class around OpenLM's model, as in DCLM's folders on the Hub."""
 
 NUMPY_SCALARS = [
     numpy.dtype,
@@ -83,7 +83,7 @@ def _load_safetensors(path: Path, shown: str) -> dict[str, Any]:
 
 
 def _unpickling_reason(error: pickle.UnpicklingError) -> str:
-    """What is wrong with a pickle, from torch's long message."""
+    """The fault of a pickle, from torch's long message."""
     for line in str(error).splitlines():
         if "Unsupported global: GLOBAL" in line or "Unsupported class" in line:
             name = line.split("GLOBAL")[-1].split()[0] if "GLOBAL" in line else line

@@ -17,7 +17,7 @@ from open_lm.weights.file import clean_state_dict, load_file, tensors_in
 from open_lm.weights.from_hf import from_native
 
 INNER_KEYS = ("params_args_dict", "params")
-"""Where folders on the Hub keep OpenLM's parameters: DCLM's, and those of PyTorchModelHubMixin."""
+"""Keys under which folders on the Hub keep OpenLM's parameters: DCLM's, and those of PyTorchModelHubMixin."""
 
 OPENLM_NAMES = {
     "dim": "hidden_dim", "apply_qk_norm": "qk_norm", "norm_type": "model_norm", "window": "sliding_window",

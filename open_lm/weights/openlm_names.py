@@ -43,7 +43,7 @@ def only_name(name: str) -> str:
 
 
 def moments_from_openlm(state: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What an optimizer has gathered for each weight, by our names and in our layout.
+    """An optimizer's moments of each weight, by our names and in our layout.
 
     Raises:
         CheckpointError: experts have something that ours have not; named.
@@ -59,7 +59,7 @@ def moments_from_openlm(state: Mapping[str, Mapping[str, Any]]) -> dict[str, dic
 
 
 def our_name(name: str) -> str:
-    """What lies under `name` in the layout of MegaBlocks, by our name."""
+    """Our name of a weight that the layout of MegaBlocks calls `name`."""
     return name.replace(".router.layer.", ".router.").replace(".mlp.w1", ".w12").replace(".mlp.w2", ".w3")
 
 

@@ -1,4 +1,4 @@
-"""What is saved beside the weights comes back bit by bit on any ranks, and begins anew where it is absent."""
+"""Extra state beside the weights: restored bit by bit on any number of ranks, started fresh where it is absent."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
-"""Whose files may be deleted, and which checkpoint continues: nothing good is lost by going back, by damage, by a newer
-program, by a second run, or by a remote that is slow."""
+"""Ownership of checkpoint files: nothing good is lost by going back, by damage, by a newer program, by a second run,
+or by a remote that is slow."""
 
 import hashlib
 import json
@@ -44,7 +44,7 @@ def resumed(folder, name, copy=None, **flags):
 
 
 def files_in(folder):
-    """What is in a folder, by name and content."""
+    """The files of a folder, by name and content."""
     found = (path for path in Path(folder).rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 

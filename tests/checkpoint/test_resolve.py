@@ -29,7 +29,7 @@ def run(request, tmp_path):
 
 @pytest.fixture
 def cost(monkeypatch):
-    """How often each file is hashed, and how many bytes of weights are read out of shards."""
+    """Counts of the hashes of each file, and of the bytes of weights read out of shards."""
     hashed, read_tensors = checksum.record_of, read.read_tensors
     seen = {"hashed": [], "weights": 0}
 

@@ -1,4 +1,4 @@
-"""Which steps are saved, as what, and which checkpoints may go: tables worked by hand, and what holds for any flags."""
+"""Saving and retention of checkpoints: tables worked by hand, and what holds for any flags."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What scripts/environment.sh installs, and when; pip, venv and nvidia-smi are stand-ins that record their calls."""
+"""Installation by scripts/environment.sh; pip, venv and nvidia-smi are stand-ins that record their calls."""
 
 import shutil
 import stat

@@ -1,4 +1,4 @@
-"""What quickstart.sh does around the programs it runs: prints, records, skips what is done, says where it stopped.
+"""The frame of quickstart.sh around its programs: prints, records, skips what is done, says where it stopped.
 
 The programs themselves are stand-ins here: a `python` and a `torchrun` that only make the files they are asked for.
 """

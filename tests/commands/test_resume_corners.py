@@ -1,4 +1,4 @@
-"""What goes wrong around checkpoints in real life: extended runs, going back, other flags, full disks, kills."""
+"""Checkpoints in real life: extended runs, going back, other flags, full disks, kills."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Where a run ends: in steps or tokens, before its end without bending it, and when its time is up."""
+"""Run length: given in steps or tokens, cut short without changing the schedule, and by the clock."""
 
 import pytest
 import torch

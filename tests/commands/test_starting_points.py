@@ -1,4 +1,4 @@
-"""What a run may start from: a mean of checkpoints, the whole state of another run, weights unless it can resume."""
+"""Starting points of a run: a mean of checkpoints, the whole state of another run, weights unless it can resume."""
 
 import pytest
 import torch

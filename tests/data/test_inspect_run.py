@@ -19,7 +19,7 @@ def shown(capsys, folder, step, *more):
 
 
 def recorded(monkeypatch):
-    """What the loader handed to training, by step."""
+    """The tokens that the loader gave to training, by step."""
     seen, masked = {}, loader.Loader._masked
 
     def watch(self, read, step):

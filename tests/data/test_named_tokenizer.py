@@ -1,4 +1,4 @@
-"""Which tokenizer the data themselves name."""
+"""The tokenizer that data sets name."""
 
 import logging
 import socket

@@ -1,4 +1,4 @@
-"""The samples that were really read are those the plan wants, or the run stops: proven anew at every step."""
+"""The samples that were really read are those the plan wants, or the run stops: proven at every step."""
 
 import shutil
 

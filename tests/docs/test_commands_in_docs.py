@@ -116,7 +116,7 @@ SMALL = {
     "logs/NAME --step 1200": "logs/my_run --step 2",
     "--train-steps 400": "--train-steps 8", "--warmup 40": "--warmup 2", "--max-megabytes 2": "--max-megabytes 0.7",
 }  # fmt: skip
-"""What a page says, and what is run instead."""
+"""Parts of a page's commands, and what is run instead."""
 PREPARED = """
 openlm tokenizer --input-files 'raw/train-*.jsonl.zst' --output-dir tokenizer --vocab-size 512
 ln -s tokenizer/tokenizer.json tokenizer.json

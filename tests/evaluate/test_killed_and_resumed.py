@@ -77,7 +77,7 @@ def _die_at(count, folder):
 
 
 def views(out):
-    """What results.json says, but for times and order."""
+    """The content of results.json, but for times and order."""
     content = json.loads((out / "results.json").read_text())
     for run in content["runs"]:
         for record in run["records"]:
@@ -98,7 +98,7 @@ def lines(out):
 
 @pytest.fixture(scope="module")
 def straight(config, tmp_path_factory):
-    """What a straight evaluation finds, and the CPU seconds it takes."""
+    """The results of a straight evaluation, and the CPU seconds it takes."""
     torch.set_num_threads(1)
     evaluate(config(tmp_path_factory.mktemp("first")), ModelFlags())  # imports are not counted
     out, began = tmp_path_factory.mktemp("straight"), time.process_time()

@@ -44,7 +44,7 @@ def succeeds(job, tokenizer, folder, tmp, n_workers):
 
 
 def victims(pid, whom):
-    """Who is killed: the coordinator, one of its workers, or all."""
+    """Processes to kill: the coordinator, one of its workers, or all."""
     if whom == "all":
         return [-pid]
     if whom == "coordinator":

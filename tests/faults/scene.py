@@ -101,5 +101,5 @@ class Scene:
 
 
 def log_lines(path):
-    """What the injector did."""
+    """The injector's log."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -34,7 +34,7 @@ EVENTS = {
     "step": 24, "data": 24, "gradients": 24, "load": 1, "save": 3, "upload": 12, "file.open": 12, "file.write": 300,
     "file.sync": 12, "file.rename": 12, "file.renamed": 12, "file.remove": 6,
 }  # fmt: skip
-"""What a cycle is killed at, and the last time that it may be."""
+"""Events that a cycle is killed at, and the last occurrence that it may be."""
 
 
 class Episode:

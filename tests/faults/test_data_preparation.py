@@ -64,7 +64,7 @@ def digest(folder):
 
 
 def kill(tmp_path, tokenizer_json, n_kills, n_workers=1, whom="all", folder=None, seed=0, **environment):
-    """How many kills hit and how many data sets were finished, in `folder`."""
+    """The numbers of kills that hit and of data sets that were finished, in `folder`."""
     folder = folder or str(tmp_path / "out")
     args = [tmp_path / "job.json", tokenizer_json, folder, n_kills, seed, n_workers, whom]
     command = [sys.executable, str(HERE / "killed_builds.py"), *map(str, args)]

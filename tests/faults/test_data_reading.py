@@ -81,7 +81,7 @@ def read_all(folder, **flags):
 
 
 def member(content, number):
-    """Where the header and the content of a member begin."""
+    """The offsets of a member's header and content."""
     with tarfile.open(fileobj=BytesIO(bytes(content))) as tar:
         found = tar.getmembers()[number]
     return found.offset, found.offset_data

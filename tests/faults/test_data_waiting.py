@@ -1,4 +1,4 @@
-"""What stalls: a store that sends nothing, a data worker that never answers."""
+"""Stalls: a store that sends nothing, a data worker that never answers."""
 
 import threading
 import time

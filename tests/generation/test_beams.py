@@ -1,4 +1,4 @@
-"""What beam search finds, against every text there is and against transformers."""
+"""Beam search, against every text there is and against transformers."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What generation writes, against transformers' on the same weights and against the definitions."""
+"""Generated texts, against transformers' on the same weights and against the definitions."""
 
 import logging
 
@@ -23,7 +23,7 @@ from open_lm.model.config import ModelConfig
 
 
 def theirs(llama, prompts, **settings):
-    """What transformers writes after each prompt, one prompt at a time, unpadded."""
+    """Continuations by transformers, one prompt at a time, unpadded."""
     rows = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
@@ -168,7 +168,7 @@ FILTERS = [{"top_k": 7}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0
 @pytest.mark.parametrize("candidates", [4, 12, 512])
 @pytest.mark.parametrize("settings", FILTERS)
 def test_draws_from_a_few_candidates_are_those_from_all(monkeypatch, settings, candidates):
-    """Where the likeliest few do not hold what the filters leave, the whole vocabulary is sorted."""
+    """The whole vocabulary is sorted when the likeliest few do not hold what the filters leave."""
     monkeypatch.setattr(sampling, "CANDIDATES", candidates)
     config = GenerateConfig(**{"temperature": 1.3, "top_p": 1.0, **settings})
     kept = keep_top_k(LOGITS / 1.3, config.top_k)

@@ -1,4 +1,4 @@
-"""What only a GPU can show of attention, loss and meshes: kernels against plain torch, several GPUs against one."""
+"""Attention, loss and meshes on GPUs: kernels against plain torch, several GPUs against one."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show of a run: no waiting between steps, float8, experts, optimizers, saves, stops, memory."""
+"""Parts of a run on GPUs: no waiting between steps, float8, experts, optimizers, saves, stops, memory."""
 
 import json
 import os

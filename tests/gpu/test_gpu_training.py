@@ -1,4 +1,4 @@
-"""What only a GPU can show: every precision trains there, compiled too, and agrees with the CPU."""
+"""Training on a GPU: every precision trains, compiled too, and agrees with the CPU."""
 
 import pytest
 import torch

@@ -76,7 +76,7 @@ def exported(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outside(exported, tmp_path_factory):
-    """What a process without open_lm finds in the folders."""
+    """The folders as a process without open_lm reads them."""
     cache = str(tmp_path_factory.mktemp("hf_home"))
     done = subprocess.run(
         [sys.executable, "-I", "-c", OUTSIDE, json.dumps(exported)], cwd=cache, capture_output=True, text=True,

@@ -33,7 +33,7 @@ def cases():
 
 
 def used(tmp_path, name, changes):
-    """What a process without open_lm finds in the export of a tiny model, and what OpenLM computes."""
+    """The export of a tiny model as a process without open_lm reads it, and OpenLM's own logits."""
     model = make_model(name, **changes)
     export(ExportConfig(checkpoint=save_checkpoint(model, tmp_path / "e.pt"), out=str(tmp_path / "out")))
     with torch.inference_mode():

@@ -34,7 +34,7 @@ print(json.dumps(found))
 
 
 def call(calls, endpoint, cache, **env):
-    """What download and push return or raise, called in a fresh process (huggingface_hub reads its settings once)."""
+    """Results or errors of download and push, called in a fresh process (huggingface_hub reads its settings once)."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     done = subprocess.run(
         [sys.executable, "-c", CALLS, str(ROOT), json.dumps(calls)], capture_output=True, text=True,

@@ -1,4 +1,4 @@
-"""What each architecture computes, written independently in fp64: textbook formulas, no code of the package."""
+"""References of every architecture, written independently in fp64: textbook formulas, no code of the package."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What --torchcompile compiles, block by block, is one graph: nothing falls back to Python in the middle of a block."""
+"""Graphs of --torchcompile: each block is one graph, nothing falls back to Python in the middle of it."""
 
 import copy
 

@@ -46,7 +46,7 @@ def test_the_loop_is_a_product_for_each_row():
 
 
 def gmm(a, b, batch_sizes, trans_a=False, trans_b=False):
-    """What grouped_gemm documents: rows of `a` by `batch_sizes`, which lie on the CPU, times each matrix of `b`."""
+    """As grouped_gemm documents it: rows of `a` by `batch_sizes`, which lie on the CPU, times each matrix of `b`."""
     assert batch_sizes.device.type == "cpu" and batch_sizes.dtype == torch.int64 and not trans_a
     matrices = b.mT if trans_b else b
     calls.append(batch_sizes.tolist())

@@ -55,7 +55,7 @@ calls: list[tuple[int, ...]] = []
 def selective_scan_fn(
     u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
 ):
-    """What mamba-ssm documents: u and delta (batch, channels, time), B and C (batch, state, time)."""
+    """A stand-in for mamba-ssm, as documented: u and delta (batch, channels, time), B and C (batch, state, time)."""
     assert D is None and z is None and delta_bias is None and not delta_softplus and return_last_state
     calls.append(tuple(u.shape))
     state, ys = torch.zeros(len(u), *A.shape), []

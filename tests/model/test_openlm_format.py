@@ -1,6 +1,6 @@
 """Files in OpenLM's format load to OpenLM's logits, in a public clone: made here, computed by plain fp64 formulas.
 
-Where OpenLM's own checkpoints are at hand, the formulas are held against what OpenLM itself computed with them.
+Where OpenLM's own checkpoints are available, the formulas are held against what OpenLM itself computed with them.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What a Transformer promises beyond its logits: its names, its first weights, its types, and what may wrap it."""
+"""The Transformer beyond its logits: names of weights, initial values, types, and wrappers."""
 
 import copy
 import math

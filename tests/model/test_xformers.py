@@ -19,7 +19,7 @@ class LowerTriangularMask:
 
 
 def memory_efficient_attention(query, key, value, attn_bias=None):
-    """What xformers documents: (batch, positions, heads, width); softmax(q k' / sqrt(width) + bias) v."""
+    """As xformers documents it: (batch, positions, heads, width); softmax(q k' / sqrt(width) + bias) v."""
     scores = torch.einsum("bthk,bshk->bhts", query, key) / query.shape[-1] ** 0.5
     if isinstance(attn_bias, LowerTriangularMask):
         scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -torch.inf)

@@ -48,7 +48,7 @@ def copied(folder):
 
 
 def import_what_is_slow():
-    """What every test imports and no mutant changes."""
+    """Import the packages that every test needs and no mutant changes."""
     import numpy  # noqa: F401
     import pytest  # noqa: F401
     import torch

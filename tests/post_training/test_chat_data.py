@@ -36,7 +36,7 @@ def batch_of(folder, n, *, form="samples", rows=1, seq_len=120):
 
 
 def trained_texts(batch, tokenizer):
-    """What is trained on, as texts: the targets of neighbouring positions."""
+    """The texts that are trained on: targets of neighbouring positions."""
     texts = []
     for row in batch.targets_BT.tolist():
         run = []

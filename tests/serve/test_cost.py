@@ -1,4 +1,4 @@
-"""What a request may cost: faults, texts, log-probabilities and memory are bounded before they are paid for."""
+"""The cost of a request: faults, texts, log-probabilities and memory are bounded before they are paid for."""
 
 import threading
 import time

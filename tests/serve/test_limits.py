@@ -1,4 +1,4 @@
-"""What the server refuses, and that refusals, departures and floods leave it as it was."""
+"""Refusals of the server; refusals, departures and floods leave it as it was."""
 
 import asyncio
 import json

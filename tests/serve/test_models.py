@@ -1,4 +1,4 @@
-"""What can be served: a model as DCLM published it, from a folder and from a Hub, with its own tokenizer."""
+"""Models that can be served: one as DCLM published it, from a folder and from a Hub, with its own tokenizer."""
 
 import published_folder
 import pytest

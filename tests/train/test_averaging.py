@@ -72,7 +72,7 @@ def test_a_whole_period_of_cosine_is_the_sine_window(period):
 
 
 def shares_to_weights(shares):
-    """What each iterate counts in the end, from the share it had when it was added."""
+    """The final weight of each iterate, from the share it had when it was added."""
     weights = []
     for share in shares:
         weights = [w * (1 - share) for w in weights] + [share]

@@ -1,4 +1,4 @@
-"""What is made ready on a CPU: memory that is kept, kernels for models that are large enough."""
+"""CPU back ends: memory that is kept, kernels for models that are large enough."""
 
 import os
 import subprocess

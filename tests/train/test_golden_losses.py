@@ -1,6 +1,6 @@
-"""The losses of 50 steps from a fixed seed: what computes them moves them, and says why in the commit that does.
+"""The losses of 50 steps from a fixed seed: a change that moves them says why in its commit message.
 
-`python tests/train/test_golden_losses.py` writes the file anew (fp32, one thread, --cpu-kernels off).
+`python tests/train/test_golden_losses.py` rewrites the file (fp32, one thread, --cpu-kernels off).
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What --dry-run says a rank holds is what ranks hold."""
+"""Memory of a rank: --dry-run's figure against what ranks hold."""
 
 import dataclasses
 import itertools

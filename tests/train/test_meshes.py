@@ -43,7 +43,7 @@ MODELS = {
 }  # fmt: skip
 STEPS, BATCH = 20, 8
 EXACT = 5e-7
-"""What is left with weights in fp64; loss and norms are computed in fp32 all the same."""
+"""Remaining difference with weights in fp64; loss and norms are computed in fp32 all the same."""
 DOCUMENTS = torch.arange(16).expand(BATCH, 16) // 6
 
 

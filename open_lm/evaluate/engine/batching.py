@@ -72,7 +72,7 @@ class ScoringBatch:
 
 
 def scored_items(questions: Sequence[Question], *, share_contexts: bool) -> list[Scored]:
-    """What to run for every question; one item a choice without sharing.
+    """The sequences to run for every question; one item a choice without sharing.
 
     Choices of one context share it. Those of several share what these begin with, if it is most of the longest: the
     contexts of a schema differ in their last words.
@@ -93,7 +93,7 @@ def scored_items(questions: Sequence[Question], *, share_contexts: bool) -> list
 
 
 def common_prefix(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """What all of `sequences` begin with: what the first and the last of them, in order, have in common."""
+    """The common prefix of all `sequences`: that of the first and the last of them in sorted order."""
     first, last = min(sequences), max(sequences)
     n_same = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return first[:n_same]

@@ -63,12 +63,12 @@ class Runner:
 
     @staticmethod
     def read(suite: Suite) -> SuiteData:
-        """What the runners of all checkpoints share, to be given to each as `data`."""
+        """Task data that the runners of all checkpoints share, given to each as `data`."""
         return SuiteData(suite)
 
     @property
     def keys(self) -> list[str]:
-        """What there is to run."""
+        """The keys of the jobs."""
         return list(self.jobs)
 
     def n_questions(self, key: str) -> int:

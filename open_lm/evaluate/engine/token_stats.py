@@ -20,7 +20,7 @@ GPU_LOGITS = 1 << 25
 
 @dataclass
 class _TileStats:
-    """What is known of R positions and the tokens asked of them after some tiles of the vocabulary."""
+    """Running statistics of R positions and their target tokens, after some tiles of the vocabulary."""
 
     top_R: Tensor  # noqa: N815
     sum_R: Tensor  # noqa: N815  of exp(logit - top)

@@ -12,7 +12,7 @@ from open_lm.data.tokenizer import Tokenizer
 
 
 class WrappedConfig(PretrainedConfig):
-    """What transformers and Composer ask of a configuration."""
+    """The configuration that transformers and Composer need."""
 
     model_type = "open_lm_wrapped"
 

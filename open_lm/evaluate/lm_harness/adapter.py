@@ -78,7 +78,7 @@ class OpenLMHarness(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without a context: the begin of text, where the tokenizer has one."""
+        """The token before a text without a context: the begin of text, where the tokenizer has one."""
         tokenizer = self.eval_model.tokenizer
         ids = self.encoder.plain([tokenizer.special_tokens.get("bos_token", "")])[0]
         return ids[0] if len(ids) == 1 else tokenizer.eot_id

@@ -64,7 +64,7 @@ class HarnessRunner:
 
     @staticmethod
     def read(tasks: tuple[str, ...], task_path: str | None, limit: int | None) -> HarnessData:
-        """What the runners of all checkpoints share, to be given to each as `data`."""
+        """Task data that the runners of all checkpoints share, given to each as `data`."""
         return HarnessData(tasks, task_path)
 
     def __init__(
@@ -94,7 +94,7 @@ class HarnessRunner:
         return 1
 
     def identity(self, key: str) -> str:
-        """What decides the scores of task `key` beside the weights."""
+        """A fingerprint of all that the scores of task `key` depend on beside the weights."""
         return identity_of("lm-eval", key, self._fixed)
 
     def run(self, key: str, progress: CountDone) -> list[Record]:

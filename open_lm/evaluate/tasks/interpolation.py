@@ -43,7 +43,7 @@ def _value(value: Any, root: Mapping[str, Any], origin: str, depth: int) -> Any:
 
 
 def _named(name: str, root: Mapping[str, Any], origin: str) -> Any:
-    """What a reference names."""
+    """The value of a reference."""
     resolver, colon, argument = name.partition(":")
     if colon:
         return _from_environment(resolver, argument, origin)

@@ -28,7 +28,7 @@ class TaskType:
     """A type of task; subclasses say how one differs from a context and one right continuation."""
 
     metrics: ClassVar[tuple[str, ...]]
-    """What can be measured; the first is measured when a task does not say."""
+    """The metrics of this kind; the first is the default."""
     keys: ClassVar[dict[str, str]]
     """Keys of a row, unless the task says otherwise."""
     generates: ClassVar[bool] = False

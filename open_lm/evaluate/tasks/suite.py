@@ -136,7 +136,7 @@ def suite_path(name: str) -> str:
 
 
 def data_path(uri: str, yaml_path: str) -> str:
-    """Where the file a task names is: as written, from the working folder, the YAML's folder or the repository."""
+    """The path of a task's file: as written, from the working folder, the YAML's folder or the repository."""
     if storage.is_remote(uri) or os.path.isabs(os.path.expanduser(uri)):
         return uri
     here = Path.cwd()

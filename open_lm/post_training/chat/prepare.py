@@ -37,7 +37,7 @@ PROMPTS = "prompts.jsonl"
 
 @dataclass(frozen=True)
 class ChatJob:
-    """What to make of which rows. `form` is one of READERS; a sequence has `seq_len` + 1 tokens."""
+    """One job of chat preparation. `form` is one of READERS; a sequence has `seq_len` + 1 tokens."""
 
     form: str
     files: tuple[str, ...]
@@ -51,7 +51,7 @@ class ChatJob:
 
 @dataclass
 class Books:
-    """What came in and what became of it. Every row is used, rejected or dropped; every token kept or cut off."""
+    """Counts of input and output. Every row is used, rejected or dropped; every token is kept or cut off."""
 
     counts: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
@@ -295,7 +295,7 @@ def _end_of_answers(template: ChatTemplate, tokenizer: Tokenizer) -> int:
 def _ledger(
     job: ChatJob, template: ChatTemplate, tokenizer: Tokenizer, books: Books, rows: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Where every row and token went.
+    """The ledger of all rows and tokens.
 
     Raises:
         DataError: the sums do not balance: a bug.

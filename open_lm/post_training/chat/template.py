@@ -140,5 +140,5 @@ def load_template(named: str | None, tokenizer: Tokenizer) -> ChatTemplate:
 
 
 def template_facts(template: ChatTemplate) -> dict[str, Any]:
-    """What the ledger says of a template."""
+    """The ledger's entry of a template."""
     return {"chat_template": template.source, "marks_answers": template.marks_answers}

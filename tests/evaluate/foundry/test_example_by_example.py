@@ -37,7 +37,7 @@ def suite(tmp_path_factory):
 
 
 def tasks(folder):
-    """Every file at hand with and without examples, some rows of each; answers that are written, too."""
+    """Every available file with and without examples, some rows of each; generated answers, too."""
     from foundry_examples import settings_of
 
     yield task_of(sample("python_choices"), "multiple_choice", label="choices", num_fewshot=[0, 2])

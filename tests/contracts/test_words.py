@@ -1,0 +1,50 @@
+"""Words of the docstrings: they open with the field's noun, and keep to plain English."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("open_lm", "scripts", "examples", "eval", "datapreprocess", "benchmarks", "tests")
+OPENING = re.compile(r"\W*(what|where|how|which|who|whose|when|why)\b", re.IGNORECASE)
+TRANSLATED = re.compile(
+    r"\b(passed over|oftener|is said|are said|the \w+ of now|anew|at hand|none of both)\b", re.IGNORECASE
+)
+"""Turns that readers stumbled over: skipped, more often, logged, current, again, available, neither."""
+
+
+def docstrings(source: str) -> list[str]:
+    """The docstrings of a file, and the texts under its constants."""
+    found = [node.value.value for node in ast.walk(ast.parse(source)) if is_text(node)]
+    return [" ".join(text.split()) for text in found]
+
+
+def is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def faults(source: str) -> list[str]:
+    return [text for text in docstrings(source) if OPENING.match(text) or TRANSLATED.search(text)]
+
+
+def test_docstrings_open_with_a_noun_and_use_no_translated_turns():
+    files = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+    assert len(files) > 600
+    assert {str(path): found for path in files if (found := faults(path.read_text()))} == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "What a rank holds.",
+        "`Where` it lies.",
+        "How\n    often",
+        "Blocks that are passed over.",
+        "It is computed anew.",
+    ],
+)
+def test_a_fault_is_seen(text):
+    assert faults(f'def f():\n    """{text}"""') and faults(f'class C:\n    """{text}"""') and faults(f'"""{text}"""')
+    assert not faults('def f():\n    """Whether it fits, whatever the width."""\n    return "What?"')

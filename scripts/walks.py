@@ -122,13 +122,13 @@ def document(folder: Path) -> Walk:
 def run_length(folder: Path) -> Walk:
     """--train-tokens and the batch size, until the learning rate of a step."""
     from open_lm.params import parse_args, read_config
-    from open_lm.run.length import build_schedule, global_batch_size, run_length_of
+    from open_lm.train.run_length import build_schedule, global_batch_size, run_length_of
 
     config = read_config(parse_args(["--dataset-type", "synthetic", "--train-tokens", "9999", "--warmup", "2"]))
 
     def work() -> float:
-        steps = run_length_of(config, global_batch_size(config, 1) * SEQ_LEN, None, SEQ_LEN)
-        return build_schedule(config.schedule, steps)(3)
+        length = run_length_of(config.train, global_batch_size(config.train, 1) * SEQ_LEN, None, SEQ_LEN)
+        return build_schedule(config.schedule, length)(3)
 
     return watched(work)
 

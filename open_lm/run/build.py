@@ -29,7 +29,6 @@ from open_lm.post_training.tasks import TaskKind, TaskParts
 from open_lm.precision import Precision
 from open_lm.run.check_mesh import check_mesh
 from open_lm.run.folder import newest_commit
-from open_lm.run.length import build_schedule, global_batch_size, run_length_of
 from open_lm.run.rollout_setup import build_prompts
 from open_lm.train.averagers import parse_averagers
 from open_lm.train.averaging import WeightAverage
@@ -38,7 +37,7 @@ from open_lm.train.context_parallel import sequence_part
 from open_lm.train.init_model import build_wrapped
 from open_lm.train.optim import build_optimizers
 from open_lm.train.random_state import seed_rank
-from open_lm.train.run_length import RunLength
+from open_lm.train.run_length import RunLength, build_schedule, global_batch_size, run_length_of
 from open_lm.train.spike_guard import SpikeGuard
 from open_lm.train.state import TrainState
 from open_lm.train.tasks import Distillation, NextToken, Task
@@ -70,7 +69,7 @@ def build_loader_and_length(
     kind: TaskKind = TASKS.load(config.task.task)
     if kind.form == "prompts":
         return build_prompts(config, architecture, world)
-    batch = global_batch_size(config, world.shape.n_data)
+    global_batch = global_batch_size(config.train, world.shape.n_data)
     check_mesh(config, architecture, world.shape)
     refuse_doc_mask(config, architecture)
     loader = build_loader(
@@ -79,7 +78,7 @@ def build_loader_and_length(
         seq_len=architecture.seq_len,
         form=kind.form,
         rows=kind.rows,
-        global_batch=batch,
+        global_batch=global_batch,
         rank=world.data_rank,
         world_size=world.shape.n_data,
         seed=config.train.seed,
@@ -87,10 +86,10 @@ def build_loader_and_length(
     )
     sample_len = kind.rows * architecture.seq_len
     add_columns(config, architecture, loader, world)
-    steps = run_length_of(config, batch * sample_len, loader.n_sequences, sample_len)
-    loader.require(steps.last_step)
+    run_length = run_length_of(config.train, global_batch * sample_len, loader.n_sequences, sample_len)
+    loader.require(run_length.last_step)
     refuse_packed(loader, architecture)
-    return loader, steps
+    return loader, run_length
 
 
 def refuse_doc_mask(config: RunConfig, architecture: ModelConfig) -> None:
@@ -200,7 +199,7 @@ def additions(config: RunConfig, architecture: ModelConfig) -> Callable[[nn.Modu
     return add
 
 
-def build_state(config: RunConfig, architecture: ModelConfig, world: World, steps: RunLength) -> TrainState:
+def build_state(config: RunConfig, architecture: ModelConfig, world: World, run_length: RunLength) -> TrainState:
     """The model with the weights of --seed, wrapped for the ranks, and what trains it."""
     parallel = config.parallel
     if parallel.preset_world_size not in (None, world.size):
@@ -220,8 +219,8 @@ def build_state(config: RunConfig, architecture: ModelConfig, world: World, step
         model=wrapped,
         optimizers=build_optimizers(wrapped, config.optimizer, config.schedule.lr, architecture),
         precision=precision,
-        lr_at=build_schedule(config.schedule, steps),
-        run_length=steps,
+        lr_at=build_schedule(config.schedule, run_length),
+        run_length=run_length,
         task=build_task(config, architecture, world, precision, wrapped),
         world=world,
         part=sequence_part(world),

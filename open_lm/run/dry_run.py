@@ -15,10 +15,9 @@ from open_lm.model.describe import ModelSize, model_size
 from open_lm.params import RunConfig
 from open_lm.run.build import architecture_of
 from open_lm.run.check_mesh import check_mesh
-from open_lm.run.length import build_schedule, global_batch_size, run_length_of
 from open_lm.run.mesh_costs import rank_costs
 from open_lm.train.config import mesh_shape
-from open_lm.train.run_length import RunLength
+from open_lm.train.run_length import RunLength, build_schedule, global_batch_size, run_length_of
 from open_lm.train.schedule import Schedule
 
 
@@ -29,13 +28,13 @@ class Forecast:
     config: RunConfig
     architecture: ModelConfig
     size: ModelSize
-    steps: RunLength
+    run_length: RunLength
     lr_at: Schedule
     world_size: int
     shape: MeshShape
 
     def __str__(self) -> str:
-        steps, size = self.steps, self.size
+        steps, size = self.run_length, self.size
         ends = [end + d for end in self.lr_at.period_ends[:4] for d in (-1, 0)]
         marks = sorted({0, math.ceil(self.lr_at.warmup_steps), steps.total_steps // 2, *ends, steps.total_steps - 1})
         rates = ", ".join(f"step {s}: {self.lr_at(s):.3g}" for s in marks if s < steps.total_steps)
@@ -62,7 +61,7 @@ class Forecast:
         if not isinstance(self.architecture, ModelConfig):
             return ""
         train, parallel = self.config.train, self.config.parallel
-        sequences = self.steps.tokens_per_step // self.architecture.seq_len // self.shape.n_data
+        sequences = self.run_length.tokens_per_step // self.architecture.seq_len // self.shape.n_data
         costs = rank_costs(
             self.architecture,
             self.shape,
@@ -77,11 +76,11 @@ class Forecast:
 
     @property
     def _save_steps(self) -> SaveSteps:
-        return SaveSteps(self.config.checkpoint, self.steps.interval_ends, self.steps.last_step)
+        return SaveSteps(self.config.checkpoint, self.run_length.interval_ends, self.run_length.last_step)
 
     @property
     def _stop(self) -> str:
-        steps = self.steps
+        steps = self.run_length
         if steps.last_step == steps.total_steps:
             return ""
         return f"stops         after step {steps.last_step:,}: {steps.last_step * steps.tokens_per_step:,} tokens\n"
@@ -97,7 +96,7 @@ def forecast(config: RunConfig) -> Forecast:
     world_size = config.parallel.preset_world_size or ranks_from_environment()[1]
     shape = mesh_shape(config.parallel, world_size)
     check_mesh(config, architecture, shape)
-    tokens_per_step = global_batch_size(config, shape.n_data) * architecture.seq_len
-    steps = run_length_of(config, tokens_per_step, None, architecture.seq_len)
-    lr_at = build_schedule(config.schedule, steps)
-    return Forecast(config, architecture, model_size(architecture), steps, lr_at, world_size, shape)
+    tokens_per_step = global_batch_size(config.train, shape.n_data) * architecture.seq_len
+    run_length = run_length_of(config.train, tokens_per_step, None, architecture.seq_len)
+    lr_at = build_schedule(config.schedule, run_length)
+    return Forecast(config, architecture, model_size(architecture), run_length, lr_at, world_size, shape)

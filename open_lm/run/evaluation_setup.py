@@ -21,7 +21,7 @@ from open_lm.evaluate.validation import ValidationSet
 from open_lm.model.config import ModelConfig
 from open_lm.params import RunConfig
 from open_lm.run.build import refuse_doc_mask, tokenizer_name
-from open_lm.run.length import global_batch_size
+from open_lm.train.run_length import global_batch_size
 from open_lm.train.state import TrainState
 
 
@@ -73,7 +73,7 @@ def validation_batch_size(config: RunConfig, world: World) -> int:
     elif flags.global_val_batch_size or not config.trains or world.shape.cp > 1:
         batch = flags.global_val_batch_size or n_ranks * -(-config.train.global_batch_size // n_ranks)
     else:
-        batch = global_batch_size(config, world.shape.n_data)
+        batch = global_batch_size(config.train, world.shape.n_data)
     if batch % n_ranks:
         raise ConfigError(f"--global-val-batch-size {batch} does not divide among {n_ranks} ranks.")
     return batch

@@ -13,8 +13,7 @@ from open_lm.post_training.rewards import build_rewards
 from open_lm.post_training.rollout_log import RolloutLog, ShowTable
 from open_lm.post_training.rollouts import Rollouts
 from open_lm.post_training.tasks import TaskParts
-from open_lm.run.length import run_length_of
-from open_lm.train.run_length import RunLength
+from open_lm.train.run_length import RunLength, run_length_of
 from open_lm.train.state import TrainState
 
 
@@ -39,16 +38,16 @@ def build_prompts(config: RunConfig, architecture: ModelConfig, world: World) ->
             f"minibatches do not divide among {world.size} ranks x --accum-freq {config.train.accum_freq}."
         )
     per = flags.steps_per_iteration
-    steps = run_length_of(config, rows * architecture.seq_len, None, architecture.seq_len)
-    if steps.total_steps % per or steps.last_step % per:
+    run_length = run_length_of(config.train, rows * architecture.seq_len, None, architecture.seq_len)
+    if run_length.total_steps % per or run_length.last_step % per:
         raise ConfigError(
-            f"--train-steps {steps.total_steps}: an iteration takes {per} steps (--rl-epochs x --rl-minibatches): "
+            f"--train-steps {run_length.total_steps}: an iteration takes {per} steps (--rl-epochs x --rl-minibatches): "
             "train and stop after a multiple of it."
         )
     prompts = Prompts(
         flags.prompts, seed=config.train.seed, per_iteration=flags.rollout_prompts, steps_per_iteration=per
     )
-    return prompts, steps
+    return prompts, run_length
 
 
 def build_rollouts(

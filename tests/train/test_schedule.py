@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from open_lm.errors import ConfigError
-from open_lm.run.length import build_schedule
 from open_lm.train.config import ScheduleConfig
-from open_lm.train.run_length import RunLength, run_length
+from open_lm.train.run_length import RunLength, build_schedule, even_intervals
 from open_lm.train.schedule import SCHEDULES, Schedule
 
 
@@ -50,7 +49,7 @@ def test_every_shape_stays_between_end_and_peak_whatever_the_lengths(shape, warm
 
 
 def test_tokens_asked_are_tokens_trained_to_the_batch():
-    steps = run_length(total_tokens=10_500, n_intervals=4, tokens_per_step=100)
+    steps = even_intervals(total_tokens=10_500, n_intervals=4, tokens_per_step=100)
     assert steps.total_steps == 105
     assert steps.interval_ends == (26, 52, 78, 105)
 
@@ -59,16 +58,16 @@ def test_tokens_asked_are_tokens_trained_to_the_batch():
 def test_interval_ends_never_drift_by_a_batch(total_tokens, n_intervals, tokens_per_step):
     if total_tokens // n_intervals < tokens_per_step:
         with pytest.raises(ConfigError, match="without a step"):
-            run_length(total_tokens, n_intervals, tokens_per_step * 2)
+            even_intervals(total_tokens, n_intervals, tokens_per_step * 2)
         return
-    steps = run_length(total_tokens, n_intervals, tokens_per_step)
+    steps = even_intervals(total_tokens, n_intervals, tokens_per_step)
     assert steps.total_steps == total_tokens // tokens_per_step
     for k, end in enumerate(steps.interval_ends, 1):
         assert 0 <= total_tokens * k / n_intervals - end * tokens_per_step < tokens_per_step
 
 
 def test_cooldown_covers_the_last_intervals():
-    steps = run_length(1000, 10, 10)
+    steps = even_intervals(1000, 10, 10)
     assert steps.cooldown_steps(3) == 30
     assert steps.cooldown_steps(None) == 0
     assert steps.cooldown_steps(99) == 100

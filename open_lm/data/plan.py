@@ -32,6 +32,7 @@ _LAST = np.uint64(0xFFFFFFFFFFFFFFFF)
 _SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
 _FACTORS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _KEPT_VALUES = 16 << 20
+_BLOCKS_AT_ONCE = 64
 
 
 def mix(values: np.ndarray) -> np.ndarray:
@@ -98,6 +99,26 @@ def _argsort(hashes: np.ndarray) -> np.ndarray:
     return np.argsort(hashes, kind="stable") if (upper[1:] == upper[:-1]).any() else order
 
 
+def _permutations(keys: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
+    """A permutation of `lengths[k]` places for each key, filled up to `width` with the places that are left.
+
+    It is the stable argsort of hashes. numpy sorts much faster than it argsorts, so the place takes the lowest bits of
+    each hash; where two hashes differ in these bits only, they are argsorted.
+    """
+    places, low = np.arange(width, dtype=np.uint64), np.uint64((1 << (width - 1).bit_length()) - 1)
+    hashes = mix(keys[:, None] + places * _STRIDE)
+    hashes[places >= lengths[:, None].astype(np.uint64)] = _LAST
+    packed = hashes & ~low
+    packed |= places
+    packed.sort(axis=1)
+    alike = (packed[:, 1:] ^ packed[:, :-1]) <= low
+    alike &= (packed[:, 1:] | low) != _LAST
+    if alike.any():
+        return np.argsort(hashes, axis=1, kind="stable")
+    packed &= low
+    return packed
+
+
 class _Permutations:
     """Permutations of shuffle blocks of up to `width` samples, computed many at a time, the latest ones kept."""
 
@@ -127,14 +148,11 @@ class _Permutations:
             if name in self._slots:
                 self._slots.move_to_end(name)  # needed now: others give way
         missing = [name for name in first if name not in self._slots]
-        places = np.arange(self._width, dtype=np.uint64)
-        for start in range(0, len(missing), 1024):
-            part = missing[start : start + 1024]
+        for start in range(0, len(missing), _BLOCKS_AT_ONCE):
+            part = missing[start : start + _BLOCKS_AT_ONCE]
             rows = np.array([first[name] for name in part])
-            hashes = mix(keys[rows, None] + places * _STRIDE)
-            hashes[places >= lengths[rows, None].astype(np.uint64)] = _LAST
             slots = [self._new_slot(name) for name in part]
-            self._table[slots] = np.argsort(hashes, axis=1, kind="stable")
+            self._table[slots] = _permutations(keys[rows], lengths[rows], self._width)
 
     def _new_slot(self, name: int) -> int:
         if len(self._slots) < self._room:

@@ -24,8 +24,8 @@ from open_lm.data.tar import BLOCK, CHECKSUM_PLACE
 from open_lm.errors import DataError, StorageError
 
 _INDEX_BYTES = 256 << 20
-_POWERS = 10 ** np.arange(11, -1, -1, dtype=np.int64)
-_NAME_END = np.frombuffer(b".npy\0", np.uint8)
+_FOUR_DIGITS = np.frombuffer(b"".join(b"%04d" % k for k in range(10_000)), "<u4")
+_NAME_END = np.frombuffer(b".npy", "<u4")[0]
 
 
 class SampleReader:
@@ -131,8 +131,11 @@ class SampleReader:
         if (first < 0).any():
             names = [header_place(raw[row, :BLOCK].tobytes(), "npy") for row in range(len(raw))]
             return place if all(names) else None
-        digits = (first + place)[:, None] // _POWERS % 10 + ord("0")
-        same = (raw[:, :12] == digits).all() and (raw[:, 12:17] == _NAME_END).all()
+        numbers = first + place
+        names = raw[:, :16].view("<u4")
+        same = (names[:, 2] == _FOUR_DIGITS[numbers % 10_000]).all() and (names[:, 3] == _NAME_END).all()
+        same = same and (names[:, 1] == _FOUR_DIGITS[numbers // 10_000 % 10_000]).all() and not raw[:, 16].any()
+        same = same and (names[:, 0] == _FOUR_DIGITS[numbers // 100_000_000 % 10_000]).all()
         return place if same else None  # so it is what the names say
 
     def _sample(self, number: int, at: int, index: ShardIndex | str, position: int) -> np.ndarray:

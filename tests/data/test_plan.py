@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from open_lm.data import plan as order
 from open_lm.data.mixture import Pattern, Plan, share_columns
 from open_lm.data.plan import ResampledStream, StripedStream, choose_stripes, mix
 
@@ -251,3 +252,16 @@ def test_a_plan_of_a_hundred_thousand_shards_fits_in_little_memory():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 100 << 20
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 64, 100, 256, 5000])
+@pytest.mark.parametrize("kept_bits", [64, 9])
+def test_permutations_are_the_stable_argsort_of_hashes(width, kept_bits, monkeypatch):
+    """Also where hashes are alike but for their lowest bits, as with `kept_bits` 9."""
+    real, dice = order.mix, np.random.default_rng(width)
+    monkeypatch.setattr(order, "mix", lambda values: real(values) >> np.uint64(64 - kept_bits))
+    keys, lengths = dice.integers(0, 2**63, 5).astype(np.uint64), dice.integers(1, width + 1, 5)
+    places = np.arange(width, dtype=np.uint64)
+    hashes = order.mix(keys[:, None] + places * order._STRIDE)
+    hashes[places >= lengths[:, None].astype(np.uint64)] = 2**64 - 1
+    assert (order._permutations(keys, lengths, width) == np.argsort(hashes, axis=1, kind="stable")).all()

@@ -22,7 +22,7 @@ import torch
 
 from open_lm.checkpoint.load_model import load_model
 from open_lm.commands.prepare_chat import main as prepare_chat
-from open_lm.data.plan import key
+from open_lm.data.permutations import key
 from open_lm.generation.decode import generate
 from open_lm.main import main
 

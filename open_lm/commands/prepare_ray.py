@@ -190,7 +190,7 @@ def make_job(flags: TokenizeShuffle) -> tuple[Any, Any]:
 
 def chosen(urls: list[str], flags: TokenizeShuffle) -> list[str]:
     """The files of --subset and --subfraction: the first in the order of a hash of seed and name."""
-    from open_lm.data.plan import key
+    from open_lm.data.permutations import key
 
     n = min(len(urls), flags.subset or len(urls))
     if flags.subfraction is not None:

@@ -15,7 +15,7 @@ from open_lm.data.cache import BLOCK_BYTES, BlockCache
 from open_lm.data.flat import FLAT_KEYS
 from open_lm.data.formats import plain_npy_header
 from open_lm.data.manifest import Shard
-from open_lm.data.plan import key, mix
+from open_lm.data.permutations import key, mix
 from open_lm.data.regular_shards import ByteTable, RegularShards
 from open_lm.data.rows import PROOF_BYTES, SampleRows, read_checksum
 from open_lm.data.sample_check import checked_sample, header_place

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from open_lm.data.plan import identity
+from open_lm.data.permutations import identity
 from open_lm.data.tar import CHECKSUM_MARK
 
 PROOF_BYTES = len(CHECKSUM_MARK) + 16

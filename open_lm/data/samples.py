@@ -8,7 +8,7 @@ import numpy as np
 
 from open_lm import storage
 from open_lm.data.mixture import Plan, Samples
-from open_lm.data.plan import key, mix
+from open_lm.data.permutations import key, mix
 from open_lm.data.reader import SampleReader
 from open_lm.data.rows import SampleRows, read_checksum, shard_ids
 

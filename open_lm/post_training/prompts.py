@@ -10,7 +10,7 @@ import numpy as np
 import orjson
 
 from open_lm import storage
-from open_lm.data.plan import key
+from open_lm.data.permutations import key
 from open_lm.data.sources import Source
 from open_lm.errors import CheckpointError, ConfigError, DataError
 

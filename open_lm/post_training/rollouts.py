@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from open_lm.data.batch import IGNORED, Batch
-from open_lm.data.plan import key
+from open_lm.data.permutations import key
 from open_lm.data.tokenizer import Tokenizer
 from open_lm.errors import ConfigError
 from open_lm.generation.config import GenerateConfig

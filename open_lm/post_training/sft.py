@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from open_lm.data.batch import Batch
-from open_lm.data.plan import key
+from open_lm.data.permutations import key
 from open_lm.errors import ConfigError
 from open_lm.post_training.tasks import TaskKind, TaskParts
 from open_lm.train.tasks import Losses, Task

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from open_lm.data.plan import key, mix
+from open_lm.data.permutations import key, mix
 
 _MOST_BLOCKS = 1 << 20
 

@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 
 from open_lm import storage
-from open_lm.data.plan import key
+from open_lm.data.permutations import key
 from open_lm.errors import DataError, StorageError
 from open_lm.preprocess.job import Job, Workplace, file_and_block, load_job
 from open_lm.preprocess.workers import RunTasks

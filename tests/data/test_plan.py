@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from open_lm.data import plan as order
+from open_lm.data import permutations as order
 from open_lm.data.mixture import Pattern, Plan, share_columns
-from open_lm.data.plan import ResampledStream, StripedStream, choose_stripes, mix
+from open_lm.data.permutations import mix
+from open_lm.data.plan import ResampledStream, StripedStream, choose_stripes
 
 COUNTS = st.lists(st.integers(0, 64), min_size=1, max_size=12).filter(lambda counts: sum(counts) > 0)
 
@@ -262,6 +263,6 @@ def test_permutations_are_the_stable_argsort_of_hashes(width, kept_bits, monkeyp
     monkeypatch.setattr(order, "mix", lambda values: real(values) >> np.uint64(64 - kept_bits))
     keys, lengths = dice.integers(0, 2**63, 5).astype(np.uint64), dice.integers(1, width + 1, 5)
     places = np.arange(width, dtype=np.uint64)
-    hashes = order.mix(keys[:, None] + places * order._STRIDE)
+    hashes = order.mix(keys[:, None] + places * order.STRIDE)
     hashes[places >= lengths[:, None].astype(np.uint64)] = 2**64 - 1
-    assert (order._permutations(keys, lengths, width) == np.argsort(hashes, axis=1, kind="stable")).all()
+    assert (order.permutations(keys, lengths, width) == np.argsort(hashes, axis=1, kind="stable")).all()

@@ -11,7 +11,8 @@ from open_lm.data.batch_positions import make_plan
 from open_lm.data.config import DataConfig
 from open_lm.data.loader import build_loader
 from open_lm.data.manifest import Shard, write_manifest
-from open_lm.data.plan import StripedStream, mix
+from open_lm.data.permutations import mix
+from open_lm.data.plan import StripedStream
 from open_lm.data.shards import write_shard
 from open_lm.data.sources import Source
 

@@ -1,9 +1,13 @@
-"""Settings every test shares: one thread, so that tiny models do not fight over two cores; a cache of their own."""
+"""Settings of every test: one thread, since tiny models fight over two cores; a cache of its own; no time limits of
+hypothesis, for machines are shared."""
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared")
 
 
 @pytest.fixture(scope="session", autouse=True)

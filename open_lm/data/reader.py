@@ -129,10 +129,9 @@ class SampleReader:
         """The places of the samples in their shards, by the numbers in their names; None when one is not as asked."""
         first = self._regular.first_numbers[which]
         if (first < 0).any():
-            names = [header_place(raw[row, :BLOCK].tobytes(), "npy") for row in range(len(raw))]
-            return place if all(names) else None
-        numbers = first + place
-        names = raw[:, :16].view("<u4")
+            known = all(header_place(raw[row, :BLOCK].tobytes(), "npy") for row in range(len(raw)))
+            return place if known else None
+        numbers, names = first + place, raw[:, :16].view("<u4")
         same = (names[:, 2] == _FOUR_DIGITS[numbers % 10_000]).all() and (names[:, 3] == _NAME_END).all()
         same = same and (names[:, 1] == _FOUR_DIGITS[numbers // 10_000 % 10_000]).all() and not raw[:, 16].any()
         same = same and (names[:, 0] == _FOUR_DIGITS[numbers // 100_000_000 % 10_000]).all()

@@ -130,11 +130,12 @@ def bandwidth(world, n_bytes=1 << 28):
     """GB/s that a rank receives in an all-gather over all ranks."""
     part = torch.ones(n_bytes // 4 // world.size, device=world.device)
     whole = torch.empty(part.numel() * world.size, device=world.device)
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
     for k in range(6):
         if k == 2:
             wait(world.device)
             began = time.perf_counter()
-        dist.all_gather_into_tensor(whole, part)
+        gather(whole, part)
     wait(world.device)
     return 4 * (whole.numel() - part.numel()) * 4 / (time.perf_counter() - began) / 1e9
 

@@ -83,7 +83,7 @@ def parse_mesh(text: str) -> dict[str, int]:
         ConfigError: an axis is unknown, named twice, or its size is no count; or more than one is -1.
     """
     parts = text.removeprefix("!").replace(":", "=").split(",")
-    if not any("=" in part for part in parts) and len(parts) <= len(EASYLM_AXES):
+    if all(_is_number(part) for part in parts) and len(parts) <= len(EASYLM_AXES):
         parts = [f"{axis}={number}" for axis, number in zip(EASYLM_AXES, parts, strict=False)]
     sizes: dict[str, int] = {}
     for part in parts:
@@ -92,7 +92,7 @@ def parse_mesh(text: str) -> dict[str, int]:
         if axis not in AXES or axis in sizes:
             what = "is named twice" if axis in sizes else "is no axis"
             raise ConfigError(f"--mesh {text}: {name!r} {what}. Give each of {', '.join(AXES)} at most once.")
-        if not number.lstrip("-").isdigit() or not (int(number) >= 1 or int(number) == -1):
+        if not _is_number(number) or not (int(number) >= 1 or int(number) == -1):
             raise ConfigError(
                 f"--mesh {text}: {axis} {number!r} is no number of ranks: give 1 or more, -1 for the rest."
             )
@@ -100,6 +100,10 @@ def parse_mesh(text: str) -> dict[str, int]:
     if list(sizes.values()).count(-1) > 1:
         raise ConfigError(f"--mesh {text}: only one axis can take the rest (-1).")
     return sizes
+
+
+def _is_number(text: str) -> bool:
+    return text.strip().removeprefix("-").isdigit()
 
 
 def shape_for(sizes: dict[str, int], world_size: int, rest: str = "dp") -> MeshShape:

@@ -32,11 +32,12 @@ class Precision:
         scales = self.autocast_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(device_type) if scales else None
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """The context in which a forward pass runs."""
+    def autocast(self, *, keeps_casts: bool = True) -> contextlib.AbstractContextManager:
+        """The context in which a forward pass runs. `keeps_casts`: weights are cast once and kept to the end, for loops
+        that use them again and again; a training step would hold a copy of every weight that it recomputes with."""
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
-        return torch.autocast(self.device_type, dtype=self.autocast_dtype)
+        return torch.autocast(self.device_type, dtype=self.autocast_dtype, cache_enabled=keeps_casts)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of `loss`, scaled where fp16 needs it."""

@@ -94,9 +94,17 @@ class LossChunk:
         """Of each row: the largest logit, the sum of exponentials relative to it (those go to `exp_CV`), the target's
         logit, its column, and whether that is here (None: always)."""
         largest_C = logits_CV.amax(-1).float()
-        torch.sub(logits_CV, largest_C[:, None], out=exp_CV).exp_()
+        exponentials(logits_CV, largest_C, exp_CV)
         index_C1 = targets_C.clamp(min=0)[:, None]
         return largest_C, exp_CV.sum(-1), logits_CV.gather(1, index_C1)[:, 0].float(), index_C1, None
+
+
+def exponentials(logits_CV: Tensor, largest_C: Tensor, out_CV: Tensor) -> None:
+    """Write exp(logits - largest) to `out_CV`, in fp32."""
+    if logits_CV.dtype == out_CV.dtype or logits_CV.is_cuda:
+        torch.sub(logits_CV, largest_C[:, None], out=out_CV).exp_()
+    else:  # on a CPU torch.sub would make a copy in fp32 first
+        out_CV.copy_(logits_CV).sub_(largest_C[:, None]).exp_()
 
 
 def _accumulate(grad_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:

@@ -15,7 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from open_lm.kernels.loss_chunks import LossChunk, LossSums, gradient_scale, rows_per_chunk, sums_in_chunks
+from open_lm.kernels.loss_chunks import (
+    LossChunk,
+    LossSums,
+    exponentials,
+    gradient_scale,
+    rows_per_chunk,
+    sums_in_chunks,
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,7 @@ class _PartChunk(LossChunk):
     def _statistics(self, logits_CV: Tensor, exp_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, ...]:
         part = self._part
         largest_C = part.max(logits_CV.amax(-1).float())
-        torch.sub(logits_CV, largest_C[:, None], out=exp_CV).exp_()
+        exponentials(logits_CV, largest_C, exp_CV)
         index_C = targets_C - part.start
         is_here_C = (index_C >= 0) & (index_C < part.n)
         index_C1 = index_C.clamp(0, part.n - 1)[:, None]

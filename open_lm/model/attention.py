@@ -48,16 +48,15 @@ class Attention(nn.Module):
         """Heads of keys and values, and their width, as they are here."""
         return self.widths[1] // self.head_dim, self.head_dim
 
-    def keep_part(self, part: int, n_parts: int) -> None:
-        """Compute with one of `n_parts` equal parts of the heads.
-
-        Raises:
-            ConfigError: the heads do not divide.
-        """
+    def require_parts(self, n_parts: int) -> None:
+        """Raise ConfigError where the heads do not divide among `n_parts` ranks."""
         if self.kv_heads % n_parts:
             raise ConfigError(
                 f"--mesh tp={n_parts}: {self.kv_heads} heads of keys and values do not divide among {n_parts} ranks."
             )
+
+    def keep_part(self, part: int, n_parts: int) -> None:
+        """Compute with one of `n_parts` equal parts of the heads."""
         self.widths = [width // n_parts for width in self.widths]
         self.pos_embed.part = part
 

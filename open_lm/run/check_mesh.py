@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
+
 from open_lm.errors import ConfigError
 from open_lm.mesh import MeshShape
+from open_lm.model import create_model
 from open_lm.model.config import ModelConfig
 from open_lm.params import RunConfig
+from open_lm.train.expert_parallel import require_experts
+from open_lm.train.tensor_parallel import require_parts
 
 PER_TOKEN_TASKS = ("pretrain", "sft")
 """Tasks whose loss is a sum over tokens, each by itself."""
@@ -14,11 +21,16 @@ PER_TOKEN_TASKS = ("pretrain", "sft")
 def check_mesh(config: RunConfig, architecture: ModelConfig, shape: MeshShape) -> None:
     """Raise ConfigError where the model, its sequences or the task do not divide as `shape` asks."""
     tp, cp = shape.tp, shape.cp
+    if shape.ep > 1:
+        require_experts(_experts(architecture), shape.ep)
     if tp == cp == 1:
         return
     if not isinstance(architecture, ModelConfig):
         raise ConfigError(f"--mesh {shape}: only the transformers of --model divide by tp and cp. Use fsdp for others.")
     _check_lengths(architecture, shape)
+    if tp > 1:
+        with torch.device("meta"):
+            require_parts(create_model(replace(architecture, n_layers=max(1, architecture.moe_freq))), tp)
     task, flags = config.task.task, config.distillation
     if task not in PER_TOKEN_TASKS or flags.distill_pretrained:
         what = "--distill-pretrained" if flags.distill_pretrained else f"--task {task}"
@@ -31,6 +43,13 @@ def check_mesh(config: RunConfig, architecture: ModelConfig, shape: MeshShape) -
         raise ConfigError(
             f"--mesh {shape}: --attn-seq-scalar {architecture.attn_seq_scalar} scales by the length. Leave out cp."
         )
+
+
+def _experts(architecture: ModelConfig) -> list[int]:
+    """The numbers of experts of each layer that has any."""
+    if not isinstance(architecture, ModelConfig):
+        return []
+    return [architecture.moe_num_experts for layer in range(architecture.n_layers) if architecture.has_experts(layer)]
 
 
 def _check_lengths(architecture: ModelConfig, shape: MeshShape) -> None:

@@ -1,28 +1,19 @@
-"""Costs of a mesh: what a rank holds and what it receives in a step, by arithmetic and one pass on fake tensors.
-
-Shapes: B sequences, T positions, D model width, H heads, G heads of keys and values, K head width, V vocabulary.
-"""
+"""Costs of a mesh: what a rank holds and what it receives in a step, by arithmetic and one pass on fake tensors."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from open_lm import text
+from open_lm.kernels.loss_chunks import rows_per_chunk
 from open_lm.mesh import MeshShape
 from open_lm.model import create_model
 from open_lm.model.architecture import ModelConfig
-from open_lm.model.moe import Experts
-from open_lm.model.transformer import Transformer
-
-WEIGHT_AND_STATE_BYTES = {"bf16": 8}
-"""Weight, gradient and two moments of a parameter; 16 for all other precisions."""
-LOGIT_CHUNK_BYTES = 1 << 25
-"""The working memory of the loss at most: some rows of logits, twice in fp32."""
+from open_lm.run.kept_memory import kept_bytes
+from open_lm.run.local_weights import LocalWeights
+from open_lm.run.mesh_traffic import traffic
 
 
 @dataclass(frozen=True)
@@ -34,20 +25,20 @@ class RankCosts:
     gathered: int
     """Whole weights of the blocks that FSDP has gathered: the current and the next, and the outer layers'."""
     activations: int
-    """Memory that the forward pass of one micro-batch keeps for the backward pass."""
+    """Memory that the forward pass of one micro-batch keeps for the backward pass, cast weights included."""
+    held: int
+    """Memory at the peak: never all of these at once, but temporary values beside them."""
+    peak: str
+    """Moment of the peak."""
     traffic: dict[str, int]
     """Received in a step, by axis."""
-
-    @property
-    def held(self) -> int:
-        """All that is held at the peak."""
-        return self.state + self.gathered + self.activations
 
     def __str__(self) -> str:
         received = ", ".join(f"{axis} {text.size(n)}" for axis, n in self.traffic.items() if n) or "nothing"
         return (
-            f"memory a rank {text.size(self.held)}: {text.size(self.state)} weights, gradients and optimizer, "
-            f"{text.size(self.gathered)} gathered weights, {text.size(self.activations)} activations of a micro-batch\n"
+            f"memory a rank {text.size(self.held)} at the peak, {self.peak}; not all at once: {text.size(self.state)} "
+            f"weights, gradients and optimizer, {text.size(self.gathered)} gathered weights, "
+            f"{text.size(self.activations)} activations of a micro-batch\n"
             f"traffic       received a rank and step: {received}"
         )
 
@@ -69,110 +60,70 @@ def rank_costs(
     """
     with torch.device("meta"):
         model = create_model(config)
-    dense, experts = _parameters(model, config)
-    n_dense, n_experts = dense / shape.tp / shape.n_shards, experts / shape.tp / shape.n_shards
-    value = 4 if precision == "fp32" else 2
-    local_dense, local_experts = dense / shape.tp, experts / shape.tp / shape.ep
-    tables = 2 * config.vocab_size * config.hidden_dim / shape.tp
-    blocks = (local_dense + local_experts - tables) / config.n_layers
-    stored = 2 if precision == "bf16" else 4
-    whole = 2 if low_gather else stored
-    gathered = (tables + 2 * blocks) * whole if sharded and shape.n_shards > 1 else 0
-    micro = max(1, sequences // accum)
-    logits = 8 * micro * config.seq_len // shape.cp * config.vocab_size // shape.tp
+    weights = LocalWeights.of(model, config, shape)
+    stored, is_sharded = 2 if precision == "bf16" else 4, sharded and shape.n_shards > 1
+    gathered = (2 if low_gather else stored) if is_sharded else 0
+    is_cast = precision not in ("fp32", "bf16") and not (low_gather and is_sharded)
+    micro, value = max(1, sequences // accum), 4 if precision == "fp32" else 2
+    tokens = micro * config.seq_len // shape.cp
+    kept = kept_bytes(config, shape, micro, precision, recompute=recompute)
+    cast = 2 * (weights.block if recompute else weights.blocks) * is_cast
+    activations = kept.blocks + kept.around + cast
+    moments = _moments(
+        weights,
+        activations,
+        kept.block if recompute else kept.block / 4,
+        tokens=tokens,
+        dim=config.hidden_dim,
+        vocab=config.vocab_size // shape.tp,
+        value=value,
+        stored=stored,
+        gathered=gathered,
+        keeps_gradients=accum > 1 or (shape.size > 1 and not sharded),
+    )
+    peak = max(moments, key=lambda moment: moments[moment])
     return RankCosts(
-        state=round((n_dense + n_experts) * WEIGHT_AND_STATE_BYTES.get(precision, 16)),
-        gathered=round(gathered),
-        activations=activation_bytes(config, shape, micro, precision, recompute=recompute)
-        + min(LOGIT_CHUNK_BYTES, logits),
-        traffic=_traffic(config, shape, micro * accum, accum, value, local_dense, local_experts, stored, whole),
-    )
+        state=round(weights.share * 4 * stored),
+        gathered=round((weights.tables + 2 * weights.block) * gathered),
+        activations=round(activations),
+        held=round(moments[peak]),
+        peak=peak,
+        traffic=traffic(
+            model, config, weights,
+            tokens=tokens * accum, accum=accum, value=value, stored=stored, gathered=gathered or stored,
+            recompute=recompute,
+        ),
+    )  # fmt: skip
 
 
-def _parameters(model: nn.Module, config: ModelConfig) -> tuple[int, int]:
-    """Numbers of dense layers and of layers of experts."""
-    experts = sum(p.numel() for m in model.modules() if isinstance(m, Experts) for p in m.parameters())
-    return sum(p.numel() for p in model.parameters()) - experts, experts
-
-
-def _traffic(
-    config: ModelConfig,
-    shape: MeshShape,
-    sequences: int,
-    accum: int,
+def _moments(
+    weights: LocalWeights,
+    activations: float,
+    block: float,
+    *,
+    tokens: int,
+    dim: int,
+    vocab: int,
     value: int,
-    dense: float,
-    experts: float,
     stored: int,
-    whole: int,
-) -> dict[str, int]:
-    """Bytes received from other ranks in a step."""
-    tokens = sequences * config.seq_len / shape.cp
+    gathered: int,
+    keeps_gradients: bool,
+) -> dict[str, float]:
+    """Memory held at each of the moments that can be a step's peak.
 
-    def others(n: int) -> float:
-        return (n - 1) / n
-
-    weights = dense * others(shape.n_shards) + experts * others(shape.fsdp * shape.cp)
-    n_moe = sum(map(config.has_experts, range(config.n_layers)))
-    keys = 2 * config.kv_heads * config.head_dim / shape.tp
-    return {
-        "fsdp": round(
-            accum * weights * (2 * whole + stored)
-        ),  # gathered twice, gradients scattered once, for each micro-batch
-        "dp": round(2 * (dense / shape.n_shards + experts / (shape.fsdp * shape.cp)) * stored * others(shape.dp)),
-        "tp": round((8 * config.n_layers + 4) * tokens * config.hidden_dim * value * others(shape.tp)),
-        "cp": round(2 * config.n_layers * tokens * (shape.cp - 1) * keys * value),
-        "ep": round(4 * n_moe * tokens * config.moe_top_k * config.hidden_dim * value * others(shape.ep)),
-    }
-
-
-def activation_bytes(config: ModelConfig, shape: MeshShape, sequences: int, precision: str, *, recompute: bool) -> int:
-    """Bytes of activations of one micro-batch on a rank: those of a block, times the blocks.
-
-    Measured on fake tensors over the rank's part of the sequence. Tensor parallelism divides all but the inputs of the
-    first matrices, which are gathered; context parallelism adds the keys and values of the other ranks.
+    Between the last two gradients grow evenly as activations go. Gradients are there before the backward pass in all
+    micro-batches but the first, and in DDP's buckets; FSDP reduces those of embedding and output when it ends.
     """
-    seq_len, value = config.seq_len // shape.cp, 4 if precision == "fp32" else 2
-    hidden = sequences * seq_len * config.hidden_dim * value
-    if recompute:
-        kept = hidden * 4 // value if precision != "bf16" else hidden
-        return round(config.n_layers * kept / shape.tp + _block_bytes(config, sequences, seq_len, precision) / shape.tp)
-    block = _block_bytes(config, sequences, seq_len, precision)
-    divided = (block - 2 * hidden) / shape.tp + 2 * hidden if shape.tp > 1 else block
-    keys = 2 * sequences * config.seq_len * config.kv_heads * config.head_dim * value / shape.tp
-    return round(config.n_layers * (divided + (keys if shape.cp > 1 else 0)))
-
-
-def _block_bytes(config: ModelConfig, sequences: int, seq_len: int, precision: str) -> int:
-    """Bytes of activations of one block."""
-    one, two = (
-        _kept_bytes(replace(config, n_layers=n, moe_freq=min(config.moe_freq, 1)), sequences, seq_len, precision)
-        for n in (1, 2)
-    )
-    return two - one
-
-
-def _kept_bytes(config: ModelConfig, sequences: int, seq_len: int, precision: str) -> int:
-    """Bytes that autograd saves in a forward pass of the whole model, weights not counted."""
-    kept: dict[int, Any] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept.setdefault(storage._cdata, (storage, tensor.shape))
-        return tensor
-
-    low, default = precision not in ("fp32", "bf16"), torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if precision == "bf16" else torch.float32)
-    try:
-        with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model = Transformer(config).train()
-            ids_BT = torch.zeros((sequences, seq_len), dtype=torch.long)
-            with torch.autocast("cpu", torch.bfloat16, enabled=low, cache_enabled=True):
-                model(ids_BT, head=lambda hidden_BTD, weight_VD, **_: hidden_BTD.sum())
-    finally:
-        torch.set_default_dtype(default)
-    owned = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    shapes = {shape for p in model.parameters() if p.ndim > 1 for shape in (p.shape, p.mT.shape)}  # cast by autocast
-    return sum(
-        storage.nbytes() for key, (storage, shape) in kept.items() if key not in owned and not (low and shape in shapes)
-    )
+    n_table = vocab * dim
+    gradients = weights.share * stored
+    resting = weights.share * 3 * stored + weights.tables * gathered
+    before = resting + activations + gradients * keeps_gradients
+    logits = rows_per_chunk(tokens, dim, vocab) * vocab * (value + 4)
+    output = n_table * (4 + (2 * value if value == 2 else 0))  # its gradient; the cast weight and a product of a chunk
+    whole = 2 * stored * weights.tables if gathered else 0  # gradients of the outer layers, and what is sent of them
+    passing = block + 2 * weights.block * (gathered + (2 * stored if gathered else 0))
+    return {
+        "in the loss": before + logits + output + tokens * dim * (stored + 2 * value),
+        "as the backward pass begins": before + passing + 8 * n_table + 2 * stored * tokens * dim,
+        "as the backward pass ends": resting + gradients + passing + whole,
+    }

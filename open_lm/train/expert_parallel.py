@@ -5,6 +5,7 @@ Shapes: D model width, E experts, L experts of one rank, C rows of an expert fro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -27,12 +28,9 @@ def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
         ConfigError: there are none, or they do not divide.
     """
     stacks = [module for module in model.modules() if isinstance(module, Experts)]
-    if not stacks:
-        raise ConfigError(f"--mesh ep={mesh.size()}: the model has no experts. Use fsdp or tp for its weights.")
     n_ranks, number = mesh.size(0), mesh.get_local_rank(0)
+    require_experts([experts.n_experts for experts in stacks], n_ranks)
     for experts in stacks:
-        if experts.n_experts % n_ranks:
-            raise ConfigError(f"--mesh ep={n_ranks}: {experts.n_experts} experts do not divide among {n_ranks} ranks.")
         for name, parameter in list(experts.named_parameters(recurse=False)):
             local: Any = parameter.detach()
             placements = [Shard(0)]
@@ -42,6 +40,15 @@ def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
             setattr(experts, name, nn.Parameter(part, requires_grad=parameter.requires_grad))
         experts.__class__ = type("Spread" + type(experts).__name__, (SpreadExperts, type(experts)), {})
         cast("SpreadExperts", experts).ranks = mesh.get_group(0)
+
+
+def require_experts(numbers: Sequence[int], n_ranks: int) -> None:
+    """Raise ConfigError where layers with these `numbers` of experts, perhaps none, do not divide among the ranks."""
+    if not numbers:
+        raise ConfigError(f"--mesh ep={n_ranks}: the model has no experts. Use fsdp or tp for its weights.")
+    for number in numbers:
+        if number % n_ranks:
+            raise ConfigError(f"--mesh ep={n_ranks}: {number} experts do not divide among {n_ranks} ranks.")
 
 
 class SpreadExperts(Experts):

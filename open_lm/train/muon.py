@@ -24,6 +24,10 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 BUCKET_ELEMENTS = 32 << 20
 """Elements of sharded updates that are gathered at the same time."""
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+"""The second names are those before torch 2.13, which warns of them."""
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -176,7 +180,7 @@ def _on_one_rank_each(
     lengths = [n_rows * width for n_rows, width in zip(rows, widths, strict=True)]
     mine = torch.cat([_padded(update, length) for (_, update), length in zip(bucket, lengths, strict=True)])
     everyone = mine.new_empty(size * len(mine))
-    dist.all_gather_into_tensor(everyone, mine, group=group)
+    _all_gather(everyone, mine, group=group)
     shards = everyone.view(size, -1).split(lengths, dim=1)
     results = torch.zeros_like(everyone).view(size, -1)
     for number, ((parameter, _), shard, out) in enumerate(
@@ -186,7 +190,7 @@ def _on_one_rank_each(
             whole = shard.reshape(-1)[: parameter.numel()].view(parameter.shape)
             made = direction(parameter, whole).reshape(-1)
             out.copy_(_padded(made, out.numel()).view_as(out))
-    dist.reduce_scatter_tensor(mine, results.view(-1), group=group)  # the others sent zeros: nothing is rounded
+    _reduce_scatter(mine, results.view(-1), group=group)  # the others sent zeros: nothing is rounded
     for (parameter, update), part in zip(bucket, mine.split(lengths), strict=True):
         yield parameter, part[: update.numel()].view_as(update)
 

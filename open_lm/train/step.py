@@ -57,7 +57,7 @@ def train_step(
     parts = torch.zeros(len(state.task.names), device=batch.device)
     for micro, is_last in with_last(batch.split(accum)):
         with grad_sync(state.model, enabled=is_last):
-            with timing("forward"), state.precision.autocast():
+            with timing("forward"), state.precision.autocast(keeps_casts=False):
                 losses = faults.at("loss", state.task.loss_sums(state.model, micro))
             with timing("backward"):  # DDP and FSDP average gradients over ranks: undo that, the loss is a sum
                 state.precision.backward(losses.total / first(count) * state.world.shape.n_shares)

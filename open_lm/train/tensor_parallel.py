@@ -72,12 +72,10 @@ def apply_tensor_parallel(model: Any, mesh: DeviceMesh) -> None:
     Raises:
         ConfigError: it declares no plan, or its heads, widths or vocabulary do not divide.
     """
-    if not hasattr(model, "tensor_plan"):
-        raise ConfigError(f"--mesh tp={mesh.size()}: {type(model).__name__} has no plan for it. Use fsdp instead.")
+    require_parts(model, mesh.size())
     parallel = TensorParallel(mesh)
-    plans = [(owner, name, split) for owner in list(model.modules()) for name, split in _plan(owner)]
-    for owner, name, split in plans:
-        _divide(owner.get_submodule(name), split, parallel, f"{type(owner).__name__}.{name}")
+    for owner, name, split in list(_plans(model)):
+        _divide(owner.get_submodule(name), split, parallel)
     for module in model.modules():
         if isinstance(module, Attention):
             module.keep_part(parallel.rank, parallel.size)
@@ -90,28 +88,55 @@ def apply_tensor_parallel(model: Any, mesh: DeviceMesh) -> None:
     model.tie_weights()
 
 
-def _plan(module: nn.Module) -> Iterator[tuple[str, Split]]:
-    declared: Any = getattr(module, "tensor_plan", dict)
-    yield from declared().items()
+def require_parts(model: Any, size: int) -> None:
+    """Raise ConfigError where `model` has no plan, or something in it does not divide among `size` ranks."""
+    if not hasattr(model, "tensor_plan"):
+        raise ConfigError(f"--mesh tp={size}: {type(model).__name__} has no plan for it. Use fsdp instead.")
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.require_parts(size)
+    for owner, path, split in _plans(model):
+        module = owner.get_submodule(path)
+        placements, blocks = _KINDS[type(split)][1], _blocks(module, split)
+        for name, parameter in module.named_parameters(recurse=False):
+            placement = placements.get(name)
+            for n in (blocks or (parameter.shape[placement.dim],)) if isinstance(placement, Shard) else ():
+                if n % size:
+                    where = f"{type(owner).__name__}.{path}"
+                    raise ConfigError(
+                        f"--mesh tp={size}: {where} has {n} rows or columns, which do not divide among {size} ranks. "
+                        "Change the model's widths or tp."
+                    )
 
 
-def _divide(module: nn.Module, split: Split, parallel: TensorParallel, name: str) -> None:
+def _plans(model: nn.Module) -> Iterator[tuple[nn.Module, str, Split]]:
+    """Each plan: the module that declares it, the path from there to what it divides, and how."""
+    for owner in model.modules():
+        declared: Any = getattr(owner, "tensor_plan", dict)
+        for name, split in declared().items():
+            yield owner, name, split
+
+
+def _blocks(module: nn.Module, split: Split) -> tuple[int, ...]:
+    """The rows of each matrix that the weight packs; none where it is one matrix."""
+    if isinstance(split, HiddenWidth):
+        return (module.width, module.width) if module.gated else ()  # type: ignore[return-value]
+    return split.blocks if isinstance(split, SplitRows) else ()
+
+
+def _divide(module: nn.Module, split: Split, parallel: TensorParallel) -> None:
     """Make the weights of `module` DTensors and let it compute with this rank's part."""
     kind, placements = _KINDS[type(split)]
     if isinstance(module, nn.Linear):
         kind = {Tokens: RouterOf, Vocabulary: OutputOf}.get(type(split), kind)
-    dims = {n: placements.get(n, Replicate()) for n, _ in module.named_parameters(recurse=False)}
-    blocks = split.blocks if isinstance(split, SplitRows) else ()
-    if isinstance(split, HiddenWidth):
-        blocks = (module.width, module.width) if module.gated else ()  # type: ignore[assignment]
-    for parameter_name, placement in dims.items():
-        parameter = module.get_parameter(parameter_name)
+    blocks = _blocks(module, split)
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        placement = placements.get(name, Replicate())
         if isinstance(parameter, DTensor):  # tied to one that is divided already
             continue
-        _require_divisible(parameter, placement, blocks, parallel.size, name)
-        packs = blocks if isinstance(placement, Shard) and parameter_name in ("weight", "bias", "w12") else ()
+        packs = blocks if isinstance(placement, Shard) and name in ("weight", "bias", "w12") else ()
         divided = _divided(parameter, placement, packs, parallel)
-        setattr(module, parameter_name, nn.Parameter(divided, requires_grad=parameter.requires_grad))
+        setattr(module, name, nn.Parameter(divided, requires_grad=parameter.requires_grad))
     bases = (kind, type(module)) if not issubclass(kind, type(module)) else (kind,)
     module.__class__ = type(kind.__name__ + type(module).__name__, bases, {})
     module.parallel, module.blocks = parallel, blocks  # type: ignore[assignment]
@@ -123,14 +148,6 @@ def _divided(parameter: Tensor, placement: Placement, blocks: tuple[int, ...], p
         assert isinstance(placement, Shard)
         whole = RowOrder(blocks, parallel.size, placement.dim).in_memory(whole)
     return distribute_tensor(whole, parallel.mesh, [placement], src_data_rank=None)
-
-
-def _require_divisible(parameter: Tensor, placement: Placement, blocks: tuple[int, ...], size: int, name: str) -> None:
-    if not isinstance(placement, Shard):
-        return
-    for n in blocks or (parameter.shape[placement.dim],):
-        if n % size:
-            raise ConfigError(f"--mesh tp={size}: {name} has {n} rows, which do not divide among {size} ranks.")
 
 
 def _row_orders(model: nn.Module) -> Iterator[tuple[str, RowOrder]]:
@@ -171,7 +188,13 @@ class RowsOf(nn.Linear):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         own = self.parallel.own
-        return self.product(self.parallel.enter(x_BTD), own(self.weight), own(self.bias))
+        return self.product(self.parallel.enter(_as_multiplied(x_BTD)), own(self.weight), own(self.bias))
+
+
+def _as_multiplied(x: Tensor) -> Tensor:
+    """`x` in the type that autocast multiplies in: rounded before it is sent, half as many bytes travel."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 class ColumnsOf(nn.Linear):

@@ -16,15 +16,16 @@ DEVICE = torch.device("cuda")
 
 
 @pytest.mark.parametrize("rule", ["window", "documents", "both"])
-@pytest.mark.parametrize("kv_heads", [8, 2])
-def test_flex_attention_equals_attention_in_blocks_and_so_do_its_gradients(rule, kv_heads):
+@pytest.mark.parametrize(("kv_heads", "n_queries"), [(8, 1024), (2, 1024), (2, 384)])
+def test_flex_attention_equals_attention_in_blocks_and_so_do_its_gradients(rule, kv_heads, n_queries):
     documents = (torch.arange(1024, device=DEVICE) // 300).expand(2, 1024)
     mask = Mask(
-        1024, 1024, DEVICE,
+        n_queries, 1024, DEVICE,
         window=None if rule == "documents" else 200, documents_BS=None if rule == "window" else documents,
     )  # fmt: skip
     torch.manual_seed(0)
-    first = [torch.randn(2, 1024, h, 64, device=DEVICE, requires_grad=True) for h in (8, kv_heads, kv_heads)]
+    shapes = ((2, n_queries, 8, 64), (2, 1024, kv_heads, 64), (2, 1024, kv_heads, 64))  # a rank of cp has fewer queries
+    first = [torch.randn(shape, device=DEVICE, requires_grad=True) for shape in shapes]
     second = [x.detach().clone().requires_grad_() for x in first]
     one, other = attend_masked.masked_attention(*first, mask), attend_masked.in_blocks(*second, mask)
     torch.testing.assert_close(one, other, atol=2e-2, rtol=2e-2)
@@ -67,15 +68,26 @@ def test_it_trains(tmp_path, extra):
     assert losses[-1] < losses[0]
 
 
+EXPERTS = {"moe_freq": 2, "moe_num_experts": 4, "moe_capacity_factor": 0.0, "moe_loss_weight": 0.0}
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
-@pytest.mark.parametrize("mesh", ["tp=2", "cp=2", "fsdp=2"])
-def test_two_gpus_take_the_steps_of_one(tmp_path, mesh):
+@pytest.mark.parametrize("mesh", ["dp=2", "fsdp=2", "tp=2", "cp=2", "ep=2"])
+def test_two_gpus_take_the_steps_of_one_which_goes_on_from_their_checkpoint(tmp_path, mesh):
     manifest = write_data(tmp_path / "data")
     model = {"hidden_dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "seq_len": 16, "vocab_size": 16}
-    (tmp_path / "model.json").write_text(json.dumps(model))
-    common = ["--model", str(tmp_path / "model.json"), "--device", "cuda"]
-    for name, ranks, extra in (("one", 1, []), ("two", 2, ["--mesh", mesh])):
+    (tmp_path / "model.json").write_text(json.dumps(model | (EXPERTS if "ep" in mesh else {})))
+    common = ["--model", str(tmp_path / "model.json"), "--device", "cuda", "--precision", "fp32"]
+    common += ["--num-checkpoints", "2"]
+    sharded = ["--mesh", mesh, "--checkpoint-format", "consolidated" if mesh == "dp=2" else "sharded"]
+    for name, ranks, extra in (
+        ("one", 1, []),
+        ("two", 2, sharded),
+        ("broken", 2, [*sharded, "--stop-at-step", "7"]),
+        ("broken", 1, ["--resume", "latest"]),
+    ):
         done = run_command(flags(tmp_path, manifest, *common, *extra, name=name), ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
-    expected, got = metrics(tmp_path, "one"), metrics(tmp_path, "two")
-    assert list(got.values()) == pytest.approx(list(expected.values()), abs=1e-3)
+    expected = metrics(tmp_path, "one")
+    for name in ("two", "broken"):
+        assert metrics(tmp_path, name) == pytest.approx(expected, abs=1e-3), name

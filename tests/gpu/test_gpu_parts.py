@@ -11,6 +11,8 @@ import pytest
 import torch
 from runs import ROOT, flags, folder_of, metrics, run, run_command, weights, write_data
 
+from open_lm.checkpoint.snapshot import live, take
+from open_lm.checkpoint.tree import Staging, tensors_of
 from open_lm.data.batch import Batch
 from open_lm.distributed import World
 from open_lm.errors import ConfigError
@@ -162,6 +164,20 @@ def test_a_save_in_the_background_holds_the_weights_of_its_step(tmp_path):
     label = saved.stem.removeprefix("epoch_")
     for name, value in weights(tmp_path, "stopped", label).items():
         torch.testing.assert_close(weights(tmp_path, "often", label)[name], value, atol=1e-6, rtol=1e-5)
+
+
+def test_a_snapshot_is_copied_through_pinned_memory_that_is_kept():
+    state, staging = state_of(SMALL), Staging()
+    steps(state, 1)
+    found = []
+    for _ in range(2):
+        tree = take(live(state), sharded=False, is_master=True, staging=staging)
+        found.append([tensor.data_ptr() for tensor in tensors_of(tree)])
+        assert all(t.device.type == "cpu" for t in tensors_of(tree))
+        assert DEVICE.type == "cpu" or all(t.is_pinned() for t in tensors_of(tree["weights"]))
+    assert found[0] == found[1]
+    for name, weight in state.model.state_dict().items():
+        assert torch.equal(tree["weights"][name], weight.cpu()), name
 
 
 def test_a_signal_stops_a_run_that_goes_on_where_it_was(tmp_path):

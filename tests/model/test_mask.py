@@ -79,10 +79,12 @@ def test_gradients_equal_those_of_the_dense_mask(rule):
         torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("rule", list(RULES)[1:])
-def test_flex_attention_is_given_the_same_mask(rule):
-    q, k, v = (x.detach() for x in qkv())
-    mask = Mask(S, S, q.device, **RULES[rule])
+@pytest.mark.parametrize(
+    ("rule", "n_queries"), [*((rule, S) for rule in list(RULES)[1:]), ("documents and window", 11)]
+)
+def test_flex_attention_is_given_the_same_mask(rule, n_queries):
+    q, k, v = (x.detach() for x in qkv(n_queries))
+    mask = Mask(n_queries, S, q.device, **RULES[rule])
     found = attend_masked.by_flex(q, k, v, mask, compiled=False)
     torch.testing.assert_close(found.double(), expected(q, k, v, RULES[rule]), atol=1e-5, rtol=1e-5)
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from planted import PLANTED  # noqa: E402
+from planted_meshes import IN_MESHES  # noqa: E402
 
 SLOW = ("commands", "faults", "parallel", "ownership", "remote", "moe", "checkpoint", "icl")
 """Parts of the names of tests that start processes, or are many: their mutants come last."""
@@ -109,7 +110,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=600, help="tests that take longer count as noticing")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    chosen = [mutant for mutant in PLANTED if arguments.only in " ".join(mutant)]
+    chosen = [mutant for mutant in PLANTED + IN_MESHES if arguments.only in " ".join(mutant)]
     chosen.sort(key=lambda mutant: sum(word in mutant.tests for word in SLOW))
     import_what_is_slow()
     rows = []

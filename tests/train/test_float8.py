@@ -158,6 +158,19 @@ def _on_ranks(world, mesh, folder):
         torch.save((loss.item(), norms), f"{folder}/{mesh}.pt")
 
 
+def _narrow(world):
+    parallel = ParallelConfig(mesh="tp=2", float8="rowwise", precision="amp_bf16")
+    world = replace(world, mesh=mesh_shape(parallel, world.size))
+    block = build_wrapped(ModelConfig(**{**MODEL, "ffn_dim": 80}), world, parallel, 3, torch.float32).layers[0]
+    layers = {"w3": block.feed_forward.w3, "out_proj": block.attention.out_proj}
+    multiplies = {name: type(layer.product).__name__ == "DividedProduct" for name, layer in layers.items()}
+    assert multiplies == {"w3": False, "out_proj": True}  # 80 divides by 16, half of it does not
+
+
+def test_what_counts_is_the_width_of_a_rank():
+    run_ranks(_narrow, 2)
+
+
 def test_divided_and_sharded_layers_multiply_in_float8_too(tmp_path):
     run_ranks(_on_ranks, 1, "dp=1", str(tmp_path))
     expected, norms = torch.load(tmp_path / "dp=1.pt")

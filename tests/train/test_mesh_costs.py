@@ -7,12 +7,14 @@ import pytest
 import torch
 from gloo import run_ranks
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from train.test_meshes import make_state
 
 from open_lm.data.batch import Batch
 from open_lm.mesh import MeshShape, parse_mesh, shape_for
 from open_lm.model.architecture import ModelConfig
-from open_lm.run.mesh_costs import activation_bytes, rank_costs
+from open_lm.run.kept_memory import kept_bytes
+from open_lm.run.mesh_costs import rank_costs
 from open_lm.train.config import ParallelConfig, mesh_shape
 from open_lm.train.step import train_step
 from open_lm.train.timing import Timing
@@ -58,7 +60,8 @@ def test_activations_and_state_of_a_rank_are_as_forecast(tmp_path, mesh):
     shape, config = shape_for(parse_mesh(mesh), 2), ModelConfig(**CONFIG)
     costs = rank_costs(config, shape, sequences=4, accum=1, precision="fp32", sharded=True, recompute=False)
     assert costs.state == pytest.approx(state, rel=0.15)
-    assert activation_bytes(config, shape, 4, "fp32", recompute=False) == pytest.approx(activations, rel=0.15)
+    kept = kept_bytes(config, shape, 4, "fp32", recompute=False)
+    assert kept.blocks + kept.around == pytest.approx(activations, rel=0.15)
 
 
 LARGER = {"hidden_dim": 256, "n_heads": 8, "n_kv_heads": 4, "n_layers": 8, "seq_len": 512, "vocab_size": 2048,
@@ -66,7 +69,8 @@ LARGER = {"hidden_dim": 256, "n_heads": 8, "n_kv_heads": 4, "n_layers": 8, "seq_
 
 
 def a_step(state):
-    batch = Batch.from_samples(torch.zeros(8 // state.world.shape.n_data, 513, dtype=torch.long))
+    size = (8 // state.world.shape.n_data, state.model.config.seq_len + 1)
+    batch = Batch.from_samples(torch.randint(0, state.model.config.vocab_size, size))
     batch = batch if state.part is None else batch.of_part(state.part)
     train_step(state, batch, accum=1, clip=1.0, timing=Timing(state.world.device))
 
@@ -110,8 +114,8 @@ def test_traffic_is_what_the_axes_send():
         return rank_costs(config, shape, sequences=4, accum=1, precision="fp32", sharded=True, recompute=False).traffic
 
     assert not any(traffic().values())
-    n = sum(p.numel() for p in make_state_parameters(config))
-    assert traffic(fsdp=4)["fsdp"] == 3 * n * 4 * 3 // 4
+    n, tables = sum(p.numel() for p in make_state_parameters(config)), 2 * 64 * 64
+    assert traffic(fsdp=4)["fsdp"] == (3 * n - tables) * 4 * 3 // 4
     assert traffic(dp=2)["dp"] == n * 4
     assert traffic(tp=2)["tp"] == (8 * 6 + 4) * 4 * 256 * 64 * 4 // 2
     assert traffic(cp=2)["cp"] == 2 * 6 * 4 * 128 * 2 * 2 * 16 * 4
@@ -121,3 +125,66 @@ def make_state_parameters(config):
     from open_lm.model import create_model
 
     return create_model(config).parameters()
+
+
+class Received(TorchDispatchMode):
+    """Counts the bytes that collectives of two ranks bring to this one."""
+
+    n_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name.partition("::")[2]
+        first = (
+            sum(t.nbytes for t in (args[0] if isinstance(args[0], list) else args[:1]) if torch.is_tensor(t))
+            if args
+            else 0
+        )
+        if name in ("_allgather_base_", "_reduce_scatter_base_"):
+            self.n_bytes += abs(args[0].nbytes - args[1].nbytes)
+        elif name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+            self.n_bytes += abs(result.nbytes - first)
+        elif name in ("allreduce_", "all_reduce"):
+            self.n_bytes += first
+        elif name == "all_to_all_single":
+            self.n_bytes += result.nbytes // 2
+        return result
+
+
+def _count(world, mesh, changes, flags, folder):
+    parallel = ParallelConfig(mesh=mesh, **flags)
+    world = dataclasses.replace(world, mesh=mesh_shape(parallel, world.size))
+    state = make_state(world, parallel, changes, precision=parallel.precision)
+    a_step(state)
+    with Received() as received:
+        a_step(state)
+    if world.rank == 0:
+        torch.save(received.n_bytes, f"{folder}/{mesh}.pt")
+
+
+SHORT = {"hidden_dim": 128, "n_heads": 8, "n_kv_heads": 4, "n_layers": 3, "seq_len": 128, "vocab_size": 256,
+         "ffn_dim": 384}  # fmt: skip
+EXPERTS = {"n_kv_heads": 8, "moe_freq": 2, "moe_num_experts": 4, "moe_capacity_factor": 0.0}
+LOW, AGAIN = {"precision": "amp_bf16"}, {"precision": "amp_bf16", "grad_checkpointing": True}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "changes", "flags"),
+    [
+        ("fsdp=2", {}, {"precision": "fp32"}),
+        ("fsdp=2", {}, {**LOW, "fsdp_amp": True}),
+        ("tp=2", {}, LOW),
+        ("tp=2", {}, AGAIN),
+        ("cp=2", {}, AGAIN),
+        ("ep=2", EXPERTS, LOW),
+    ],
+)
+def test_traffic_is_what_collectives_bring(tmp_path, mesh, changes, flags):
+    run_ranks(_count, 2, mesh, SHORT | changes, flags, str(tmp_path))
+    shape, again = shape_for(parse_mesh(mesh), 2), flags.get("grad_checkpointing", False)
+    costs = rank_costs(
+        ModelConfig(**SHORT | changes), shape, sequences=8 // shape.n_data, accum=1, precision=flags["precision"],
+        sharded=True, recompute=again, low_gather=flags.get("fsdp_amp", False),
+    )  # fmt: skip
+    assert sum(costs.traffic.values()) == pytest.approx(torch.load(tmp_path / f"{mesh}.pt"), rel=0.05)

@@ -89,3 +89,11 @@ def test_from_tensor_parallel_to_sharded_and_to_one_process(tmp_path):
     run_ranks(_saved, 2, folder, "tp=2", "shared keys, qk norm", "adamw", "sharded")
     run_ranks(_resumed, 2, folder, ["fsdp=2", "cp=2"], "shared keys, qk norm", "adamw")
     run_ranks(_resumed, 1, folder, ["dp=1"], "shared keys, qk norm", "adamw")
+
+
+@pytest.mark.slow
+def test_from_eight_ranks_to_one_and_to_three(tmp_path):
+    folder, name = tmp_path / "run", "tied, qk norm"
+    run_ranks(_saved, 8, folder, "dp=2,fsdp=2,tp=2", name, "muon", "sharded")
+    run_ranks(_resumed, 1, folder, ["dp=1"], name, "muon")
+    run_ranks(_resumed, 3, folder, ["fsdp=3", "dp=3"], name, "muon")

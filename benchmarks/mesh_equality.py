@@ -145,7 +145,7 @@ def rank_of(rank, mesh, size, port, families, args, folder):
 
 
 def on_ranks(mesh, families, args, folder):
-    """What `mesh` differs by, by family; a text where it was refused."""
+    """Differences of `mesh` from one process, by family; a text where it was refused."""
     size = shape_for(parse_mesh(mesh), max(1, torch.tensor(list(parse_mesh(mesh).values())).prod().item())).size
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -49,7 +49,8 @@ def _experts(architecture: ModelConfig) -> list[int]:
     """The numbers of experts of each layer that has any."""
     if not isinstance(architecture, ModelConfig):
         return []
-    return [architecture.moe_num_experts for layer in range(architecture.n_layers) if architecture.has_experts(layer)]
+    n_experts = architecture.moe_num_experts or 0
+    return [n_experts for layer in range(architecture.n_layers) if architecture.has_experts(layer)]
 
 
 def _check_lengths(architecture: ModelConfig, shape: MeshShape) -> None:

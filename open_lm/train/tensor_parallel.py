@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
+import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.nn.functional import all_reduce
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from open_lm.errors import ConfigError
@@ -63,7 +63,7 @@ class TensorParallel:
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over the ranks, of which every rank computes with the result."""
-        return all_reduce(x, group=self.group)
+        return cast("Tensor", _Sum.apply(x, self.group))
 
 
 def apply_tensor_parallel(model: Any, mesh: DeviceMesh) -> None:
@@ -286,6 +286,23 @@ class DividedMixture(MixtureOfExperts):
         out_BTD, routing = super().forward(self.parallel.enter(x_BTD))
         balance_loss = _Scaled.apply(routing.balance_loss, 1 / self.parallel.size)
         return self.parallel.leave(out_BTD), routing._replace(balance_loss=balance_loss)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over ranks that each compute with all of it: their gradients are summed too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return _summed(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _summed(grad, ctx.group), None
+
+
+def _summed(x: Tensor, group: Any) -> Tensor:
+    return cast("Tensor", collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", group)))
 
 
 class _Scaled(torch.autograd.Function):

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from open_lm.model import create_model
 from open_lm.model.config import ModelConfig
 
-uvicorn = pytest.importorskip("uvicorn", reason="needs the extra: pip install open_lm[serve]")
+pytest.importorskip("uvicorn", reason="needs the extra: pip install open_lm[serve]")
 httpx = pytest.importorskip("httpx")
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,21 +69,21 @@ def until(what, seconds=5.0):
 def running(folder, *names, **changes):
     """A server of the checkpoints `names`; gives its url and its state."""
     from open_lm.model.config import ModelFlags
-    from open_lm.serve.__main__ import state_of_flags
-    from open_lm.serve.app import create_app
+    from open_lm.serve.__main__ import http_server, state_of_flags
     from open_lm.serve.config import ServeConfig
 
     paths = tuple(str(folder / f"{name}.pt") for name in names or ("first",))
     config = ServeConfig(checkpoint=paths, tokenizer=str(folder / "tokenizer.json"), slots=8, device="cpu")
     state = state_of_flags(dataclasses.replace(config, **changes), ModelFlags())
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(create_app(state), log_level="warning", access_log=False))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server = http_server(state, url)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
     thread.start()
     try:
         while not server.started:
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", state
+        yield url, state
     finally:
         server.should_exit = True
         thread.join(timeout=30)

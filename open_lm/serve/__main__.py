@@ -19,14 +19,13 @@ from open_lm.errors import ConfigError
 from open_lm.flags import Parser, add_group, read_group
 from open_lm.model.config import ModelFlags
 from open_lm.serve.config import ServeConfig
+from open_lm.serve.silence import SILENT_SECONDS, Silence
 
 if TYPE_CHECKING:
     from open_lm.serve.metrics import Metrics
     from open_lm.serve.served import Served
     from open_lm.serve.state import State
 
-KEEP_ALIVE_SECONDS = 75
-"""For connections that clients may use again: longer than clients keep them, or a request meets one just closed."""
 LAST_SECONDS = 10
 """After --grace-seconds, for answers that say that the server shut down."""
 
@@ -162,19 +161,37 @@ def _adapted(model: Any, adapter: str, device: str) -> Any:
 
 def serve(state: State, listener: socket.socket) -> None:
     """Answer requests until SIGTERM or Ctrl-C; then finish those that run."""
+    host, port = listener.getsockname()[:2]
+    server = http_server(state, f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+    gc.collect()
+    gc.freeze()  # later collections leave alone what is there for good: torch and the models
+    try:
+        server.run(sockets=[listener])
+    finally:
+        gc.unfreeze()
+
+
+def http_server(state: State, url: str) -> Any:
+    """uvicorn's server of the models, which are at `url`.
+
+    It says when requests are taken, and when no more are; ends those that take longer than they may; and closes
+    connections on which nothing is asked.
+    """
     import uvicorn
 
     from open_lm.serve.app import create_app
 
-    host, port = listener.getsockname()[:2]
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    silence = Silence()
 
     class Server(uvicorn.Server):
-        """Says when requests are taken, and when no more are; ends those that take longer than they may."""
-
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets=sockets)
             logging.info("serving %s on %s", ", ".join(state.models), url)
+
+        async def on_tick(self, counter: int) -> bool:
+            if counter % 10 == 0:  # about every second
+                silence.end(self.server_state.connections)
+            return await super().on_tick(counter)
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             end = asyncio.get_running_loop().call_later(state.config.grace_seconds, state.end_texts)
@@ -193,15 +210,10 @@ def serve(state: State, listener: socket.socket) -> None:
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=math.ceil(state.config.grace_seconds) + LAST_SECONDS,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_keep_alive=math.ceil(SILENT_SECONDS),
         server_header=False,
     )
-    gc.collect()
-    gc.freeze()  # later collections leave alone what is there for good: torch and the models
-    try:
-        Server(config).run(sockets=[listener])
-    finally:
-        gc.unfreeze()
+    return Server(config)
 
 
 if __name__ == "__main__":

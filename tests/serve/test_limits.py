@@ -1,6 +1,7 @@
 """Refusals of the server; refusals, departures and floods leave it as it was."""
 
 import asyncio
+import contextlib
 import json
 import random
 import socket
@@ -8,6 +9,8 @@ import time
 
 import pytest
 from serve_setup import httpx, n_open, running, until
+
+from open_lm.serve import silence
 
 BODY = {"prompt": "the quick", "max_tokens": 200, "temperature": 0}
 
@@ -138,6 +141,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(server, monkeypatch):
 
     monkeypatch.setattr(limits, "BODY_SECONDS", 0.2)
     monkeypatch.setattr(limits, "DRAIN_SECONDS", 0.1)
+    monkeypatch.setattr(silence, "SILENT_SECONDS", 1.0)
     with socket.create_connection(("127.0.0.1", int(server[0].rpartition(":")[2])), timeout=10) as connection:
         head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(f'{head}Content-Length: 99\r\n\r\n{{"prompt'.encode())
@@ -294,3 +298,21 @@ def test_an_answer_goes_back_as_the_official_client_dumps_it(client):
     calls = {**turns[1], "tool_calls": [{"id": "x"}]}
     refused = client.post("/v1/chat/completions", json={"messages": [turns[0], calls], "max_tokens": 1})
     assert refused.status_code == 400 and "tool_calls" in refused.text
+
+
+def test_connections_on_which_nothing_is_asked_are_closed(folder, monkeypatch):
+    monkeypatch.setattr(silence, "SILENT_SECONDS", 1.0)
+    with running(folder) as (url, _), contextlib.ExitStack() as stack:
+        place = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        nothing, half = (stack.enter_context(socket.create_connection(place, timeout=20)) for _ in range(2))
+        half.sendall(b"GET /health HTTP/1.1\r\nHost: local")
+        long = {"prompt": "abc", "max_tokens": 200, "n": 40, "temperature": 0}
+        answer = httpx.post(f"{url}/v1/completions", json=long, timeout=60)
+        assert len(answer.json()["choices"]) == 40  # also when that takes longer
+        used = stack.enter_context(socket.create_connection(place, timeout=20))
+        used.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert used.recv(12) == b"HTTP/1.1 200"
+        used.sendall(b"GET /hea")
+        for connection in (nothing, half, used):
+            while connection.recv(1024):
+                pass  # until its end; a timeout fails the test

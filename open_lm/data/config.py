@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 
 from open_lm.errors import ConfigError
 from open_lm.flags import Registry, flag
@@ -153,19 +154,18 @@ class DataConfig:
             raise ConfigError("--squash-mask-left: needs --target-mask-left, the token to take out.")
         if self.doc_mask_token is not None and not self.doc_mask:
             raise ConfigError(f"--doc-mask-token {self.doc_mask_token}: belongs to --doc-mask, which is not given.")
-        self.skipped_ranges()
+        for (_, last), (first, _) in itertools.pairwise(self.skipped_ranges):
+            if first <= last:
+                raise ConfigError(f"--skip-steps: the ranges {self.skip_steps} overlap. Join them.")
 
+    @cached_property
     def skipped_ranges(self) -> list[tuple[int, int]]:
         """`--skip-steps` as (first, last) pairs in order.
 
         Raises:
-            ConfigError: a range is malformed or overlaps another.
+            ConfigError: a range is malformed.
         """
-        ranges = sorted(_range(text) for text in self.skip_steps)
-        for (_, last), (first, _) in itertools.pairwise(ranges):
-            if first <= last:
-                raise ConfigError(f"--skip-steps: the ranges {self.skip_steps} overlap. Join them.")
-        return ranges
+        return sorted(_range(text) for text in self.skip_steps)
 
 
 def _range(text: str) -> tuple[int, int]:

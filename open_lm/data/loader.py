@@ -11,20 +11,20 @@ import numpy as np
 import torch
 
 from open_lm.data.batch import IGNORED, Batch
-from open_lm.data.batch_positions import BatchPositions, make_batch_positions, make_plan
+from open_lm.data.batch_positions import BatchPositions, make_batch_positions
 from open_lm.data.columns import Column
 from open_lm.data.config import DataConfig
 from open_lm.data.masking import batch_of
-from open_lm.data.mixture import Plan
+from open_lm.data.mixture import Plan, make_plan
 from open_lm.data.pipeline import StepRows, StepSource, run_pipeline
 from open_lm.data.plan import ORDER
-from open_lm.data.reader import SampleReader
+from open_lm.data.reader import PlannedSamples, SampleReader, SyntheticSamples
 from open_lm.data.rows import changed_row
-from open_lm.data.samples import PlannedSamples, SyntheticSamples
+from open_lm.data.shard_files import open_files
 from open_lm.data.shards import OUTSIDE
-from open_lm.data.sources import Source, cache_for, document_end, named_tokenizer, open_sources
+from open_lm.data.sources import Source, document_end, named_tokenizer, open_sources
 from open_lm.data.validation import validation_batches
-from open_lm.errors import CheckpointError, ConfigError, DataError
+from open_lm.errors import CheckpointError, DataError
 
 __all__ = ["Loader", "build_loader", "validation_batches"]
 
@@ -49,18 +49,19 @@ class Loader:
         *,
         config: DataConfig,
         seed: int,
-        n_sequences: int | None,
+        document_end: int | None = None,
         rows: int = 1,
     ):
-        """`rows` are the sequences that one sample holds; they stay together in batches."""
+        """`document_end` is the id after which attention restarts, None where it does not; `rows` are the sequences of
+        one sample, which stay together in batches."""
         self.plan, self.sources, self.batch_positions = plan, sources, batch_positions
-        self.n_sequences, self._rows = n_sequences, rows
+        self.n_sequences, self._rows = plan.n_sequences, rows
         self.unreadable: list[dict[str, Any]] = []
         self.columns: dict[str, Column] = {}
         """Numbers beside the samples, which become `extras` of the batches under these names."""
         self._fill, self._config, self._seed = fill, config, seed
         self._planned_batch = batch_positions.global_batch
-        self._document_end = document_end(config, sources)
+        self._document_end = document_end
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         """This rank's share of the batches of steps `start_step` to `stop_step`, on the CPU, int64.
@@ -293,49 +294,30 @@ def build_loader(
     """
     if config.data_tolerate_error_p != 0.09 or config.data_tolerate_num_ckpts:
         log.warning("--data-tolerate-*: ignored, every step gets its whole batch. See --ignore-parse-errors.")
-    sample_tokens = tokens_of_sample(config, seq_len, rows)
+    sample_tokens = rows * (seq_len + 1)
     batch_positions = make_batch_positions(config, global_batch=global_batch, rank=rank, world_size=world_size)
     options: dict[str, Any] = {"config": config, "seed": seed, "rows": rows}
     if config.dataset_type == "synthetic":
         random_ids = SyntheticSamples(vocab_size, sample_tokens - 1, seed)
         nowhere = [Source(f"synthetic {vocab_size} {sample_tokens - 1}", ())]
-        return Loader(Plan((random_ids,)), nowhere, random_ids, batch_positions, n_sequences=None, **options)
-    sources = on_rank0(
-        lambda: open_sources(config, vocab_size=vocab_size, sample_tokens=sample_tokens, world_size=world_size)
-    )
-    require_form(sources, form)
+        options["document_end"] = document_end(config, nowhere)
+        return Loader(Plan((random_ids,)), nowhere, random_ids, batch_positions, **options)
+    opening = {"vocab_size": vocab_size, "sample_tokens": sample_tokens, "world_size": world_size}
+    sources = on_rank0(lambda: open_sources(config, **opening, form=form))
+    options["document_end"] = document_end(config, sources)
     plan = make_plan(sources, config, seed=seed, global_batch=global_batch)
     if len(sources) > 1:
         shares = zip(sources, plan.mixture.shares.tolist(), strict=True)
         log.info("share of each source: %s", ", ".join(f"{source.name} {share:.4f}" for source, share in shares))
-    n_sequences = None if config.dataset_resampled else plan.length([source.n_sequences for source in sources])
     reader = SampleReader(
         [source.shards for source in sources],
+        files=open_files(sources, config, world_size),
         data_key=config.data_key,
         vocab_size=vocab_size,
-        seq_len=sample_tokens - 1,
+        sample_tokens=sample_tokens,
         seed=seed,
-        cache=cache_for(sources, config, world_size),
     )
-    loader = Loader(plan, sources, PlannedSamples(plan, reader), batch_positions, n_sequences=n_sequences, **options)
+    loader = Loader(plan, sources, PlannedSamples(plan, reader), batch_positions, **options)
     if n_steps is not None:
         loader.require(n_steps)
     return loader
-
-
-def tokens_of_sample(config: DataConfig, seq_len: int, rows: int = 1) -> int:
-    """The ids that a sample must hold."""
-    return rows * (seq_len + 1)
-
-
-def require_form(sources: list[Source], form: str) -> None:
-    """Refuse samples of another form than the task trains on.
-
-    Raises:
-        ConfigError: a manifest states another one.
-    """
-    for shard in (shard for source in sources for shard in source.shards):
-        if shard.form != form:
-            raise ConfigError(
-                f"shard {shard.name} holds {shard.form}, --task needs {form}. Name data made for this task."
-            )

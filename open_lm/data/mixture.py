@@ -1,16 +1,27 @@
-"""The training stream of several sources: which of them stands at a position, and which of its samples."""
+"""Plan of a training stream: the source that stands at a position, and which of its samples."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from open_lm.data.plan import SampleStream, StripedStream, StripedStreams
+from open_lm.data.config import DataConfig
+from open_lm.data.plan import (
+    DEFAULT_BLOCK,
+    DEFAULT_STRIPES,
+    ResampledStream,
+    SampleStream,
+    StripedStream,
+    StripedStreams,
+    choose_stripes,
+    together,
+)
+from open_lm.data.sources import Source
 
+LEAST_STRIPES = 16
 MOST_ERROR = 0.01
 """A source's share of the stream differs from what was asked for by less than this part of it."""
 LONGEST_PERIOD = 1 << 18
@@ -187,17 +198,10 @@ class Plan:
 
     streams: tuple[SampleStream, ...]
     mixture: Mixture = field(default_factory=lambda: Pattern(np.zeros(1, np.int64), 1))
-
-    def opened(self) -> Plan:
-        """The plan, with the order of the first pass computed."""
-        assert self._striped is None or self.streams
-        return self
-
-    @cached_property
-    def _striped(self) -> StripedStreams | None:
-        """All streams as one, where all are striped."""
-        striped = [stream for stream in self.streams if isinstance(stream, StripedStream)]
-        return StripedStreams(striped) if len(striped) == len(self.streams) else None
+    n_sequences: int | None = None
+    """Positions before any source must repeat a sample; None: there is no such end."""
+    striped: StripedStreams | None = None
+    """All streams as one, where all are striped."""
 
     def split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The source of each position, and the position in that source's own stream."""
@@ -211,8 +215,8 @@ class Plan:
             return np.zeros(len(positions), np.int64)
         source, own = self.split(positions)
         n_stripes = np.array([getattr(stream, "stripes", 1) for stream in self.streams])[source]
-        if self._striped is not None:
-            stripe = self._striped.stripe_of(source, own)
+        if self.striped is not None:
+            stripe = self.striped.stripe_of(source, own)
         else:
             stripe = np.empty_like(own)
             for s in np.unique(source).tolist():
@@ -222,21 +226,73 @@ class Plan:
     def locate(self, positions: np.ndarray) -> Samples:
         """The samples at `positions` (int64, any order)."""
         source, own = self.split(np.asarray(positions, np.int64))
-        if self._striped is not None:
-            return Samples(source, *self._striped.locate(source, own))
+        if self.striped is not None:
+            return Samples(source, *self.striped.locate(source, own))
         shard, place = (np.empty(len(own), np.int64) for _ in range(2))
         for s in np.unique(source).tolist():
             here = source == s
             shard[here], place[here] = self.streams[s].locate(own[here])
         return Samples(source, shard, place)
 
-    def length(self, n_sequences: Sequence[int]) -> int:
-        """Number of positions before any source must repeat a sample, when source s holds `n_sequences[s]`."""
-        if len(self.streams) == 1:
-            return int(n_sequences[0])
-        held = np.asarray(n_sequences, np.int64)
-        low, high = 0, 2 * int(held.sum()) + 2
-        while low < high:  # the longest stretch that takes no more of any source than it holds
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if (self.mixture.used(middle) <= held).all() else (low, middle - 1)
-        return low
+
+def positions_before_repeat(mixture: Mixture, n_sequences: Sequence[int]) -> int:
+    """Number of positions before any source must repeat a sample, when source s holds `n_sequences[s]`."""
+    if len(n_sequences) == 1:
+        return n_sequences[0]
+    held = np.asarray(n_sequences, np.int64)
+    low, high = 0, 2 * int(held.sum()) + 2
+    while low < high:  # the longest stretch that takes no more of any source than it holds
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if (mixture.used(middle) <= held).all() else (low, middle - 1)
+    return low
+
+
+def make_plan(
+    sources: list[Source],
+    config: DataConfig,
+    *,
+    seed: int,
+    global_batch: int,
+    shapes: Sequence[tuple[int, int]] | None = None,
+    period: int | None = None,
+) -> Plan:
+    """The order of the samples of `sources`. `shapes` (stripes and shuffle block of each) and `period` are those of a
+    run that began with them."""
+    row, counts = _row(global_batch), [source.n_sequences for source in sources]
+    weights = config.train_data_mix_weights or tuple(source.n_sequences * source.factor for source in sources)
+    alone = len(sources) == 1
+    mixture = Pattern(np.zeros(1, np.int64), 1) if alone else make_mixture(weights, row, period)
+    n_sequences = None if config.dataset_resampled else positions_before_repeat(mixture, counts)
+    fits = 0 < mixture.period <= max(row, len(sources))  # each rank reads the same columns, so whole stripes
+    streams = []
+    for k, source in enumerate(sources):
+        columns = global_batch if alone else int(mixture.used(mixture.period)[k]) if fits else 1
+        least = DEFAULT_STRIPES if fits else max(LEAST_STRIPES, round(row * float(mixture.shares[k])))
+        streams.append(_stream(source, config, k, seed, columns, least, shapes))
+    return Plan(tuple(streams), mixture, n_sequences, together(streams))
+
+
+def _row(columns: int) -> int:
+    """The smallest multiple of `columns` that makes a good number of stripes."""
+    return columns * -(-DEFAULT_STRIPES // columns)
+
+
+def _stream(
+    source: Source,
+    config: DataConfig,
+    salt: int,
+    seed: int,
+    columns: int,
+    least: int,
+    shapes: Sequence[tuple[int, int]] | None,
+) -> SampleStream:
+    names, counts = [shard.name for shard in source.shards], [shard.n_sequences for shard in source.shards]
+    stripes, block = choose_stripes(source.n_sequences, columns, least)
+    kind: type[StripedStream | ResampledStream] = StripedStream
+    if config.dataset_resampled:
+        kind, stripes, block = ResampledStream, _row(columns), DEFAULT_BLOCK
+    stripes = config.shuffle_lanes or stripes
+    block = 1 if config.disable_buffer else config.shuffle_window or block
+    if shapes:
+        stripes, block = shapes[salt]
+    return kind(names, counts, seed=seed, salt=salt, stripes=stripes, shuffle_block=block)

@@ -209,6 +209,12 @@ class StripedStreams:
         self._held[source], self._held_keys[source] = number, self._streams[source].pass_key(number)
 
 
+def together(streams: Sequence[SampleStream]) -> StripedStreams | None:
+    """All streams as one, with the order of their first pass computed; None where one of them is not striped."""
+    striped = [stream for stream in streams if isinstance(stream, StripedStream)]
+    return StripedStreams(striped) if len(striped) == len(streams) else None
+
+
 class ResampledStream:
     """Shards drawn with replacement for ever, all samples of a drawn shard used: `--dataset-resampled`.
 

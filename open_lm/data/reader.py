@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import resource
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from open_lm import storage
-from open_lm.data.cache import BLOCK_BYTES, BlockCache
 from open_lm.data.flat import FLAT_KEYS
 from open_lm.data.formats import plain_npy_header
 from open_lm.data.manifest import Shard
+from open_lm.data.mixture import Plan, Samples
 from open_lm.data.permutations import key, mix
-from open_lm.data.regular_shards import ByteTable, RegularShards
-from open_lm.data.rows import PROOF_BYTES, SampleRows, read_checksum
+from open_lm.data.rows import PROOF_BYTES, SampleRows, read_checksum, shard_ids
 from open_lm.data.sample_check import checked_sample, header_place
-from open_lm.data.shards import NPY_HEADER_BYTES, ShardIndex, index_file
+from open_lm.data.shard_files import Files
+from open_lm.data.shards import NPY_HEADER_BYTES, ShardIndex
 from open_lm.data.tar import BLOCK, CHECKSUM_PLACE
 from open_lm.errors import DataError, StorageError
 
@@ -29,7 +28,7 @@ _NAME_END = np.frombuffer(b".npy", "<u4")[0]
 
 
 class SampleReader:
-    """Reads samples of `seq_len` + 1 ids from the shards of all sources.
+    """Reads samples of `sample_tokens` ids from the shards of all sources.
 
     A longer sample is cropped at a hash of `seed` and its place in the stream. Ids are below `vocab_size`.
     """
@@ -38,17 +37,16 @@ class SampleReader:
         self,
         shards: Sequence[Sequence[Shard]],
         *,
+        files: Files,
         data_key: str,
         vocab_size: int,
-        seq_len: int,
+        sample_tokens: int,
         seed: int = 0,
-        cache: BlockCache | None = None,
     ):
         self.shards = [shard for source in shards for shard in source]
         self._first_of = np.cumsum([0, *(len(source) for source in shards)])
-        self.data_key, self.vocab_size, self.sample_tokens = data_key, vocab_size, seq_len + 1
-        self._crop_key = key("crop", seed)
-        self._files: Files = _CachedFiles(cache) if cache else _LocalFiles()
+        self.data_key, self.vocab_size, self.sample_tokens = data_key, vocab_size, sample_tokens
+        self._files, self._seed = files, seed
         self._indexes, self._index_bytes = OrderedDict[int, ShardIndex](), 0
         self._table, self._regular = ByteTable(), RegularShards(self.shards)
 
@@ -61,7 +59,7 @@ class SampleReader:
         return read_checksum(self._regular.ids_of(self.numbers(source, shard)), place)
 
     def read(self, source: np.ndarray, shard: np.ndarray, place: np.ndarray, position: np.ndarray) -> SampleRows:
-        """The samples (n, seq_len + 1), and (row, reason) of those that cannot be read: their rows are -1."""
+        """The samples (n, sample_tokens), and (row, reason) of those that cannot be read: their rows are -1."""
         which, n = self.numbers(source, shard), len(place)
         numbers = which.tolist()
         indexes: list[ShardIndex | str] = []
@@ -162,6 +160,10 @@ class SampleReader:
         start = int(mix(np.array([position], np.uint64) ^ self._crop_key)[0] % np.uint64(spare + 1))
         return tokens[start : start + self.sample_tokens]
 
+    @cached_property
+    def _crop_key(self) -> np.uint64:
+        return key("crop", self._seed)
+
     def _index_or_reason(self, number: int) -> ShardIndex | str:
         found = self._indexes.get(number)
         if found is not None:
@@ -209,93 +211,122 @@ def _miscounted(shard: Shard, found: ShardIndex) -> str:
     return f"the manifest counts {shard.n_sequences} samples, the shard holds {len(found)}; make the manifest again"
 
 
-class Files(Protocol):
-    """The bytes of shards."""
+class RegularShards:
+    """Facts of shards by number, as arrays, so that a batch of samples of one form is recognised at once."""
 
-    def check(self, shard: Shard) -> None:
-        """Compare its size with the manifest's; DataError, ValueError or StorageError."""
+    def __init__(self, shards: Sequence[Shard]):
+        self._shards = shards
+        self._kind_of = np.full(len(shards), -1, np.int32)
+        self._kinds: list[tuple[str, tuple[int, int, int]]] = []
+        self._ids, self._has_id = np.zeros(len(shards), np.uint64), np.zeros(len(shards), bool)
+        self.first_numbers = np.full(len(shards), -1, np.int64)
 
-    def index(self, shard: Shard, key: str) -> ShardIndex:
-        """Offsets of its samples, from its headers."""
+    def note(self, number: int, index: ShardIndex) -> None:
+        """Remember the layout of a shard whose samples are all alike."""
+        first = self._shards[number].first_number
+        self.first_numbers[number] = -1 if first is None else first
+        if index.layout is not None:
+            kind = (index.key, index.layout)
+            if kind not in self._kinds:
+                self._kinds.append(kind)
+            self._kind_of[number] = self._kinds.index(kind)
 
-    def prepare(self, shards: Sequence[Shard], offsets: np.ndarray, size: int) -> None:
-        """Prefetch remote ranges in parallel; a failure is raised when its range is read."""
+    def common(self, which: np.ndarray) -> tuple[str, tuple[int, int, int]] | None:
+        """Key and layout of all these shards, where they are known and the same."""
+        kinds = self._kind_of[which]
+        if not len(kinds) or kinds[0] < 0 or (kinds != kinds[0]).any():
+            return None
+        return self._kinds[int(kinds[0])]
 
-    def read_into(self, shard: Shard, number: int, offset: int, view: memoryview) -> int:
-        """Fill `view`; how many bytes there were."""
+    def ids_of(self, which: np.ndarray) -> np.ndarray:
+        """64 bits that stand for each shard."""
+        if not self._has_id[which].all():
+            new = np.unique(which[~self._has_id[which]])
+            self._ids[new] = shard_ids([self._shards[number].url for number in new.tolist()])
+            self._has_id[new] = True
+        return self._ids[which]
 
-    def fetch_ahead(self, shard: Shard, offset: int, size: int) -> None:
-        """Begin to fetch."""
 
-
-class _LocalFiles:
-    """Shards on local disks, kept open while they are used."""
+class ByteTable:
+    """A table of bytes that is used for batch after batch, with a view of each row."""
 
     def __init__(self) -> None:
-        self._open: OrderedDict[int, int] = OrderedDict()
-        self._most = max(16, min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 - 64))
+        self._whole = np.zeros((0, 0), np.uint8)
+        self.views: list[memoryview] = []
 
-    def check(self, shard: Shard) -> None:
-        if shard.size_bytes is not None and (found := storage.size_bytes(shard.url)) != shard.size_bytes:
-            raise ValueError(
-                f"the manifest says {shard.size_bytes} bytes, the file has {found}; make the manifest again"
-            )
-
-    def index(self, shard: Shard, key: str) -> ShardIndex:
-        return index_file(shard.url, storage.shown(shard.url), key)
-
-    def prepare(self, shards: Sequence[Shard], offsets: np.ndarray, size: int) -> None:
-        pass
-
-    def fetch_ahead(self, shard: Shard, offset: int, size: int) -> None:
-        pass
-
-    def read_into(self, shard: Shard, number: int, offset: int, view: memoryview) -> int:
-        descriptor = self._open.get(number)
-        if descriptor is None:
-            descriptor = self._open[number] = os.open(storage.local_path(shard.url), os.O_RDONLY)
-            if len(self._open) > self._most:
-                os.close(self._open.popitem(last=False)[1])
-        return os.preadv(descriptor, (view,), offset)
+    def of(self, n_rows: int, width: int) -> np.ndarray:
+        """Its first `n_rows` rows of `width` bytes, each beginning at a multiple of 8."""
+        stride = -(-width // 8) * 8
+        if self._whole.shape[1] != stride or len(self._whole) < n_rows or len(self.views[0]) != width:
+            self._whole = np.zeros((n_rows, stride), np.uint8)
+            self.views = [memoryview(row)[:width] for row in self._whole]  # type: ignore[arg-type]
+        return self._whole[:n_rows, :width]
 
     def __getstate__(self) -> dict[str, object]:
-        return {}  # descriptors stay with the process that has them
+        return {}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__init__()  # type: ignore[misc]
 
 
-class _CachedFiles:
-    """Remote shards through the block cache; local ones beside them."""
+class PlannedSamples:
+    """Samples by position: the plan says which, the reader gets them."""
 
-    def __init__(self, cache: BlockCache):
-        self._cache, self._local = cache, _LocalFiles()
+    def __init__(self, plan: Plan, reader: SampleReader):
+        self.plan, self.reader = plan, reader
+        self.sample_tokens = reader.sample_tokens
+        self.reads_remote = any(storage.is_remote(shard.url) for shard in reader.shards)
+        self._last: tuple[np.ndarray, Samples] | None = None
 
-    def check(self, shard: Shard) -> None:
-        if storage.is_remote(shard.url):
-            self._cache.find(shard)
-        else:
-            self._local.check(shard)
+    def __call__(self, positions: np.ndarray) -> SampleRows:
+        found = self._locate(positions)
+        return self.reader.read(found.source, found.shard, found.place, positions)
 
-    def index(self, shard: Shard, key: str) -> ShardIndex:
-        if storage.is_remote(shard.url):
-            return self._cache.index(self._cache.find(shard), key)
-        return self._local.index(shard, key)
+    def _locate(self, positions: np.ndarray) -> Samples:
+        """Without workers a step is located once, though it is read and checked."""
+        if self._last is None or not np.array_equal(self._last[0], positions):
+            self._last = positions, self.plan.locate(positions)
+        return self._last[1]
 
-    def prepare(self, shards: Sequence[Shard], offsets: np.ndarray, size: int) -> None:
-        for shard, offset in zip(shards, offsets.tolist(), strict=True):
-            self.fetch_ahead(shard, offset, size)
+    def expected_checksum(self, positions: np.ndarray) -> int:
+        """The expected `read_checksum` of the samples at these positions."""
+        return self.reader.expected_checksum(*self._locate(positions))
 
-    def fetch_ahead(self, shard: Shard, offset: int, size: int) -> None:
-        if storage.is_remote(shard.url):
-            try:
-                found = self._cache.find(shard)
-            except (StorageError, DataError):
-                return  # raised when it is read
-            first = max(0, offset - BLOCK) // BLOCK_BYTES
-            self._cache.fetch_ahead(found, range(first, min(found.n_blocks, (offset + size - 1) // BLOCK_BYTES + 1)))
+    def describe(self, position: np.ndarray) -> str:
+        """The sample at one position, for people."""
+        found = self.plan.locate(position)
+        shard = self.reader.shards[int(self.reader.numbers(found.source, found.shard)[0])]
+        return f"shard {storage.shown(shard.url)}, sample {int(found.place[0])}"
 
-    def read_into(self, shard: Shard, number: int, offset: int, view: memoryview) -> int:
-        if storage.is_remote(shard.url):
-            return self._cache.read_into(self._cache.find(shard), offset, view)
-        return self._local.read_into(shard, number, offset, view)
+    def fetch_ahead(self, positions: np.ndarray) -> None:
+        """Have the blocks of these positions fetched in the background."""
+        self.reader.fetch_ahead(*self.plan.locate(positions))
+
+
+@dataclass(frozen=True)
+class SyntheticSamples:
+    """Random ids, a hash of seed and place: for measuring speed and trying settings without data."""
+
+    vocab_size: int
+    seq_len: int
+    seed: int
+    reads_remote = False
+
+    @property
+    def sample_tokens(self) -> int:
+        return self.seq_len + 1
+
+    def expected_checksum(self, positions: np.ndarray) -> int:
+        """That of one shard, which nobody reads."""
+        return read_checksum(shard_ids([""]), positions)
+
+    def __call__(self, positions: np.ndarray) -> SampleRows:
+        places = positions[:, None] * (self.seq_len + 1) + np.arange(self.seq_len + 1)
+        hashes = mix(places.astype(np.uint64) ^ key("synthetic", self.seed))
+        return SampleRows((hashes % np.uint64(self.vocab_size)).astype(np.int32), [], self.expected_checksum(positions))
+
+    def stripe_of(self, positions: np.ndarray) -> np.ndarray:
+        return positions
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros_like(positions), positions

@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from open_lm import storage
-from open_lm.data.cache import BLOCK_BYTES, BlockCache
+from open_lm.data.cache import BlockCache
 from open_lm.data.cache_folder import open_cache
 from open_lm.data.config import DataConfig
 from open_lm.data.flat import open_flat
 from open_lm.data.manifest import FILENAME, Shard, content_fingerprint, fingerprint, read_manifest
-from open_lm.data.plan import DEFAULT_STRIPES
 from open_lm.data.shards import index_file, layout_of, shard_name
 from open_lm.errors import ConfigError, DataError, StorageError
 
@@ -61,14 +60,15 @@ class Opening:
 
 
 def open_sources(
-    config: DataConfig, *, vocab_size: int = 0, sample_tokens: int = 0, world_size: int = 1
+    config: DataConfig, *, vocab_size: int = 0, sample_tokens: int = 0, world_size: int = 1, form: str | None = None
 ) -> list[Source]:
-    """The sources the flags name. Without weights or factors they are pooled into one. See `Opening`.
+    """The sources the flags name, of samples of that `form`. Without weights or factors they are pooled into one. See
+    `Opening`.
 
     Raises:
         DataError: a manifest or shard is damaged, or a source holds no samples.
         StorageError: something does not exist.
-        ConfigError: no data was named.
+        ConfigError: no data was named, or they are of another form.
     """
     if not (config.train_data or config.dataset_manifest):
         raise ConfigError("--train-data or --dataset-manifest: neither was given. Name the training shards.")
@@ -84,28 +84,10 @@ def open_sources(
         if not source.n_sequences:
             raise DataError(f"source {source.name}: holds no sequences. Check the path.")
     weighted = config.train_data_mix_weights or config.train_data_upsampling_factors
-    return sources if weighted or len(sources) == 1 else [_pooled(sources)]
-
-
-def cache_for(sources: Sequence[Source], config: DataConfig, world_size: int) -> BlockCache | None:
-    """The block cache, where some shard is remote; warns where it is smaller than what the stripes hold at a time."""
-    remote = [shard for source in sources for shard in source.shards if storage.is_remote(shard.url)]
-    if not remote:
-        return None
-    cache = open_cache(config.data_cache, config.data_cache_gb, world_size=world_size)
-    stripes = config.shuffle_lanes or DEFAULT_STRIPES
-    known = sum(shard.size_bytes or 2 * BLOCK_BYTES * stripes for shard in remote)
-    needed = min(2 * BLOCK_BYTES * stripes * len(sources), known)
-    if needed > cache.limit_bytes:
-        log.warning(
-            "--data-cache %s: room for %.1f GB, but %d stripes need about %.1f GB at a time: blocks will be fetched "
-            "more than once. Raise --data-cache-gb, free space, or lower --shuffle-lanes.",
-            cache.folder,
-            cache.limit_bytes / 1e9,
-            stripes,
-            needed / 1e9,
-        )
-    return cache
+    sources = sources if weighted or len(sources) == 1 else [_pooled(sources)]
+    if form is not None:
+        require_form(sources, form)
+    return sources
 
 
 def named_tokenizer(sources: Sequence[Source]) -> str | None:
@@ -132,6 +114,19 @@ def document_end(config: DataConfig, sources: Sequence[Source]) -> int | None:
             f"--doc-mask: the manifests name several ends of text, {sorted(named)}. Give --doc-mask-token."
         )
     return named.pop() if named else 0
+
+
+def require_form(sources: list[Source], form: str) -> None:
+    """Refuse samples of another form than the task trains on.
+
+    Raises:
+        ConfigError: a manifest states another one.
+    """
+    for shard in (shard for source in sources for shard in source.shards):
+        if shard.form != form:
+            raise ConfigError(
+                f"shard {shard.name} holds {shard.form}, --task needs {form}. Name data made for this task."
+            )
 
 
 def check_shards_are_there(source: Source, opening: Opening) -> None:

@@ -12,7 +12,8 @@ from open_lm.data.batch import IGNORED, Batch
 from open_lm.data.config import DataConfig
 from open_lm.data.masking import batch_of
 from open_lm.data.reader import SampleReader
-from open_lm.data.sources import Opening, cache_for, document_end, open_source
+from open_lm.data.shard_files import open_files
+from open_lm.data.sources import Opening, document_end, open_source
 from open_lm.errors import DataError
 
 
@@ -48,10 +49,10 @@ def validation_batches(
     n_tokens = seq_len + 1
     reader = SampleReader(
         [source.shards],
+        files=open_files([source], config, world_size),
         data_key=key,
         vocab_size=vocab_size,
-        seq_len=n_tokens - 1,
-        cache=cache_for([source], config, world_size),
+        sample_tokens=n_tokens,
     )
     for start in range(rank * batch, n_sequences + rank * batch, world_size * batch):
         places = np.arange(start, min(start + batch, n_sequences))

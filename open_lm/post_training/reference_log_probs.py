@@ -48,9 +48,9 @@ def compute(flags: ReferenceLogProbs) -> None:
 
     from open_lm.checkpoint.load_model import load_model
     from open_lm.data.config import DataConfig
-    from open_lm.data.loader import require_form
     from open_lm.data.masking import batch_of
     from open_lm.data.reader import SampleReader
+    from open_lm.data.shard_files import open_files
     from open_lm.data.sources import open_sources
     from open_lm.distributed import pick_device
     from open_lm.errors import DataError
@@ -62,11 +62,14 @@ def compute(flags: ReferenceLogProbs) -> None:
     precision = Precision(flags.precision, device.type)
     model = load_model(flags.checkpoint, device=str(device), dtype=precision.weight_dtype)
     data = DataConfig(dataset_manifest=(flags.dataset_manifest,), workers=0)
-    (source,) = open_sources(data)
-    require_form([source], "pairs")
+    (source,) = open_sources(data, form="pairs")
     seq_len = model.config.seq_len
     reader = SampleReader(
-        [source.shards], data_key="auto", vocab_size=model.config.vocab_size, seq_len=2 * (seq_len + 1) - 1
+        [source.shards],
+        files=open_files([source], data, 1),
+        data_key="auto",
+        vocab_size=model.config.vocab_size,
+        sample_tokens=2 * (seq_len + 1),
     )
     found = []
     for number, shard in enumerate(source.shards):

@@ -18,6 +18,7 @@ from open_lm.data.marks import START as S
 from open_lm.data.marks import UNTRAINED as U
 from open_lm.data.masking import batch_of, masked_batch
 from open_lm.data.reader import SampleReader
+from open_lm.data.shard_files import open_files
 from open_lm.data.shards import check_ids, read_samples, write_shard
 from open_lm.data.sources import open_source
 from open_lm.errors import ConfigError
@@ -139,7 +140,8 @@ def test_marked_samples_survive_a_shard(tmp_path, ids):
     with open(tmp_path / "00000000.tar", "wb") as file:
         write_shard(file, rows, "npy")
     source = open_source(str(tmp_path / "00000000.tar"))
-    read = SampleReader([source.shards], data_key="auto", vocab_size=1 << 28, seq_len=4).read
+    files = open_files([source], DataConfig(), 1)
+    read = SampleReader([source.shards], files=files, data_key="auto", vocab_size=1 << 28, sample_tokens=5).read
     zero = np.zeros(3, np.int64)
     tokens, unreadable, *_ = read(zero, zero, np.arange(3), zero)
     assert not unreadable

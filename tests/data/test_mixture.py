@@ -5,10 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from open_lm.data.batch_positions import make_plan
 from open_lm.data.config import DataConfig
 from open_lm.data.manifest import Shard
-from open_lm.data.mixture import MOST_ERROR, SplitTree, make_mixture, share_columns
+from open_lm.data.mixture import MOST_ERROR, SplitTree, make_mixture, make_plan, share_columns
 from open_lm.data.plan import StripedStream, choose_stripes
 from open_lm.data.sources import Source
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from open_lm.data import permutations as order
-from open_lm.data.mixture import Pattern, Plan, share_columns
+from open_lm.data.mixture import Pattern, Plan, positions_before_repeat, share_columns
 from open_lm.data.permutations import mix
-from open_lm.data.plan import ResampledStream, StripedStream, choose_stripes
+from open_lm.data.plan import ResampledStream, StripedStream, choose_stripes, together
 
 COUNTS = st.lists(st.integers(0, 64), min_size=1, max_size=12).filter(lambda counts: sum(counts) > 0)
 
@@ -71,7 +71,7 @@ def test_the_order_of_the_manifest_does_not_matter(counts, stripes, block, rando
 @settings(max_examples=150, deadline=None)
 def test_ranks_and_readers_share_a_batch_without_gap_or_overlap_at_any_stop(counts, stripes, block, batch, data):
     stream = StripedStream(names(len(counts)), counts, seed=2, salt=0, stripes=stripes, shuffle_block=block)
-    plan = Plan((stream,))
+    plan = Plan((stream,), striped=together((stream,)))
     straight = samples(stream, 0, 40 * 12)
     position, seen = 0, []
     for _ in range(4):  # four pieces of a run, each with its own ranks, readers and batch
@@ -148,9 +148,8 @@ def test_stripes_are_a_multiple_of_the_batch_and_windows_fit(n, batch):
 
 def test_sources_get_their_share_in_every_stretch_of_the_stream():
     pattern = Pattern(share_columns([0.7, 0.2, 0.1], 1024), 3)
-    plan = Plan(
-        tuple(StripedStream([f"{s}"], [100_000], seed=0, salt=s, stripes=4, shuffle_block=8) for s in range(3)), pattern
-    )
+    streams = tuple(StripedStream([f"{s}"], [100_000], seed=0, salt=s, stripes=4, shuffle_block=8) for s in range(3))
+    plan = Plan(streams, pattern, striped=together(streams))
     assert plan.mixture.shares == pytest.approx([0.7, 0.2, 0.1], abs=1e-3)
     got = plan.locate(np.arange(5120))
     for start in range(0, 5120, 64):
@@ -160,7 +159,7 @@ def test_sources_get_their_share_in_every_stretch_of_the_stream():
 
 def test_each_source_of_a_mixture_runs_through_its_own_stream():
     streams = tuple(StripedStream(["a", "b"], [30, 11], seed=0, salt=s, stripes=3, shuffle_block=4) for s in range(2))
-    plan = Plan(streams, Pattern(share_columns([3, 1], 8), 2))
+    plan = Plan(streams, Pattern(share_columns([3, 1], 8), 2), striped=together(streams))
     got = plan.locate(np.arange(400))
     for s in range(2):
         mine = got.source == s
@@ -174,7 +173,7 @@ def test_a_mixture_ends_where_its_first_source_would_repeat():
         (StripedStream(["a"], [30], seed=0, salt=0, stripes=1, shuffle_block=1),) * 2,
         Pattern(share_columns([3, 1], 8), 2),
     )
-    end = plan.length([30, 30])
+    end = positions_before_repeat(plan.mixture, [30, 30])
     used = np.bincount(plan.split(np.arange(end + 1))[0])
     assert max(used) == 31 and min(used) < 31
     assert max(np.bincount(plan.split(np.arange(end))[0])) == 30

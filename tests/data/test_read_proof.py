@@ -10,9 +10,9 @@ from open_lm.data import loader as module
 from open_lm.data.config import DataConfig
 from open_lm.data.loader import build_loader
 from open_lm.data.manifest import read_manifest
-from open_lm.data.reader import _LocalFiles
+from open_lm.data.reader import PlannedSamples
 from open_lm.data.rows import SampleRows, changed_row, read_checksum, shard_ids
-from open_lm.data.samples import PlannedSamples
+from open_lm.data.shard_files import _LocalFiles
 from open_lm.errors import CheckpointError, DataError
 from open_lm.utils import make_wds_manifest
 

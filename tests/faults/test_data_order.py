@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from open_lm.data.batch_positions import make_plan
 from open_lm.data.config import DataConfig
 from open_lm.data.loader import build_loader
 from open_lm.data.manifest import Shard, write_manifest
+from open_lm.data.mixture import make_plan
 from open_lm.data.permutations import mix
 from open_lm.data.plan import StripedStream
 from open_lm.data.shards import write_shard

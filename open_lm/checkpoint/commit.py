@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from types import MappingProxyType
+from typing import IO, Any, Literal, cast
 
 import torch
 
@@ -33,6 +34,11 @@ RECORD_KEYS = {"size_bytes", "checksum", "sha256"}
 OWN_CHECKSUM = ',\n "checksum": "'
 N_THREADS = 4
 """Files that are written, or whose checksums are computed, at the same time."""
+
+Checked = Literal["nothing", "weights", "all"]
+"""Files whose checksums are compared with the commit file: none, those that weights are in, or the optimizer's too."""
+Verdicts = Mapping[str, str | None]
+"""Faults of checkpoints, by identity; None: all files are as they were written."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,25 @@ def damaged_file(folder: str, commit: Commit, only: Collection[str] | None = Non
                 logging.warning("%s Its checkpoint is skipped.", problem)
                 return problem
     return None
+
+
+def require_sound(commit: Commit, path: str, part: Checked, known: Verdicts = MappingProxyType({})) -> None:
+    """Compare `part` of a checkpoint's files with the checksums they were written with; `path` is that of its weights.
+    One that is `known` is not read again.
+
+    Raises:
+        CheckpointError: a file is not what was written.
+    """
+    if part == "nothing":
+        return
+    if known and commit.identity in known:
+        problem = known[commit.identity]
+    else:
+        own = path.rstrip("/").rpartition("/")[2]
+        weights = frozenset(name for name in commit.files if name == own or name.startswith(f"{own}/"))
+        problem = damaged_file(storage.parent(path), commit, only=weights if part == "weights" and weights else None)
+    if problem:
+        raise CheckpointError(f"{problem} Use --resume latest, or another checkpoint.")
 
 
 def is_sharded(path: str) -> bool:

@@ -11,15 +11,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from open_lm.checkpoint.read import architecture_named, read_checkpoint, read_facts
+from open_lm.checkpoint.read import architecture_named, read_facts, read_found
 from open_lm.checkpoint.resolve import Name, resolve
 from open_lm.data.tokenizer import tokenizer_near
 from open_lm.errors import CheckpointError, ConfigError
 from open_lm.model import create_model
 from open_lm.model.config import ModelConfig, ModelFlags
 from open_lm.model.transformer import Transformer
-from open_lm.weights.file import clean_state_dict, named_weights
-from open_lm.weights.openlm_names import has_megablocks
+from open_lm.weights.file import has_plain_megablocks, named_weights, our_weights
 
 EMBEDDING = "positional_embedding_type"
 
@@ -40,10 +39,23 @@ def load_model(
         StorageError: it cannot be downloaded.
     """
     dtype = torch_dtype(dtype)
+    return build(*read_model(path, model, architecture), device, dtype).eval()
+
+
+def read_model(
+    path: Name, model: str | None, architecture: dict[str, Any]
+) -> tuple[ModelConfig, dict[str, Tensor], str]:
+    """The architecture of a checkpoint, its weights under our names, and the name it was asked for by.
+
+    Raises:
+        CheckpointError, ConfigError, StorageError: as `load_model`.
+    """
     found = resolve(path, "weights")
-    content = read_checkpoint(found)
+    content = read_found(found)
+    named = named_weights(content)
+    plain_experts, weights = has_plain_megablocks(named), our_weights(named)
     config = checked(config_in(content, found.name), found.name, model, architecture)
-    return build(with_experts_of(config, content), clean_state_dict(content), found.name, device, dtype).eval()
+    return (replace(config, moe_expert_type="megablocks") if plain_experts else config), weights, found.name
 
 
 def stored_tokenizer(name: Name) -> str:
@@ -67,14 +79,6 @@ def config_in(content: dict[str, Any], path: str) -> ModelConfig | None:
     return ModelConfig.from_dict(stored, path) if stored else None
 
 
-def with_experts_of(config: ModelConfig, content: dict[str, Any]) -> ModelConfig:
-    """The architecture with experts as MegaBlocks has them where those of `content` lie so and are not gated."""
-    names = named_weights(content)
-    if not has_megablocks(names) or any(name.endswith(".experts.mlp.v1") for name in names):
-        return config
-    return replace(config, moe_expert_type="megablocks")
-
-
 def checked(stored: ModelConfig | None, path: str, model: str | None, architecture: dict[str, Any]) -> ModelConfig:
     """The architecture that the file states, checked against what was asked for; without a statement what was asked.
 
@@ -92,7 +96,8 @@ def checked(stored: ModelConfig | None, path: str, model: str | None, architectu
                 "assumed. Give --positional-embedding-type where it is head_rotary or llama_rotary.", path,
             )  # fmt: skip
         return asked
-    require_same(stored, asked.to_dict() if asked else architecture, path)
+    if asked is not None or architecture:
+        require_same(stored, asked.to_dict() if asked else architecture, path)
     return stored
 
 

@@ -11,14 +11,13 @@ from typing import Any
 from open_lm import storage
 from open_lm.checkpoint.checksum import matches
 from open_lm.checkpoint.commit import commit_beside, copy
-from open_lm.checkpoint.resolve import Found, Name, is_transformers_folder, resolve
+from open_lm.checkpoint.resolve import Found, Name, is_hub, is_transformers_folder, resolve
 from open_lm.checkpoint.sharded import INDEX, STATS, read_tensors
 from open_lm.checkpoint.tree import SEPARATOR
 from open_lm.errors import CheckpointError
 from open_lm.model.config import ModelConfig, ModelFlags, resolve_architecture
 from open_lm.weights.file import load_file
 from open_lm.weights.hf_folder import from_transformers
-from open_lm.weights.hub import is_hub
 
 FACTS = ("epoch", "name", "step", "tokens", "evaluation_metrics", "config")
 
@@ -33,7 +32,15 @@ def read_checkpoint(name: Name) -> dict[str, Any]:
         CheckpointError: there is none, it is damaged, or holds what our architectures do not.
         StorageError: it cannot be downloaded.
     """
-    found = resolve(name, "weights")
+    return read_found(resolve(name, "weights"))
+
+
+def read_found(found: Found) -> dict[str, Any]:
+    """As `read_checkpoint`, of what its name was resolved to; its checksums are compared where that was asked for then.
+
+    Raises:
+        CheckpointError: it is damaged, or holds what our architectures do not.
+    """
     if found.kind == "shards":
         return read_sharded(found)
     if found.kind == "file":

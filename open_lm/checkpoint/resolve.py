@@ -7,7 +7,7 @@ of transformers, or hf://owner/name[@revision]; local or remote.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -15,21 +15,15 @@ from types import MappingProxyType
 from typing import Literal
 
 from open_lm import storage
-from open_lm.checkpoint.commit import Commit, commit_beside, committed, damaged_file, is_sharded
+from open_lm.checkpoint.commit import Checked, Commit, Verdicts, commit_beside, committed, is_sharded, require_sound
 from open_lm.errors import CheckpointError
-from open_lm.weights.hub import download, is_hub
+from open_lm.weights.hub import SCHEME, download
 
 SUFFIXES = (".pt", ".safetensors", ".bin")
 WILD = re.compile(r"[*?\[]")
 
 Form = Literal["file", "shards", "folder"]
 """A file of weights; a folder that every rank wrote its shards to; a folder of transformers, with a config.json."""
-Checked = Literal["nothing", "weights", "all"]
-"""Files whose checksums are compared with the commit file: none, those that weights are in, or the optimizer's too."""
-
-
-Verdicts = Mapping[str, str | None]
-"""Faults of checkpoints, by identity; None: all files are as they were written."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +50,8 @@ class Found:
         """
         if self.commit is None or part == "nothing" or self.checked in (part, "all"):
             return self
-        if self.commit.identity in known:
-            problem = known[self.commit.identity]
-        else:
-            problem = damaged_file(self.folder, self.commit, only=self._files_of(part))
-        if problem:
-            raise CheckpointError(f"{problem} Use --resume latest, or another checkpoint.")
+        require_sound(self.commit, self.path, part, known)
         return replace(self, checked=part)
-
-    def _files_of(self, part: Checked) -> frozenset[str]:
-        assert self.commit is not None
-        own = Path(self.path.rstrip("/")).name
-        names = frozenset(name for name in self.commit.files if name == own or name.startswith(f"{own}/"))
-        return names if part == "weights" and names else frozenset(self.commit.files)
 
 
 Name = str | PathLike[str] | Found
@@ -88,9 +71,9 @@ def resolve(name: Name, check: Checked = "nothing", known: Verdicts = MappingPro
     path = str(download(asked)) if is_hub(asked) else asked
     if is_transformers_folder(path):
         return Found(asked, path, "folder")
-    found = _file_or_shards(asked, path)
+    found = _file_or_shards(asked, path, check, known)
     if found is not None:
-        return found.checked_for(check, known)
+        return found
     if not storage.exists(path):
         raise CheckpointError(f"{asked}: no such checkpoint. Give an epoch_K.pt or the folder of a run.")
     found = newest_in(path, check, known)
@@ -101,21 +84,38 @@ def resolve(name: Name, check: Checked = "nothing", known: Verdicts = MappingPro
     raise CheckpointError(f"{asked}: no complete checkpoint in this folder. Give an epoch_K.pt or a run's folder.")
 
 
-def _file_or_shards(name: str, path: str) -> Found | None:
+def _file_or_shards(name: str, path: str, check: Checked, known: Verdicts) -> Found | None:
     """The checkpoint that `path` names as a file, a commit file or a folder of shards; None where it is a folder."""
-    if is_sharded(path):
-        return Found(name, path, "shards", commit_beside(path))
-    if path.endswith(".commit.json") or (path.endswith(".pt") and not storage.exists(path)):
+    is_file, in_shards = _is_file(path), is_sharded(path)
+    if not in_shards and (path.endswith(".commit.json") or (path.endswith(".pt") and not is_file)):
         commit = commit_beside(path.replace(".commit.json", ".pt"))
-        return _committed(name, storage.parent(path), commit) if commit else None
-    if (storage.is_remote(path) and path.endswith(SUFFIXES)) or storage.local_path(path).is_file():
-        return Found(name, path, "file", commit_beside(path)) if storage.exists(path) else None
-    return None
+        if commit is None:
+            return None
+        path = storage.join(storage.parent(path), commit.weights_name)
+    elif in_shards or is_file:
+        commit = commit_beside(path)
+    else:
+        return None
+    if commit is not None:
+        require_sound(commit, path, check, known)
+    return Found(name, path, "shards" if is_sharded(path) else "file", commit, check if commit else "nothing")
+
+
+def _is_file(path: str) -> bool:
+    """Whether `path` names a file of weights, local or remote, that is there."""
+    if storage.is_remote(path):
+        return path.endswith(SUFFIXES) and storage.exists(path)
+    return storage.local_path(path).is_file()
 
 
 def _committed(name: str, folder: str, commit: Commit, checked: Checked = "nothing") -> Found:
     path = storage.join(folder, commit.weights_name)
     return Found(name, path, "shards" if is_sharded(path) else "file", commit, checked)
+
+
+def is_hub(name: str) -> bool:
+    """Whether `name` is that of a model on the Hub."""
+    return name.startswith(SCHEME)
 
 
 def is_transformers_folder(path: str) -> bool:

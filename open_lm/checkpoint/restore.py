@@ -33,7 +33,7 @@ from open_lm.errors import CheckpointError
 from open_lm.model.lora import holds_nf4, is_addition
 from open_lm.train.random_state import restore_random_state
 from open_lm.train.row_order import RowOrder, copy_from_file_order, order_of, row_orders
-from open_lm.weights.file import clean_state_dict, load_file, named_weights, plain_name
+from open_lm.weights.file import load_file, named_weights, our_weights, plain_name
 
 Use = Literal["evaluate", "weights", "state", "resume"]
 """The use of a checkpoint: its weights to evaluate; its weights to start from; optimizer, step and the rest too; all
@@ -208,7 +208,7 @@ def _read(
     else:
         file = read_checkpoint(found) if len(files) == 1 else read_mean(files, checkpoints.flags.shares)
         stored.names = named_weights(file)
-        stored.weights = clean_state_dict(file, merge=use == "weights" or not _has_additions(state))
+        stored.weights = our_weights(stored.names, merge=use == "weights" or not _has_additions(state))
         require_same_experts(stored.names, checkpoints.config["model"], path)
     stored_config = file.get("config") or {}
     asked = found.name if len(files) == 1 and found.name != "latest" else path

@@ -19,8 +19,7 @@ from torch.optim import Optimizer
 
 from open_lm.errors import CheckpointError
 from open_lm.model.lora import is_addition
-from open_lm.weights.file import plain_name
-from open_lm.weights.openlm_names import has_megablocks, moments_from_openlm, only_name
+from open_lm.weights.file import has_plain_megablocks, moments_from_openlm, only_name, plain_name
 
 CONSTANTS = ".inv_freq"
 """Endings of the names of constants, which files of weights may hold or not."""
@@ -49,8 +48,7 @@ def require_same_experts(names: Mapping[str, Any], here: Mapping[str, Any], path
     Raises:
         CheckpointError: naming the flag.
     """
-    gated = any(name.endswith(".experts.mlp.v1") for name in names)
-    if has_megablocks(names) and not gated and here.get("moe_expert_type") != "megablocks":
+    if has_plain_megablocks(names) and here.get("moe_expert_type") != "megablocks":
         raise CheckpointError(f"{path} holds experts as MegaBlocks has them: give --moe-expert-type megablocks.")
 
 

@@ -8,8 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from open_lm.checkpoint.load_model import checked, config_in, require_fit, under_every_name, with_experts_of
-from open_lm.checkpoint.read import read_checkpoint
+from open_lm.checkpoint.load_model import read_model, require_fit, under_every_name
 from open_lm.checkpoint.resolve import Found
 from open_lm.checkpoint.state_dicts import load_weights
 from open_lm.distributed import World
@@ -18,7 +17,6 @@ from open_lm.model.config import ModelConfig
 from open_lm.model.transformer import Transformer
 from open_lm.train.config import ParallelConfig, mesh_shape
 from open_lm.train.parallel import shard
-from open_lm.weights.file import clean_state_dict
 
 PARALLEL = ParallelConfig(fsdp=True)
 
@@ -34,12 +32,10 @@ def load_sharded(
     weights: dict[str, Any] = {}
 
     def read() -> ModelConfig:
-        content = read_checkpoint(found)
-        config = checked(config_in(content, found.name), found.name, model, architecture)
-        config = with_experts_of(config, content)
+        config, held, _ = read_model(found, model, architecture)
         with torch.device("meta"):
             empty = cast("Transformer", create_model(config))
-        weights.update(under_every_name(empty, clean_state_dict(content)))
+        weights.update(under_every_name(empty, held))
         require_fit(empty, weights, found.name)
         return config
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from open_lm.model.architecture import MambaConfig, ModelConfig
 from open_lm.model.hf_config import HFConfig
-from open_lm.weights.openlm_names import to_openlm
+from open_lm.weights.file import to_openlm
 from open_lm.weights.to_hf import native_family, to_native
 
 

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from open_lm.checkpoint.load_model import load_model
     from open_lm.checkpoint.read import read_facts
     from open_lm.checkpoint.resolve import resolve
-    from open_lm.weights.openlm_names import to_openlm
+    from open_lm.weights.file import to_openlm
 
     if storage.exists(asked.out):
         raise ConfigError(f"--out {asked.out} exists: choose another file, or remove it.")

@@ -33,11 +33,6 @@ class HubModel:
         return cls(match[1], match[2])
 
 
-def is_hub(path: str) -> bool:
-    """Whether `path` names a model on the Hub."""
-    return path.startswith(SCHEME)
-
-
 def download(url: str) -> Path:
     """The local folder (of huggingface_hub's cache) with the configs and weights of `url`.
 

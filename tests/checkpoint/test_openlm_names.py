@@ -9,8 +9,7 @@ from open_lm.errors import CheckpointError, ConfigError
 from open_lm.model import create_model
 from open_lm.model.config import ModelConfig, ModelFlags
 from open_lm.model.moe import MixtureOfExperts
-from open_lm.weights.file import load_file
-from open_lm.weights.openlm_names import from_openlm, to_openlm
+from open_lm.weights.file import from_openlm, load_file, to_openlm
 
 E, D, F, K = 4, 16, 24, 2
 BASE = {"hidden_dim": D, "n_layers": 2, "n_heads": 2, "seq_len": 12, "vocab_size": 19}

@@ -131,8 +131,7 @@ def _first_samples(shards: Sequence[Any], flags: Inspect) -> Iterator[str]:
 
 def _step(flags: Inspect, step: int) -> Iterator[str]:
     """The samples of one step, in the order of the batch."""
-    from open_lm.data.batch_positions import make_batch_positions
-    from open_lm.data.mixture import make_plan
+    from open_lm.data.mixture import make_batch_positions, make_plan
     from open_lm.data.run_data import run_settings
     from open_lm.data.shards import read_samples
     from open_lm.data.sources import Source, open_sources

@@ -11,11 +11,10 @@ import numpy as np
 import torch
 
 from open_lm.data.batch import IGNORED, Batch
-from open_lm.data.batch_positions import BatchPositions, make_batch_positions
 from open_lm.data.columns import Column
 from open_lm.data.config import DataConfig
 from open_lm.data.masking import batch_of
-from open_lm.data.mixture import Plan, make_plan
+from open_lm.data.mixture import BatchPositions, Plan, make_batch_positions, make_plan
 from open_lm.data.pipeline import StepRows, StepSource, run_pipeline
 from open_lm.data.plan import ORDER
 from open_lm.data.reader import PlannedSamples, SampleReader, SyntheticSamples
@@ -24,7 +23,7 @@ from open_lm.data.shard_files import open_files
 from open_lm.data.shards import OUTSIDE
 from open_lm.data.sources import Source, document_end, named_tokenizer, open_sources
 from open_lm.data.validation import validation_batches
-from open_lm.errors import CheckpointError, DataError
+from open_lm.errors import CheckpointError, ConfigError, DataError
 
 __all__ = ["Loader", "build_loader", "validation_batches"]
 
@@ -295,16 +294,22 @@ def build_loader(
     if config.data_tolerate_error_p != 0.09 or config.data_tolerate_num_ckpts:
         log.warning("--data-tolerate-*: ignored, every step gets its whole batch. See --ignore-parse-errors.")
     sample_tokens = rows * (seq_len + 1)
-    batch_positions = make_batch_positions(config, global_batch=global_batch, rank=rank, world_size=world_size)
+    if global_batch % world_size:
+        raise ConfigError(
+            f"--global-batch-size {global_batch} does not divide among {world_size} ranks. "
+            "Choose a multiple of the number of processes."
+        )
+    place = {"global_batch": global_batch, "rank": rank, "world_size": world_size}
     options: dict[str, Any] = {"config": config, "seed": seed, "rows": rows}
     if config.dataset_type == "synthetic":
         random_ids = SyntheticSamples(vocab_size, sample_tokens - 1, seed)
         nowhere = [Source(f"synthetic {vocab_size} {sample_tokens - 1}", ())]
         options["document_end"] = document_end(config, nowhere)
-        return Loader(Plan((random_ids,)), nowhere, random_ids, batch_positions, **options)
+        return Loader(Plan((random_ids,)), nowhere, random_ids, make_batch_positions(config, **place), **options)
     opening = {"vocab_size": vocab_size, "sample_tokens": sample_tokens, "world_size": world_size}
     sources = on_rank0(lambda: open_sources(config, **opening, form=form))
     options["document_end"] = document_end(config, sources)
+    batch_positions = make_batch_positions(config, **place)
     plan = make_plan(sources, config, seed=seed, global_batch=global_batch)
     if len(sources) > 1:
         shares = zip(sources, plan.mixture.shares.tolist(), strict=True)

@@ -40,6 +40,15 @@ def identity(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest(), "little")
 
 
+def argsort(hashes: np.ndarray) -> np.ndarray:
+    """np.argsort(hashes, kind="stable"), faster: numpy sorts 16 bits by counting, so their upper 48 in three rounds."""
+    order = np.argsort((hashes >> np.uint64(16)).astype(np.uint16), kind="stable")
+    for shift in (32, 48):
+        order = order[np.argsort((hashes >> np.uint64(shift)).astype(np.uint16)[order], kind="stable")]
+    upper = hashes[order] >> np.uint64(16)
+    return np.argsort(hashes, kind="stable") if (upper[1:] == upper[:-1]).any() else order
+
+
 def permutations(keys: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
     """A permutation of `lengths[k]` places for each key, filled up to `width` with the places that are left.
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 
-from open_lm.data.permutations import STRIDE, Permutations, identity, key, mix
+from open_lm.data.permutations import STRIDE, Permutations, argsort, identity, key, mix
 
 ORDER = "lanes-1"
 """Name of the order this file implements; a checkpoint made with another one is refused."""
@@ -58,15 +59,6 @@ def _coprime_near(fraction: float, n: int) -> int:
     return next(k for k in range(max(1, int(n * fraction)), 2 * n + 1) if math.gcd(k, n) == 1)
 
 
-def _argsort(hashes: np.ndarray) -> np.ndarray:
-    """np.argsort(hashes, kind="stable"), faster: numpy sorts 16 bits by counting, so their upper 48 in three rounds."""
-    order = np.argsort((hashes >> np.uint64(16)).astype(np.uint16), kind="stable")
-    for shift in (32, 48):
-        order = order[np.argsort((hashes >> np.uint64(shift)).astype(np.uint16)[order], kind="stable")]
-    upper = hashes[order] >> np.uint64(16)
-    return np.argsort(hashes, kind="stable") if (upper[1:] == upper[:-1]).any() else order
-
-
 class StripedStream:
     """Every sample exactly once per pass, in an order that differs from pass to pass.
 
@@ -79,13 +71,12 @@ class StripedStream:
         self, names: Sequence[str], counts: Sequence[int], *, seed: int, salt: int, stripes: int, shuffle_block: int
     ):
         assert len(names) == len(counts) and stripes >= 1 and shuffle_block >= 1, (len(names), stripes, shuffle_block)
-        self.seed, self.salt, self.stripes = seed, salt, stripes
+        self.seed, self.salt, self.stripes, self._names = seed, salt, stripes, names
         self.counts = np.asarray(counts, np.int64)
         self.n_sequences = int(self.counts.sum())
         self.shuffle_block = min(shuffle_block, max(1, -(-self.n_sequences // stripes)))
         self.by_name = np.array(sorted(range(len(names)), key=names.__getitem__), np.int64)
         self.by_name = self.by_name[self.counts[self.by_name] > 0]
-        self._identities = np.array([identity(names[k]) for k in self.by_name], np.uint64)
         self.spread = _coprime_near(0.6180339887, stripes)
         self._alone: StripedStreams | None = None
 
@@ -99,17 +90,18 @@ class StripedStream:
         self._alone = self._alone or StripedStreams((self,))
         return self._alone
 
-    def pass_order(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """The shards of pass `number` in order, and the place where each begins; empty shards are left out."""
+    @cached_property
+    def _identities(self) -> np.ndarray:
+        return np.array([identity(self._names[k]) for k in self.by_name], np.uint64)
+
+    def pass_order(self, number: int) -> tuple[np.ndarray, np.ndarray, np.uint64]:
+        """The shards of pass `number` in order, the place where each begins, and what the keys of all its stripes are
+        made of; empty shards are left out."""
         hashes = mix(self._identities ^ key("shards", self.seed, self.salt, number))
-        shards = self.by_name[_argsort(hashes)]
+        shards = self.by_name[argsort(hashes)]
         starts = np.cumsum(self.counts[shards])
         starts[1:], starts[:1] = starts[:-1].copy(), 0
-        return shards, starts
-
-    def pass_key(self, number: int) -> np.uint64:
-        """The key of one pass, from which those of all its stripes are derived."""
-        return key("lane", self.seed, self.salt, number)
+        return shards, starts, key("lane", self.seed, self.salt, number)
 
 
 class StripedStreams:
@@ -128,9 +120,9 @@ class StripedStreams:
         self._held, self._held_keys = np.full(len(streams), -1, np.int64), np.zeros(len(streams), np.uint64)
         self._order = np.zeros(sum(sizes), np.int64)
         self._starts = np.repeat(self._first_place, sizes)
-        self._permutations = {width: Permutations(width) for width in set(self._block.tolist())}
         for number in range(len(streams)):  # most runs begin, and stay, in the first pass
             self._hold(number, 0)
+        self._permutations = {width: Permutations(width) for width in set(self._block.tolist())}
 
     def stripe_of(self, source: np.ndarray, own: np.ndarray) -> np.ndarray:
         """The stripe of each position `own` of its source."""
@@ -204,9 +196,9 @@ class StripedStreams:
     def _hold(self, source: int, number: int) -> None:
         """Compute and hold the order of pass `number` of one source, instead of the pass it held."""
         mine = slice(int(self._first_shard[source]), int(self._first_shard[source + 1]))
-        order, starts = self._streams[source].pass_order(number)
+        order, starts, stripes_key = self._streams[source].pass_order(number)
         self._order[mine], self._starts[mine] = order, self._first_place[source] + starts
-        self._held[source], self._held_keys[source] = number, self._streams[source].pass_key(number)
+        self._held[source], self._held_keys[source] = number, stripes_key
 
 
 def together(streams: Sequence[SampleStream]) -> StripedStreams | None:

@@ -7,8 +7,8 @@ from dataclasses import fields
 from typing import Any
 
 from open_lm import storage
-from open_lm.data.batch_positions import BatchPositions, make_batch_positions
 from open_lm.data.config import DataConfig
+from open_lm.data.mixture import BatchPositions, make_batch_positions
 from open_lm.errors import ConfigError
 
 

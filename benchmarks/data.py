@@ -60,7 +60,8 @@ def measured(command: list[str]) -> dict[str, float]:
 BARE = """
 import sys; sys.path.insert(0, {root!r})
 from open_lm.preprocess.encoding import make_encoder
-from open_lm.preprocess.jsonl import document_text, read_lines
+from open_lm.preprocess.input import document_text
+from open_lm.preprocess.jsonl import read_lines
 from open_lm.data.tokenizer import load_tokenizer
 encoder, batch = make_encoder({encoder!r}, load_tokenizer({tokenizer!r})), []
 for url in {files!r}:

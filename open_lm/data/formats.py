@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import struct
 import zlib
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -131,6 +132,7 @@ class _Npy:
         return np.frombuffer(payload, dtype, length, start)
 
 
+@lru_cache(maxsize=64)
 def npy_header(dtype: np.dtype, length: int) -> bytes:
     """The header of a .npy file that holds one vector."""
     described = np.lib.format.dtype_to_descr(dtype)

@@ -7,7 +7,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 import xxhash
@@ -206,27 +206,41 @@ def _sample_key(header: bytes, key: str) -> str:
     return name_of(header).removesuffix("." + key)
 
 
-def write_shard(file: IO[bytes], samples: np.ndarray | Iterable[np.ndarray], key: str, first_number: int = 0) -> int:
-    """Write samples (vectors of ids, of the dtype npy shall keep) as one tar; the bytes written.
+class WrittenShard(NamedTuple):
+    """Size and crc32 of a shard as it was written; `layout` as in `ShardIndex`, where that is known."""
+
+    size_bytes: int
+    crc32: int
+    layout: tuple[int, int, int] | None
+
+
+def write_shard(
+    file: IO[bytes], samples: np.ndarray | Iterable[np.ndarray], key: str, first_number: int = 0
+) -> WrittenShard:
+    """Write samples (vectors of ids, of the dtype npy shall keep) as one tar.
 
     Members are named by 12-digit numbers from `first_number`; times and owners are 0, but for each sample's checksum in
     the place of its owner's name: equal samples give equal bytes.
     """
-    if key == "npy" and isinstance(samples, np.ndarray):
-        written = file.write(_npy_members(samples, first_number).data) if len(samples) else 0
+    layout = None
+    if key == "npy" and isinstance(samples, np.ndarray) and len(samples):
+        table, size = _npy_members(samples, first_number)
+        written, crc, layout = file.write(table.data), zlib.crc32(table.data), (BLOCK, table.shape[1], size)
     else:
-        written = 0
+        written = crc = 0
         encode = sample_format(key).encode
         for number, tokens in enumerate(samples, first_number):
             payload = encode(tokens)
             sums = np.array([checksum(payload, key)], np.uint64)
             header = headers_for(np.array([number]), len(payload), key, sums).tobytes()
-            written += file.write(header + payload + bytes(-len(payload) % BLOCK))
-    return written + file.write(END)
+            member = header + payload + bytes(-len(payload) % BLOCK)
+            written, crc = written + file.write(member), zlib.crc32(member, crc)
+    return WrittenShard(written + file.write(END), zlib.crc32(END, crc), layout)
 
 
-def _npy_members(samples: np.ndarray, first_number: int) -> np.ndarray:
-    """All members of a shard of equal npy vectors, built as one table of bytes: 10 times faster than one by one."""
+def _npy_members(samples: np.ndarray, first_number: int) -> tuple[np.ndarray, int]:
+    """All members of a shard of equal npy vectors, built as one table of bytes (10 times faster than one by one), and
+    the size of each."""
     n, length = samples.shape
     head = np.frombuffer(npy_header(samples.dtype, length), np.uint8)
     size = len(head) + length * samples.dtype.itemsize
@@ -236,7 +250,7 @@ def _npy_members(samples: np.ndarray, first_number: int) -> np.ndarray:
     table[:, :BLOCK] = headers_for(np.arange(first_number, first_number + n), size, "npy", sums)
     table[:, BLOCK : BLOCK + len(head)] = head
     table[:, BLOCK + len(head) : BLOCK + size] = rows
-    return table
+    return table, size
 
 
 def shard_name(url: str) -> str:

@@ -3,46 +3,46 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
 
 from open_lm import text
 from open_lm.errors import DataError
-from open_lm.preprocess.job import Job, Workplace
+from open_lm.preprocess.job import Job
+
+Records = Mapping[str, Mapping[str, Any]]
+"""Records of finished blocks, by name."""
 
 
-def make_ledger(job: Job, work: Workplace, blocks: Sequence[str], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The ledger of a finished job, from the records of its tasks.
+def make_ledger(job: Job, blocks: Records, tails: Records, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The ledger of a finished job, from the records of its blocks.
 
     Raises:
         DataError: documents or tokens are missing or too many: a bug, or somebody touched the unfinished work.
     """
-    tails = work.records(job.tail_blocks)
     samples = sum(row["num_sequences"] for row in rows)
-    came_in, n_tokens = _came_in(work, blocks)
+    came_in, n_tokens = _came_in(blocks)
     tokens = {
         "in": n_tokens,
         "in_shards": samples * job.sample_tokens,
-        "tail": sum(record["tail"] for record in tails),
+        "tail": sum(record["tail"] for record in tails.values()),
     }
     ledger = came_in | {"tokens": tokens, "samples": samples, "shards": len(rows)} | _settings(job)
     if job.sampling:
-        ledger["sampling"] = _sampling(job, work, blocks)
+        ledger["sampling"] = _sampling(job, blocks, tails)
     _check(ledger)
     return ledger
 
 
-def make_flat_ledger(
-    job: Job, work: Workplace, blocks: Sequence[str], arrays: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
+def make_flat_ledger(job: Job, blocks: Records, arrays: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The ledger of a job that wrote flat arrays: every token is in one of them.
 
     Raises:
         DataError: as `make_ledger`.
     """
-    came_in, n_tokens = _came_in(work, blocks)
+    came_in, n_tokens = _came_in(blocks)
     in_arrays = sum(array["tokens"] for array in arrays)
     samples = sum(array["tokens"] // job.sample_tokens for array in arrays)
     about = {"samples": samples, "shards": len(arrays), "arrays": list(arrays), "dtype": job.dtype.name}
@@ -52,11 +52,11 @@ def make_flat_ledger(
     return ledger
 
 
-def _came_in(work: Workplace, blocks: Sequence[str]) -> tuple[dict[str, Any], int]:
+def _came_in(blocks: Records) -> tuple[dict[str, Any], int]:
     """Counts of documents and lines by outcome, and the number of their tokens."""
     totals: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
-    for record in work.records(blocks):
+    for record in blocks.values():
         totals.update({key: record[key] for key in ("lines", "blank_lines", "bytes", "tokenized", "tokens")})
         rejected.update(record["rejected"])
     documents = {
@@ -74,16 +74,15 @@ def _settings(job: Job) -> dict[str, Any]:
         "tokens_per_sample": job.sample_tokens,
         "vocab_size": job.vocab_size,
         "tokenizer": job.tokenizer,
-        "job": orjson.loads(job.to_json()),
+        "job": orjson.loads(job.json),
     }
 
 
-def _sampling(job: Job, work: Workplace, blocks: Sequence[str]) -> dict[str, dict[str, float]]:
+def _sampling(job: Job, blocks: Records, tails: Records) -> dict[str, dict[str, float]]:
     """Of each source how many samples there are, and how many were written."""
     found = {name: {"frequency": often, "samples": 0, "written": 0} for name, often in job.sampling}
-    names = [*blocks, *job.tail_blocks]
     sources = [*(job.source(block) for block in blocks), *range(len(job.sampling))]
-    for source, record in zip(sources, work.records(names), strict=True):
+    for source, record in zip(sources, [*blocks.values(), *tails.values()], strict=True):
         books = found[job.sampling[source][0]]
         books["samples"] += record["packed"]
         books["written"] += record["samples"]

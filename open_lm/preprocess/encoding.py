@@ -93,7 +93,27 @@ class DocumentEncoder:
         self._encoder, self._reference = make_encoder(encoder, tokenizer), ReferenceEncoder(tokenizer)
         self._unchecked_characters = 0
 
-    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, documents: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of documents of one kind (texts, vectors of ids, or one LongText) in order, an end-of-text id behind
+        each; and behind which id each ends (n offsets).
+
+        Raises:
+            DataError: the fast encoder and the reference differ on one of the texts compared.
+            Unsplittable: the LongText has no place to cut for too long a stretch.
+        """
+        if isinstance(documents[0], np.ndarray):
+            return self._ended(documents)
+        return self.encode_long(documents[0]) if isinstance(documents[0], LongText) else self.encode_texts(documents)
+
+    def _ended(self, documents: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Documents that are ids already, one after the other, an end-of-text id behind each that has none."""
+        last = self._tokenizer.eot_id
+        end = np.array([last], self._dtype)
+        parts = [part for ids in documents for part in ((ids,) if ids[-1] == last else (ids, end))]
+        lengths = [len(ids) + (ids[-1] != last) for ids in documents]
+        return np.concatenate(parts).astype(self._dtype), np.cumsum(lengths)
+
+    def encode_texts(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all texts in order, exactly those of each whole text, each followed by the end-of-text id; and
         behind which id each text ends (n offsets).
 
@@ -115,7 +135,7 @@ class DocumentEncoder:
         return joined, ends + 1
 
     def encode_long(self, text: LongText) -> tuple[np.ndarray, np.ndarray]:
-        """As `encode`, of one long document, which is never held as a whole.
+        """As `encode_texts`, of one long document, which is never held as a whole.
 
         Raises:
             Unsplittable: it has no place to cut for too long a stretch.

@@ -10,7 +10,7 @@ import orjson
 
 from open_lm import storage
 from open_lm.preprocess.job import Job, Workplace
-from open_lm.preprocess.jsonl import TAR, Line, is_whole
+from open_lm.preprocess.jsonl import TAR, WHOLE, Line
 from open_lm.preprocess.long_text import LONG_BYTES
 from open_lm.preprocess.packing import shuffle_keys
 
@@ -26,7 +26,7 @@ class Origin(NamedTuple):
 def origin_of(url: str, number: int, line: Line) -> Origin:
     """The origin of a document: file, number, id; an `id` that is neither text nor a whole number is left out."""
     content = line.content or b""
-    if is_whole(url) or url.endswith(TAR) or len(content) > LONG_BYTES or b'"id"' not in content:
+    if url.endswith((*WHOLE, TAR)) or len(content) > LONG_BYTES or b'"id"' not in content:
         return Origin(url, number, "")
     try:
         found = orjson.loads(content.removeprefix(b"\xef\xbb\xbf")).get("id")

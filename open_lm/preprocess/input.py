@@ -1,18 +1,24 @@
-"""Raw input files: the lines of JSON files, and the members of tars (texts, JSON, ids)."""
+"""Documents of raw files: lines of JSON, members of tars (texts, JSON, ids), whole texts; others carry a reason."""
 
 from __future__ import annotations
 
 import codecs
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import IO
+from dataclasses import dataclass, field
+from typing import IO, Any, NamedTuple
 
 import numpy as np
+import orjson
 
 from open_lm import storage
 from open_lm.data.formats import NPY
+from open_lm.data.shards import check_ids
 from open_lm.errors import ConfigError, DataError
-from open_lm.preprocess.jsonl import TAR, Line, Rejected, document_text, is_whole, read_lines
+from open_lm.preprocess.flat_blocks import Origin, origin_of
+from open_lm.preprocess.job import FLAT, Job
+from open_lm.preprocess.jsonl import BAD_LINE_REASONS, TAR, WHOLE, FileLine, Line, Rejected, read_lines
 from open_lm.preprocess.long_text import LONG_BYTES, LongText, long_document, sound
 
 
@@ -99,7 +105,7 @@ def read_documents(url: str, content_key: str, *, max_bytes: int) -> Iterator[Li
     """The lines of a raw file, or the members of a tar that hold documents; longer ones have no content."""
     if url.endswith(TAR):
         return read_members(url, content_key, max_bytes=max_bytes)
-    return read_whole(url, max_bytes) if is_whole(url) else read_lines(url, max_line_bytes=max_bytes)
+    return read_whole(url, max_bytes) if url.endswith(WHOLE) else read_lines(url, max_line_bytes=max_bytes)
 
 
 def read_whole(url: str, max_bytes: int) -> Iterator[Line]:
@@ -124,6 +130,33 @@ def _long(content: bytes) -> LongText | Rejected:
     return sound(LongText(memoryview(content), escaped=False)) or Rejected("invalid_utf8")
 
 
+def document_text(line: Line, content_key: str) -> str | Rejected | None:
+    """The text of one JSON line; None for a blank line.  `line.content` is not None."""
+    content = line.content or b""
+    if line.offset == 0 and content.startswith(codecs.BOM_UTF8):
+        content = content[len(codecs.BOM_UTF8) :]
+    if not content.strip():
+        return None
+    try:
+        row = orjson.loads(content)
+    except orjson.JSONDecodeError:
+        return Rejected("malformed_json" if _is_utf8(content) else "invalid_utf8")
+    if not isinstance(row, dict) or content_key not in row:
+        return Rejected("missing_key")
+    text = row[content_key]
+    if not isinstance(text, str):
+        return Rejected("not_text")
+    return text or Rejected("empty")
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode()
+        return True
+    except UnicodeDecodeError:
+        return False
+
+
 def line_document(line: Line, content_key: str) -> str | LongText | Rejected | None:
     """The text of one JSON line; None for a blank one.  `line.content` is not None."""
     content = line.content or b""
@@ -134,9 +167,90 @@ def line_document(line: Line, content_key: str) -> str | LongText | Rejected | N
 
 def document_of(url: str, line: Line, content_key: str) -> str | LongText | np.ndarray | Rejected | None:
     """The document that one line or member of `url` holds; None for a blank line.  `line.content` is not None."""
-    if is_whole(url):
+    if url.endswith(WHOLE):
         return whole_document(line)
     return member_document(line, content_key) if url.endswith(TAR) else line_document(line, content_key)
+
+
+class Documents(NamedTuple):
+    """Documents of one kind: texts, vectors of ids, or one LongText; of flat arrays also where each came from."""
+
+    documents: list[Any]
+    origins: list[Origin]
+
+
+@dataclass
+class Books:
+    """Lines of a block: how many, of how many bytes, and those that hold no document."""
+
+    lines: int = 0
+    blank: int = 0
+    n_bytes: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    last: tuple[str, int] = ("", 0)
+    """The file of the last line, and its number among those of the file."""
+
+
+def documents_in(job: Job, lines: Sequence[FileLine], books: Books) -> list[Documents]:
+    """The documents that `lines` hold, neighbours of one kind together; every line is entered in `books`.
+
+    Raises:
+        DataError: a line is damaged, and the job is to stop at such lines.
+    """
+    found: list[Documents] = []
+    for url, line in lines:
+        books.lines += 1
+        books.last = (url, books.last[1] + 1 if url == books.last[0] else 1)
+        if line.content is None:
+            books.rejected["too_long"] += 1
+            continue
+        books.n_bytes += len(line.content) + 1
+        document = document_of(url, line, job.content_key)
+        if isinstance(document, np.ndarray):
+            document = _known_ids(document, job.vocab_size)
+        if document is None:
+            books.blank += 1
+        elif isinstance(document, Rejected):
+            if document.reason in BAD_LINE_REASONS and job.on_bad_line == "stop":
+                raise _bad_line(job, url, line, document)
+            books.rejected[document.reason] += 1
+        else:
+            if not found or type(document) is not type(found[-1].documents[0]) or isinstance(document, LongText):
+                found.append(Documents([], []))
+            found[-1].documents.append(document)
+            if job.form == FLAT:
+                found[-1].origins.append(origin_of(*books.last, line))
+    return found
+
+
+def _known_ids(ids: np.ndarray, vocab_size: int) -> np.ndarray | Rejected:
+    try:
+        return check_ids(ids, vocab_size)
+    except ValueError:
+        return Rejected("not_ids")
+
+
+def _bad_line(job: Job, url: str, line: Line, rejected: Rejected) -> DataError:
+    what = {
+        "missing_key": f"no key {job.content_key!r}",
+        "not_text": f"{job.content_key!r} holds no text",
+        "not_ids": f"no vector of ids below {job.vocab_size}",
+    }
+    found = what.get(rejected.reason, rejected.reason.replace("_", " "))
+    if line.offset == 0 and (line.content or b"").lstrip().startswith(b"["):
+        found = "a JSON array, where each line should be an object (`jq -c '.[]'` makes them)"
+    if url.endswith(TAR):
+        return DataError(
+            f"{storage.shown(url)}, member at byte {line.offset}: {found}: {(line.content or b'')[:60]!r}. "
+            "Repair it, or leave such members out and counted with --on-bad-line skip."
+        )
+    before = sum(
+        1 for earlier in read_lines(url, max_line_bytes=job.max_document_bytes) if earlier.offset < line.offset
+    )
+    return DataError(
+        f"{storage.shown(url)}, line {before + 1}: {found}: {(line.content or b'')[:60]!r}. "
+        "Repair it, name the key with --content-key, or leave such lines out and counted with --on-bad-line skip."
+    )
 
 
 def sample_texts(urls: Sequence[str], content_key: str, *, max_characters: int = 1 << 20) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Preprocessing jobs: everything their output depends on, and the folder of unfinished work."""
+"""Preprocessing jobs: everything their output depends on, their tasks, and the folder of unfinished work."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,8 +14,10 @@ import orjson
 
 from open_lm import storage
 from open_lm.data.formats import token_dtype
+from open_lm.data.shards import write_shard
 from open_lm.data.tokenizer import Tokenizer
 from open_lm.errors import DataError, StorageError
+from open_lm.preprocess.jsonl import WHOLE, is_packed
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -56,15 +58,15 @@ class Job:
     id_bytes: int = 0
     """Of an id on disk; 0: as few as the vocabulary needs."""
 
-    @property
+    @cached_property
     def sample_tokens(self) -> int:
         return self.seq_len + 1
 
-    @property
+    @cached_property
     def sample_bytes(self) -> int:
         return self.sample_tokens * self.dtype.itemsize
 
-    @property
+    @cached_property
     def dtype(self) -> np.dtype:
         return np.dtype(f"<u{self.id_bytes}") if self.id_bytes else token_dtype(self.vocab_size)
 
@@ -81,7 +83,9 @@ class Job:
         """The source of one block of an input."""
         return self.source_of_file(file_and_block(block)[0])
 
-    def to_json(self) -> bytes:
+    @cached_property
+    def json(self) -> bytes:
+        """The job as its file holds it."""
         inputs = [(storage.to_text(url), size) for url, size in self.inputs]
         facts = asdict(self) | {"inputs": inputs}
         later = {"form": SHARDS, "id_bytes": 0}  # named only when not the default: older jobs keep their fingerprint
@@ -91,7 +95,7 @@ class Job:
     @cached_property
     def fingerprint(self) -> str:
         """A short text that two jobs share only if they write the same."""
-        return hashlib.blake2b(self.to_json(), digest_size=8).hexdigest()
+        return hashlib.blake2b(self.json, digest_size=8).hexdigest()
 
 
 def make_job(urls: Sequence[str], tokenizer: Tokenizer, **settings: Any) -> Job:
@@ -115,6 +119,43 @@ def choose_block_bytes(total_bytes: int) -> int:
 
 
 @dataclass(frozen=True)
+class TextTask:
+    """Inputs `first` to `last`: several small ones as one block; or every `modulus`-th block of a large one, from block
+    `residue`, so that several workers can share it."""
+
+    first: int
+    last: int
+    residue: int = 0
+    modulus: int = 1
+
+    @property
+    def name(self) -> str:
+        """Of its record."""
+        return f"read-{self.first:06d}-{self.last:06d}-{self.residue}-{self.modulus}"
+
+
+def text_tasks(job: Job, n_workers: int) -> list[TextTask]:
+    """All inputs as tasks: small neighbours grouped, large ones shared by workers where there are fewer files."""
+    total = max(1, sum(size for _, size in job.inputs))
+    tasks: list[TextTask] = []
+    group: list[int] = []
+    held = 0
+    for file, (url, size) in enumerate(job.inputs):
+        fits = not is_packed(url) and held + size <= job.block_bytes
+        if group and not (fits and job.source_of_file(group[0]) == job.source_of_file(file)):
+            tasks.append(TextTask(group[0], group[-1]))
+            group, held = [], 0
+        if not is_packed(url) and size <= job.block_bytes // 2:
+            group, held = [*group, file], held + size
+            continue
+        share = n_workers * size / total  # a packed file is read whole by each worker that shares it
+        modulus = max(1, min(n_workers, int(share) if is_packed(url) else round(2 * share)))
+        modulus = 1 if url.endswith(WHOLE) else modulus
+        tasks += [TextTask(file, file, residue, modulus) for residue in range(modulus)]
+    return [*tasks, TextTask(group[0], group[-1])] if group else tasks
+
+
+@dataclass(frozen=True)
 class Workplace:
     """The folder or url that holds a job's unfinished work; whatever has its final name in it is complete."""
 
@@ -127,10 +168,6 @@ class Workplace:
         """The record of a finished task, None for an unfinished one."""
         path = self.path(f"{name}.json")
         return orjson.loads(storage.read_bytes(path)) if storage.exists(path) else None
-
-    def records(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """The records of finished tasks."""
-        return [record or {} for record in self.for_each(names, self.done)]
 
     def for_each(self, items: Sequence[T], look: Callable[[T], U]) -> list[U]:
         """`look` at each; in a remote folder several at a time."""
@@ -153,6 +190,77 @@ class Workplace:
             return None
         return record if whole else None
 
+    def sound_shard(self, name: str, target: str) -> dict[str, Any] | None:
+        """The manifest's row of a shard that is in `target`, whole; None where it must be written (again)."""
+        done = self.done(f"shard-{name}")
+        if done is None:
+            return None
+        try:
+            return done if storage.size_bytes(storage.join(target, f"{name}.tar")) == done["bytes"] else None
+        except StorageError:
+            return None
+
+    def blocks_of(self, tasks: Sequence[TextTask], job: Job) -> tuple[dict[str, dict[str, Any]], dict[TextTask, str]]:
+        """The records of the blocks that `tasks` made, in the order of the corpus; and the tasks that are not finished,
+        with what is not there of each."""
+        blocks: dict[str, dict[str, Any]] = {}
+        lost: dict[TextTask, str] = {}
+        for task, found in zip(tasks, self.for_each(tasks, partial(self._blocks_of, job)), strict=True):
+            if isinstance(found, str):
+                lost[task] = found
+            else:
+                blocks |= found
+        return dict(sorted(blocks.items())), lost
+
+    def _blocks_of(self, job: Job, task: TextTask) -> dict[str, dict[str, Any]] | str:
+        """The records of a task's blocks, or the name of what is not there."""
+        done = self.done(task.name)
+        if done is None:
+            return task.name
+        blocks: dict[str, dict[str, Any]] = {}
+        for name in done["blocks"]:
+            record = self.sound_block(name, job)
+            if record is None:
+                return name
+            if "tail" in record:
+                record["tail"] = np.array(record["tail"], job.dtype)
+            blocks[name] = record
+        return blocks
+
+    def write_block(
+        self,
+        name: str,
+        samples: np.ndarray,
+        keys: np.ndarray,
+        numbers: np.ndarray | None,
+        record: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Write a block's samples, sorted as in `write_sorted`, then its record."""
+        path, record_path = self.path(f"{name}.bin"), self.path(f"{name}.json")
+        write_sorted(path, samples, keys, numbers)
+        storage.write_bytes(record_path, orjson.dumps(record))
+        return record
+
+    def write_shard(self, job: Job, name: str, target: str, samples: np.ndarray, *, first_number: int) -> int:
+        """Write a shard into `target`, then its row of the manifest as its record; the bytes written."""
+        record_path = self.path(f"shard-{name}.json")
+        with storage.open_atomic(storage.join(target, f"{name}.tar")) as file:
+            written = write_shard(file, samples, job.data_key, first_number=first_number)
+        row = {
+            "shard": name,
+            "num_sequences": len(samples),
+            "bytes": written.size_bytes,
+            "crc32": f"{written.crc32:08x}",
+            "first_key": f"{first_number:012d}",
+            "last_key": f"{first_number + len(samples) - 1:012d}",
+            "seq_len": job.seq_len,
+            "data_key": job.data_key,
+            "tokenizer": job.tokenizer,
+            "eot_id": job.eot_id,
+        }
+        storage.write_bytes(record_path, orjson.dumps(row | ({"layout": written.layout} if written.layout else {})))
+        return written.size_bytes
+
     def record(self, name: str, record: dict[str, Any]) -> dict[str, Any]:
         storage.write_bytes(self.path(f"{name}.json"), orjson.dumps(record))
         return record
@@ -172,6 +280,16 @@ def load_job(folder: str, fingerprint: str) -> Job:
     if job.fingerprint != fingerprint:
         raise DataError(f"{folder}: holds another job. Is another process at work there?")
     return job
+
+
+def write_sorted(path: str, samples: np.ndarray, keys: np.ndarray, numbers: np.ndarray | None = None) -> None:
+    """One file: the keys in order, then the samples in that order. `numbers` says which sample each key is of."""
+    order = np.argsort(keys, kind="stable")
+    rows = order if numbers is None else numbers[order]
+    with storage.open_atomic(path) as file:
+        file.write(keys[order].tobytes())
+        for start in range(0, len(rows), 4096):
+            file.write(samples[rows[start : start + 4096]].tobytes())
 
 
 def block_name(file: int, block: int) -> str:

@@ -1,4 +1,4 @@
-"""JSON lines: decompressed, split, parsed; rejected lines carry a reason."""
+"""Raw files: found by patterns, decompressed, split into lines."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import contextlib
 import importlib
 import io
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any, NamedTuple, cast
-
-import orjson
 
 from open_lm import storage
 from open_lm.errors import DataError, StorageError
@@ -18,7 +16,9 @@ JSON_ENDINGS = (".jsonl", ".json", ".jsonl.zst", ".jsonl.zstd", ".json.zst", ".j
 TAR = ".tar"
 WHOLE = (".txt", ".md")
 """Endings of files that are one document each."""
-_BOM = b"\xef\xbb\xbf"
+PACKED = (".zst", ".zstd", ".gz", TAR)
+"""Endings of files that can only be read from their start."""
+_BATCH_BYTES, _BATCH_LINES = 2 << 20, 1024
 
 BAD_LINE_REASONS = ("malformed_json", "invalid_utf8", "missing_key", "not_text", "not_ids")
 """Reasons that mean a damaged input, which --on-bad-line decides about; `empty` and `too_long` never stop a run."""
@@ -29,6 +29,10 @@ class Line(NamedTuple):
 
     offset: int
     content: bytes | None
+
+
+FileLine = tuple[str, Line]
+"""The file a line or member is of, and itself."""
 
 
 class Rejected(NamedTuple):
@@ -79,7 +83,7 @@ def _within(folder: str, endings: tuple[str, ...]) -> list[str]:
 
 def is_packed(url: str) -> bool:
     """Whether a raw file can only be read from its start."""
-    return url.endswith((".zst", ".zstd", ".gz", TAR))
+    return url.endswith(PACKED)
 
 
 def is_whole(url: str) -> bool:
@@ -212,28 +216,15 @@ def read_lines(url: str, *, start: int = 0, stop: int | None = None, max_line_by
             offset += length
 
 
-def document_text(line: Line, content_key: str) -> str | Rejected | None:
-    """The text of one JSON line; None for a blank line.  `line.content` is not None."""
-    content = line.content or b""
-    if line.offset == 0 and content.startswith(_BOM):
-        content = content[len(_BOM) :]
-    if not content.strip():
-        return None
-    try:
-        row = orjson.loads(content)
-    except orjson.JSONDecodeError:
-        return Rejected("malformed_json" if _is_utf8(content) else "invalid_utf8")
-    if not isinstance(row, dict) or content_key not in row:
-        return Rejected("missing_key")
-    text = row[content_key]
-    if not isinstance(text, str):
-        return Rejected("not_text")
-    return text or Rejected("empty")
-
-
-def _is_utf8(content: bytes) -> bool:
-    try:
-        content.decode()
-        return True
-    except UnicodeDecodeError:
-        return False
+def line_batches(lines: Iterable[FileLine]) -> Iterator[list[FileLine]]:
+    """The lines in batches of about 2 MiB, 1024 lines at most: a batch is parsed, and then encoded, as a whole."""
+    batch: list[FileLine] = []
+    n_bytes = 0
+    for url, line in lines:
+        batch.append((url, line))
+        n_bytes += len(line.content or b"")
+        if n_bytes >= _BATCH_BYTES or len(batch) >= _BATCH_LINES:
+            yield batch
+            batch, n_bytes = [], 0
+    if batch:
+        yield batch

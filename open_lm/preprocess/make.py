@@ -12,30 +12,28 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import orjson
 
 from open_lm import storage
 from open_lm.data.manifest import FILENAME, read_manifest, write_manifest
 from open_lm.errors import ConfigError, DataError
 from open_lm.preprocess.accounting import make_flat_ledger, make_ledger
-from open_lm.preprocess.job import FLAT, Job, Workplace
+from open_lm.preprocess.job import FLAT, Job, Workplace, text_tasks
 from open_lm.preprocess.jsonl import estimated_text_bytes
-from open_lm.preprocess.merge import merge_all, runs_of
+from open_lm.preprocess.packing import write_tails
 from open_lm.preprocess.preloaded import preload
-from open_lm.preprocess.shuffle import SortedRuns
-from open_lm.preprocess.tokenize import TextTask, join_tails, text_tasks, tokenize
+from open_lm.preprocess.shuffle import write_shards
+from open_lm.preprocess.tokenize import tokenize
 from open_lm.preprocess.workers import RunTasks, SetAside, run_tasks
 from open_lm.preprocess.write_flat import write_arrays
-from open_lm.preprocess.write_shard import make_shards, numbered_shard, shard_tasks, sound_shard
 
 log = logging.getLogger(__name__)
 
 LEDGER = "ledger.json"
 _UNFINISHED = ".unfinished"
 _TRIES = 3
-_FEW_BYTES = 128 << 20
-"""Shards of so little are written here: starting processes would take longer."""
+Blocks = dict[str, dict[str, Any]]
+"""Records of finished blocks, by name."""
 
 
 @dataclass(frozen=True)
@@ -84,36 +82,25 @@ def build_data_set(
     if (finished := _finished(job, to, resume)) is not None:
         return finished
     _check_folder(job, to, overwrite)
+    target, prefix = to.shards, _prefix(job, to)
     with _workplace(job, to, tokenizer_json, resume=resume, overwrite=overwrite) as work:
         if run is None and n_workers > 1:
             preload(job, work.folder, encoder)
-        blocks = _tokenize_all(job, work, encoder, n_workers, run or run_tasks)
+        n_writers, run = n_writers or (n_workers if run else None), run or run_tasks
+        blocks = _tokenize_all(job, work, encoder, n_workers, run)
         if job.form == FLAT:
-            rows = write_arrays(job, work, to.shards, blocks, n_writers or n_workers, run or run_tasks)
-            ledger = make_flat_ledger(job, work, blocks, rows)
+            rows = write_arrays(job, work, target, blocks, n_writers or n_workers, run)
+            ledger = make_flat_ledger(job, blocks, rows)
         else:
-            rows = _shards(job, work, to, blocks, n_workers, n_writers, run)
-            ledger = make_ledger(job, work, blocks, rows)
+            tails = {
+                name: work.sound_block(name, job) or write_tails(job, work, name, blocks, source=source)
+                for source, name in enumerate(job.tail_blocks)
+            }
+            rows = write_shards(job, work, target, prefix, blocks | tails, n_workers, n_writers, run)
+            ledger = make_ledger(job, blocks, tails, rows)
         _publish(job, to, rows, ledger, overwrite)
     _remove(to.workplace)
     return ledger
-
-
-def _shards(
-    job: Job,
-    work: Workplace,
-    to: Destination,
-    blocks: list[str],
-    n_workers: int,
-    n_writers: int | None,
-    run: RunTasks | None,
-) -> list[dict[str, Any]]:
-    """Join, merge and write the blocks as shards; the manifest's rows."""
-    join_tails(job, work.folder, blocks)
-    names = merge_all(job, work, [*blocks, *job.tail_blocks], n_workers, run or run_tasks)
-    runs = _runs(job, work, names)
-    quick = run is None and runs.size_bytes < _FEW_BYTES and not storage.is_remote(to.shards)
-    return _write_all(job, work, to, runs, n_writers or (1 if quick else n_workers), run or run_tasks)
 
 
 def _remove(folder: str) -> None:
@@ -130,7 +117,7 @@ def _finished(job: Job, to: Destination, resume: bool) -> dict[str, Any] | None:
         return None
     ledger_url = storage.join(to.folder, LEDGER)
     ledger = orjson.loads(storage.read_bytes(ledger_url)) if storage.exists(ledger_url) else {}
-    if ledger.get("job") != orjson.loads(job.to_json()):
+    if ledger.get("job") != orjson.loads(job.json):
         return None
     _remove(to.workplace)  # left by a run that was killed between its last steps
     if job.form != FLAT:
@@ -165,7 +152,7 @@ def _workplace(job: Job, to: Destination, tokenizer_json: str, *, resume: bool, 
     """The folder for unfinished work, with the job and its tokenizer in it; a local one is locked."""
     work = Workplace(to.workplace)
     if storage.exists(work.path("job.json")):
-        if storage.read_bytes(work.path("job.json")) != job.to_json() and (resume or not overwrite):
+        if storage.read_bytes(work.path("job.json")) != job.json and (resume or not overwrite):
             raise ConfigError(
                 f"{work.folder}: holds unfinished work of a job with other settings or inputs. "
                 "Give the settings of then with --resume, or --overwrite to start again."
@@ -179,7 +166,7 @@ def _workplace(job: Job, to: Destination, tokenizer_json: str, *, resume: bool, 
         _clean(work.folder, everything=overwrite and not resume)
         if not storage.exists(work.path("job.json")):
             storage.write_bytes(work.path("tokenizer.json"), tokenizer_json.encode())
-            storage.write_bytes(work.path("job.json"), job.to_json())
+            storage.write_bytes(work.path("job.json"), job.json)
         yield work
 
 
@@ -211,8 +198,8 @@ def _clean(folder: str, *, everything: bool) -> None:
             shutil.rmtree(root)
 
 
-def _tokenize_all(job: Job, work: Workplace, encoder: str, n_workers: int, run: RunTasks) -> list[str]:
-    """Stage 1; the names of all blocks, in the order of the corpus. What is lost or cut off is made again."""
+def _tokenize_all(job: Job, work: Workplace, encoder: str, n_workers: int, run: RunTasks) -> Blocks:
+    """Stage 1; the records of all blocks, in the order of the corpus. What is lost or cut off is made again."""
     tasks = text_tasks(job, n_workers)
     left, total_bytes = tasks, estimated_text_bytes(job.inputs)
     for _ in range(_TRIES):
@@ -221,11 +208,11 @@ def _tokenize_all(job: Job, work: Workplace, encoder: str, n_workers: int, run: 
             run(calls, n_workers, label="tokenize", total_bytes=total_bytes)
         except SetAside as error:
             raise DataError(f"{error} They read {_inputs_of(job, error.tasks)}.") from None
-        checked = work.for_each(tasks, partial(_lost_block, job, work))
-        left = [task for task, lost in zip(tasks, checked, strict=True) if lost is not None]
-        if not left:
-            return sorted(name for record in work.records([task.name for task in tasks]) for name in record["blocks"])
-        log.warning("%s: %s is missing or cut off; made again.", work.folder, next(filter(None, checked)))
+        blocks, lost = work.blocks_of(tasks, job)
+        if not lost:
+            return blocks
+        left = list(lost)
+        log.warning("%s: %s is missing or cut off; made again.", work.folder, lost[left[0]])
     raise DataError(f"{work.folder}: finished work disappears ({left[0].name}). Is something else deleting there?")
 
 
@@ -234,46 +221,6 @@ def _inputs_of(job: Job, calls: Sequence[Any]) -> str:
     numbers = {number for call in calls for number in range(call.args[-1].first, call.args[-1].last + 1)}
     shown = [storage.shown(job.inputs[number][0]) for number in sorted(numbers)[:5]]
     return ", ".join(shown) + (f" and {len(numbers) - 5} more files" if len(numbers) > 5 else "")
-
-
-def _lost_block(job: Job, work: Workplace, task: TextTask) -> str | None:
-    """The first block of a task that is not there as recorded; None when all are."""
-    record = work.done(task.name)
-    if record is None:
-        return task.name
-    return next((name for name in record["blocks"] if not work.sound_block(name, job)), None)
-
-
-def _runs(job: Job, work: Workplace, names: Sequence[str]) -> SortedRuns:
-    runs = runs_of(job, work.folder, names)
-    if not sum(runs.counts):
-        raise DataError(
-            f"--input-files: all text together makes less than one sample of {job.sample_tokens} tokens. "
-            "Give more text or a smaller --seqlen."
-        )
-    with storage.open_atomic(work.path("bins.npy")) as file:
-        np.save(file, runs.count_bins())
-    return runs
-
-
-def _write_all(
-    job: Job, work: Workplace, to: Destination, runs: SortedRuns, n_workers: int, run: RunTasks
-) -> list[dict[str, Any]]:
-    """Stage 2; the manifest's rows."""
-    n_samples = sum(runs.counts)
-    if not storage.is_remote(to.shards):
-        os.makedirs(to.shards, exist_ok=True)
-    prefix = _prefix(job, to)
-    names = [prefix + numbered_shard(number) for number in range(-(-n_samples // job.shard_size))]
-    arguments = (work.folder, job.fingerprint, to.shards, prefix, runs)
-    calls = [partial(make_shards, *arguments, first, end) for first, end in shard_tasks(job, n_samples)]
-    for _ in range(_TRIES):
-        run(calls, n_workers, label="write shards", total_bytes=runs.size_bytes)
-        rows = work.for_each(names, partial(sound_shard, work, to.shards))
-        if all(rows):
-            return [row for row in rows if row]
-        log.warning("%s: %s.tar is missing or cut off; made again.", to.shards, names[rows.index(None)])
-    raise DataError(f"{to.shards}: written shards disappear. Is something else deleting there?")
 
 
 def _prefix(job: Job, to: Destination) -> str:

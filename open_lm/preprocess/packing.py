@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from open_lm.data.permutations import key, mix
+from open_lm.preprocess.job import TAILS, Job, Workplace, file_and_block
 
 _MOST_BLOCKS = 1 << 20
 
@@ -48,3 +50,36 @@ def keys_in_order(n: int, *, file: int, block: int, n_files: int) -> np.ndarray:
     """Keys that keep the samples as they stand in the corpus: by file, block of it, and number."""
     share = 2**64 // (n_files + 1)
     return np.uint64(file * share + block * (share // _MOST_BLOCKS)) + np.arange(n, dtype=np.uint64)
+
+
+def write_block(
+    job: Job, work: Workplace, name: str, pieces: Sequence[np.ndarray], record: dict[str, Any], *, source: int
+) -> dict[str, Any]:
+    """Pack documents into samples and write them with their keys, as often as their source asks; the block's `record`,
+    completed with how many there are and the tokens left over."""
+    samples, tail = pack(pieces, job.sample_tokens)
+    n_written, numbers, copy = len(samples), None, None
+    if job.sampling:
+        numbers, copy = copies(n_written, job.sampling[source][1], seed=job.seed, block=name)
+        n_written = len(numbers)
+    is_tails = name.startswith(TAILS)
+    if not job.shuffle:
+        file, block = (len(job.inputs), source) if is_tails else file_and_block(name)
+        if numbers is not None:
+            numbers = numbers[np.lexsort((numbers, copy))]  # copies follow when the whole block has been
+        keys = keys_in_order(n_written, file=file, block=block, n_files=len(job.inputs))
+    elif numbers is not None and copy is not None:
+        keys = keys_of_copies(numbers, copy, seed=job.seed, block=name)
+    else:
+        keys = shuffle_keys(n_written, seed=job.seed, block=name)
+    left = len(tail) if is_tails else tail.tolist()
+    record = {**record, "packed": len(samples), "samples": n_written, "tail": left}
+    return work.write_block(name, samples, keys, numbers, record)
+
+
+def write_tails(
+    job: Job, work: Workplace, name: str, blocks: Mapping[str, dict[str, Any]], *, source: int
+) -> dict[str, Any]:
+    """Write the tokens left over at the ends of the blocks of one source, in their order, as one more block."""
+    tails = [record["tail"] for block, record in blocks.items() if not job.sampling or job.source(block) == source]
+    return write_block(job, work, name, tails, {}, source=source)

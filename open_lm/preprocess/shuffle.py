@@ -1,30 +1,96 @@
-"""Shuffle on disk: files sorted by random keys; any part of their merged order can be read alone."""
+"""Stage 2 of making a data set, the shuffle: files sorted by random keys are merged and cut into shards.
+
+Any part of the merged order can be read alone. Where there are many sorted files they are first merged into fewer:
+else each shard would read from each block, blocks x shards reads. A sample is read and written once more for each round
+of merging, of which there are log(blocks) to the base of 64.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from open_lm import storage
+from open_lm.errors import DataError
+from open_lm.preprocess.job import Job, Workplace, load_job
+from open_lm.preprocess.workers import RunTasks
+
+log = logging.getLogger(__name__)
 
 N_BINS = 1 << 16
+FAN_IN = 64
+MOST_RUNS = 256
+"""So many sorted files may be left."""
 _AT_ONCE = 16
 _MERGE_BYTES = 64 << 20
+_TASK_BYTES = 256 << 20
+_LEAST_TASKS = 64
+_FEW_BYTES = 128 << 20
+"""Shards of so little are written here: starting processes would take longer."""
+_TRIES = 3
 
 
-def write_sorted(path: str, samples: np.ndarray, keys: np.ndarray, numbers: np.ndarray | None = None) -> None:
-    """One file: the keys in order, then the samples in that order. `numbers` says which sample each key is of."""
-    order = np.argsort(keys, kind="stable")
-    rows = order if numbers is None else numbers[order]
-    with storage.open_atomic(path) as file:
-        file.write(keys[order].tobytes())
-        for start in range(0, len(rows), 4096):
-            file.write(samples[rows[start : start + 4096]].tobytes())
+def write_shards(
+    job: Job,
+    work: Workplace,
+    target: str,
+    prefix: str,
+    blocks: Mapping[str, Mapping[str, Any]],
+    n_workers: int,
+    n_writers: int | None,
+    run: RunTasks,
+) -> list[dict[str, Any]]:
+    """Stage 2: the samples of all blocks (records by name) in their final order, as shards in folder or url `target`
+    whose names begin with `prefix`; the manifest's rows. `n_writers` None: `n_workers`, or one where there is little.
+
+    Raises:
+        DataError: there is not one sample, or shards disappear.
+    """
+    counts = tuple(record["samples"] for record in blocks.values())
+    if not sum(counts):
+        raise DataError(
+            f"--input-files: all text together makes less than one sample of {job.sample_tokens} tokens. "
+            "Give more text or a smaller --seqlen."
+        )
+    runs = SortedRuns(work.folder, tuple(blocks), counts, job.sample_tokens, job.dtype.str)
+    runs = merge_all(job, runs, n_workers, run)
+    if not storage.is_remote(target):
+        os.makedirs(target, exist_ok=True)
+        n_writers = n_writers or (1 if runs.size_bytes < _FEW_BYTES else None)
+    names = [prefix + numbered_shard(number) for number in range(-(-sum(counts) // job.shard_size))]
+    calls = [
+        partial(make_shards, job.fingerprint, runs, target, prefix, bins, first, end)
+        for first, end, bins in shard_tasks(job, sum(counts), runs.count_bins())
+    ]
+    for _ in range(_TRIES):
+        run(calls, n_writers or n_workers, label="write shards", total_bytes=runs.size_bytes)
+        rows = work.for_each(names, partial(work.sound_shard, target=target))
+        if all(rows):
+            return [row for row in rows if row]
+        log.warning("%s: %s.tar is missing or cut off; made again.", target, names[rows.index(None)])
+    raise DataError(f"{target}: written shards disappear. Is something else deleting there?")
+
+
+class Bins(NamedTuple):
+    """Bins `low` to `high` of keys; `n_before` samples have a lower key."""
+
+    low: int
+    high: int
+    n_before: int
+
+
+def bins_of(below: np.ndarray, start: int, stop: int) -> Bins:
+    """The bins that samples `start` to `stop` of the final order lie in; `below` is what `count_bins` gave."""
+    low = int(np.searchsorted(below, start, side="right")) - 1
+    return Bins(low, int(np.searchsorted(below, stop, side="left")), int(below[low]))
 
 
 @dataclass(frozen=True)
@@ -49,16 +115,15 @@ class SortedRuns:
             bins += np.bincount((keys >> np.uint64(48)).astype(np.int64), minlength=N_BINS)
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(bins)])
 
-    def read(self, start: int, stop: int, below: np.ndarray) -> np.ndarray:
-        """Samples `start` to `stop` of the final order; `below` is what `count_bins` gave."""
-        low = int(np.searchsorted(below, start, side="right")) - 1
-        high = int(np.searchsorted(below, stop, side="left"))
+    def read(self, start: int, stop: int, bins: Bins) -> np.ndarray:
+        """Samples `start` to `stop` of the final order, which lie in `bins`."""
+        low, high, n_before = bins
         owners = [owner for owner, n in enumerate(self.counts) if n]
         found = list(self._for_each(owners, lambda owner: self._keys_between(owner, low, high)))
         keys = np.concatenate([mine for _, mine in found])
         owner_of = np.repeat(owners, [len(mine) for _, mine in found])
         row_of = np.concatenate([first + np.arange(len(mine)) for first, mine in found])
-        order = np.argsort(keys, kind="stable")[start - below[low] : stop - below[low]]
+        order = np.argsort(keys, kind="stable")[start - n_before : stop - n_before]
         return self._gather(owner_of[order], row_of[order])
 
     def merge(self) -> Iterator[bytes]:
@@ -126,3 +191,72 @@ class SortedRuns:
         content = storage.read_range(storage.join(self.folder, f"{self.names[owner]}.bin"), start, stop)
         assert len(content) == stop - start, (self.names[owner], start, stop, len(content))
         return content
+
+
+def merge_all(job: Job, runs: SortedRuns, n_workers: int, run: RunTasks) -> SortedRuns:
+    """The same samples in at most `MOST_RUNS` sorted files."""
+    level = 0
+    while len(runs.names) > MOST_RUNS:
+        parts = [
+            replace(runs, names=runs.names[k : k + FAN_IN], counts=runs.counts[k : k + FAN_IN])
+            for k in range(0, len(runs.names), FAN_IN)
+        ]
+        names = tuple(f"merged-{level}-{number:06d}" for number in range(len(parts)))
+        calls = [partial(merge, job.fingerprint, part, name) for part, name in zip(parts, names, strict=True)]
+        run(calls, n_workers, label="merge", total_bytes=runs.size_bytes)
+        runs, level = replace(runs, names=names, counts=tuple(sum(part.counts) for part in parts)), level + 1
+    return runs
+
+
+def merge(job_fingerprint: str, runs: SortedRuns, target: str) -> Iterator[int]:
+    """Write one sorted file with the samples of several, if that has not been done; yields the bytes of samples."""
+    job, work = load_job(runs.folder, job_fingerprint), Workplace(runs.folder)
+    done = work.sound_block(target, job)
+    if done:
+        yield done["samples"] * job.sample_bytes
+        return
+    with storage.open_atomic(work.path(f"{target}.bin")) as file:
+        for piece in runs.merge():
+            file.write(piece)
+    work.record(target, {"samples": sum(runs.counts)})
+    yield runs.size_bytes
+
+
+def numbered_shard(number: int) -> str:
+    """Eight digits, from 0."""
+    return f"{number:08d}"
+
+
+def shard_tasks(job: Job, n_samples: int, below: np.ndarray) -> Iterator[tuple[int, int, Bins]]:
+    """First and last + 1 of shards that are written together (each sorted file is read once for all of them), and the
+    bins they lie in; `below` is what `count_bins` gave."""
+    n_shards = -(-n_samples // job.shard_size)
+    at_once = max(1, _TASK_BYTES // (job.shard_size * job.sample_bytes))
+    at_once = min(at_once, max(1, n_shards // _LEAST_TASKS))
+    for first in range(0, n_shards, at_once):
+        end = min(first + at_once, n_shards)
+        yield first, end, bins_of(below, first * job.shard_size, min(end * job.shard_size, n_samples))
+
+
+def make_shards(
+    job_fingerprint: str, runs: SortedRuns, target: str, prefix: str, bins: Bins, first: int, end: int
+) -> Iterator[int]:
+    """Write shards `first` to `end`, which lie in `bins`, into folder or url `target`, those that are not there; yields
+    bytes."""
+    job, work = load_job(runs.folder, job_fingerprint), Workplace(runs.folder)
+    missing = []
+    for number in range(first, end):
+        done = work.sound_shard(prefix + numbered_shard(number), target)
+        if done:
+            yield done["bytes"]
+        else:
+            missing.append(number)
+    if not missing:
+        return
+    start = missing[0] * job.shard_size
+    stop = min((missing[-1] + 1) * job.shard_size, sum(runs.counts))
+    samples = runs.read(start, stop, bins)
+    for number in missing:
+        here = number * job.shard_size - start
+        name, mine = prefix + numbered_shard(number), samples[here : here + job.shard_size]
+        yield work.write_shard(job, name, target, mine, first_number=number * job.shard_size)

@@ -17,6 +17,7 @@ import orjson
 from open_lm import storage
 from open_lm.data.permutations import key
 from open_lm.errors import DataError, StorageError
+from open_lm.preprocess.accounting import Records
 from open_lm.preprocess.job import Job, Workplace, file_and_block, load_job
 from open_lm.preprocess.workers import RunTasks
 
@@ -39,10 +40,10 @@ def array_name(number: int) -> str:
 
 
 def write_arrays(
-    job: Job, work: Workplace, target: str, blocks: Sequence[str], n_workers: int, run: RunTasks
+    job: Job, work: Workplace, target: str, blocks: Records, n_workers: int, run: RunTasks
 ) -> list[dict[str, Any]]:
     """Write all arrays into folder or url `target`, those that are not there; what there is of each."""
-    arrays = plan_arrays(job, work, blocks)
+    arrays = plan_arrays(job, blocks)
     names = [array_name(number) for number in range(len(arrays))]
     calls = [
         partial(make_array, work.folder, job.fingerprint, target, name, tuple(parts))
@@ -57,25 +58,24 @@ def write_arrays(
     raise DataError(f"{target}: written arrays disappear. Is something else deleting there?")
 
 
-def plan_arrays(job: Job, work: Workplace, blocks: Sequence[str]) -> list[list[BlockSpan]]:
+def plan_arrays(job: Job, blocks: Records) -> list[list[BlockSpan]]:
     """The parts of blocks that each array is made of: blocks in the order of a hash, arrays of equal length.
 
     Raises:
         DataError: there is no document.
     """
-    records = dict(zip(blocks, work.records(blocks), strict=True))
     before = {}
     for _, several in groupby(sorted(blocks), key=lambda name: file_and_block(name)[0]):
         n_lines = 0
         for name in several:
             before[name] = n_lines
-            n_lines += records[name]["lines"]
+            n_lines += blocks[name]["lines"]
     size = job.shard_size * job.sample_tokens
     order = sorted(blocks, key=lambda name: int(key("block", job.seed, name))) if job.shuffle else sorted(blocks)
     arrays: list[list[BlockSpan]] = []
     room = 0
     for name in order:
-        start, n = 0, records[name]["tokens"]
+        start, n = 0, blocks[name]["tokens"]
         while start < n:
             if not room:
                 arrays.append([])

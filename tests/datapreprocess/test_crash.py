@@ -224,8 +224,9 @@ def test_the_shuffle_is_a_permutation_of_all_samples_across_shards(job, tmp_path
     """With 1000 samples of one token each, places and origins do not correlate, and no shard keeps a block together."""
     import numpy as np
 
+    from open_lm.preprocess.job import write_sorted
     from open_lm.preprocess.packing import shuffle_keys
-    from open_lm.preprocess.shuffle import SortedRuns, write_sorted
+    from open_lm.preprocess.shuffle import SortedRuns, bins_of
 
     names = [f"block-{k}" for k in range(10)]
     for k, name in enumerate(names):
@@ -233,7 +234,11 @@ def test_the_shuffle_is_a_permutation_of_all_samples_across_shards(job, tmp_path
         write_sorted(str(tmp_path / f"{name}.bin"), samples, shuffle_keys(400, seed=0, block=name))
     runs = SortedRuns(str(tmp_path), tuple(names), (400,) * 10, 1, "<u2")
     below = runs.count_bins()
-    order = np.concatenate([runs.read(k, k + 250, below) for k in range(0, 4000, 250)]).ravel().astype(float)
+    order = (
+        np.concatenate([runs.read(k, k + 250, bins_of(below, k, k + 250)) for k in range(0, 4000, 250)])
+        .ravel()
+        .astype(float)
+    )
     assert sorted(order) == list(range(4000))
     assert abs(np.corrcoef(order, np.arange(4000))[0, 1]) < 4 / np.sqrt(4000)
     assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 4 / np.sqrt(4000)

@@ -10,7 +10,7 @@ from open_lm.data.manifest import read_manifest
 from open_lm.data.shards import read_samples
 from open_lm.data.tokenizer import load_tokenizer
 from open_lm.errors import DataError
-from open_lm.preprocess import merge, workers
+from open_lm.preprocess import shuffle, workers
 from open_lm.preprocess.job import Job
 from open_lm.preprocess.make import Destination, build_data_set, destination
 
@@ -117,8 +117,8 @@ def test_something_that_keeps_deleting_is_an_error_and_no_endless_loop(job, tmp_
 
 def test_merging_in_rounds_changes_no_byte(job, tmp_path, monkeypatch):
     build(job, tmp_path / "straight")
-    monkeypatch.setattr(merge, "FAN_IN", 2)
-    monkeypatch.setattr(merge, "MOST_RUNS", 1)
+    monkeypatch.setattr(shuffle, "FAN_IN", 2)
+    monkeypatch.setattr(shuffle, "MOST_RUNS", 1)
     labels = []
 
     def run(tasks, n_workers, /, **options):
@@ -133,8 +133,8 @@ def test_merging_in_rounds_changes_no_byte(job, tmp_path, monkeypatch):
 def test_reads_of_stage_2_grow_with_the_data_and_not_with_its_square(tmp_path, raw, tokenizer_json, texts, monkeypatch):
     from open_lm.preprocess.shuffle import SortedRuns
 
-    monkeypatch.setattr(merge, "FAN_IN", 4)
-    monkeypatch.setattr(merge, "MOST_RUNS", 8)
+    monkeypatch.setattr(shuffle, "FAN_IN", 4)
+    monkeypatch.setattr(shuffle, "MOST_RUNS", 8)
     reads, real = [], SortedRuns._bytes
     monkeypatch.setattr(SortedRuns, "_bytes", lambda self, *place: reads.append(place) or real(self, *place))
     counts = []
@@ -147,7 +147,7 @@ def test_reads_of_stage_2_grow_with_the_data_and_not_with_its_square(tmp_path, r
 
 
 def test_many_small_files_are_few_tasks_and_each_is_read_once(tmp_path, raw, tokenizer_json, texts):
-    from open_lm.preprocess.tokenize import text_tasks
+    from open_lm.preprocess.job import text_tasks
 
     files = [raw(f"{k:03d}.jsonl", [texts[k % 20]]) for k in range(60)]
     job = make_job(files, tokenizer_json, block_bytes=20_000)
@@ -175,7 +175,7 @@ def test_a_task_carries_no_list_of_all_inputs(tokenizer_json, raw, texts, tmp_pa
 
 @pytest.mark.parametrize(("n_files", "n_workers"), [(2, 2), (16, 16), (100, 128)])
 def test_a_packed_file_is_read_once_where_there_are_files_enough(tokenizer_json, raw, texts, n_files, n_workers):
-    from open_lm.preprocess.tokenize import text_tasks
+    from open_lm.preprocess.job import text_tasks
 
     job = make_job([raw("a.jsonl", texts)], tokenizer_json)
     job = replace(job, inputs=tuple((f"{k}.zst", 10**9) for k in range(n_files)))

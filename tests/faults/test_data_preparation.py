@@ -52,7 +52,7 @@ def job(tmp_path, tokenizer_json):
         vocab_size=tokenizer.vocab_size, eot_token="<|endoftext|>", eot_id=0, seq_len=31, shard_size=100,
         data_key="npy", content_key="text", seed=1, on_bad_line="stop", max_document_bytes=1 << 20, block_bytes=3000,
     )  # fmt: skip
-    (tmp_path / "job.json").write_bytes(made.to_json())
+    (tmp_path / "job.json").write_bytes(made.json)
     return made
 
 
@@ -161,12 +161,12 @@ def test_bad_lines_two_in_a_hundred_are_counted_exactly_and_the_rest_is_there(jo
 PLANTED = """
 import os, signal, sys
 if any("forkserver" in word for word in sys.orig_argv):
-    from open_lm.preprocess import tokenize
-    real = tokenize._document
-    def kills(job, line, url):
+    from open_lm.preprocess import input
+    real = input.document_of
+    def kills(url, line, key):
         if b"POISON" in (line.content or b""): os.kill(os.getpid(), signal.SIGKILL)
-        return real(job, line, url)
-    tokenize._document = kills
+        return real(url, line, key)
+    input.document_of = kills
 """
 
 

@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from open_lm.errors import DataError, StorageError
-from open_lm.preprocess.input import sample_texts
+from open_lm.preprocess.input import document_text, sample_texts
 from open_lm.preprocess.jsonl import (
     Line,
     Rejected,
-    document_text,
     estimated_text_bytes,
     expand_inputs,
     read_lines,

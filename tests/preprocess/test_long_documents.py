@@ -14,8 +14,8 @@ import open_lm.preprocess.encoding as encoding
 import open_lm.preprocess.long_text as long_text
 from open_lm.data.tokenizer import load_tokenizer
 from open_lm.preprocess.encoding import DocumentEncoder, Unsplittable
-from open_lm.preprocess.input import line_document, whole_document
-from open_lm.preprocess.jsonl import Line, Rejected, document_text
+from open_lm.preprocess.input import document_text, line_document, whole_document
+from open_lm.preprocess.jsonl import Line, Rejected
 from open_lm.preprocess.long_text import LongText
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=60)
@@ -120,7 +120,7 @@ MEMORY = """
 import sys
 def peak_kib():  # ru_maxrss begins with that of the process this one was forked from
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-from open_lm.preprocess.tokenize import tokenize, text_tasks
+from open_lm.preprocess.tokenize import tokenize
 sys.argv = ["prepare", "--input-files", {path!r}, "--output-dir", {out!r}, "--tokenizer", {tokenizer!r},
             "--num-workers", "1", "--encoder", {encoder!r}]
 from open_lm.commands.prepare import main

@@ -1,7 +1,7 @@
 """Walks through the code (`make walks`): the files and functions that a value enters on its way, seen by a profiler.
 
 A stop is a change from one file of open_lm to another; the plumbing (files, flags, text) is passed through without one.
-`--list` prints the functions in the order of their first call.
+`--list` prints the functions in the order of their first call, `--json` the counts alone.
 """
 
 from __future__ import annotations
@@ -145,14 +145,21 @@ def main() -> None:
     """Print the counts of every walk."""
     parser = argparse.ArgumentParser(prog="walks.py", description="Walks through the code")
     parser.add_argument("--list", action="store_true", help="Print the functions, too.")
-    shows = parser.parse_args().list
+    parser.add_argument("--json", action="store_true", help="Print the counts as JSON.")
+    flags = parser.parse_args()
     logging.disable(logging.WARNING)
+    counts: dict[str, dict[str, int]] = {}
     for name, walk_of in WALKS.items():
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             walk = walk_of(Path(folder))
+        counts[name] = {"files": len(walk.files), "functions": len(walk.functions), "stops": walk.n_stops}
+        if flags.json:
+            continue
         print(f"{name:16} {len(walk.files):3} files {len(walk.functions):4} functions {walk.n_stops:4} stops")
-        for file, function in walk.functions if shows else ():
+        for file, function in walk.functions if flags.list else ():
             print(f"    {file:36} {function}")
+    if flags.json:
+        print(json.dumps(counts))
 
 
 if __name__ == "__main__":

@@ -222,25 +222,27 @@ def write_shard(
     Members are named by 12-digit numbers from `first_number`; times and owners are 0, but for each sample's checksum in
     the place of its owner's name: equal samples give equal bytes.
     """
-    layout = None
+    size_bytes, crc, layout = 0, 0, None
     if key == "npy" and isinstance(samples, np.ndarray) and len(samples):
-        table, size = _npy_members(samples, first_number)
-        written, crc, layout = file.write(table.data), zlib.crc32(table.data), (BLOCK, table.shape[1], size)
+        members, step, size = _npy_members(samples, first_number)
+        file.write(members)
+        size_bytes, crc, layout = len(members), zlib.crc32(members), (BLOCK, step, size)
     else:
-        written = crc = 0
         encode = sample_format(key).encode
         for number, tokens in enumerate(samples, first_number):
             payload = encode(tokens)
             sums = np.array([checksum(payload, key)], np.uint64)
             header = headers_for(np.array([number]), len(payload), key, sums).tobytes()
             member = header + payload + bytes(-len(payload) % BLOCK)
-            written, crc = written + file.write(member), zlib.crc32(member, crc)
-    return WrittenShard(written + file.write(END), zlib.crc32(END, crc), layout)
+            file.write(member)
+            size_bytes, crc = size_bytes + len(member), zlib.crc32(member, crc)
+    file.write(END)
+    return WrittenShard(size_bytes + len(END), zlib.crc32(END, crc), layout)
 
 
-def _npy_members(samples: np.ndarray, first_number: int) -> tuple[np.ndarray, int]:
-    """All members of a shard of equal npy vectors, built as one table of bytes (10 times faster than one by one), and
-    the size of each."""
+def _npy_members(samples: np.ndarray, first_number: int) -> tuple[memoryview, int, int]:
+    """All members of a shard of equal npy vectors, built as one table of bytes (10 times faster than one by one), with
+    their distance and the size of a payload."""
     n, length = samples.shape
     head = np.frombuffer(npy_header(samples.dtype, length), np.uint8)
     size = len(head) + length * samples.dtype.itemsize
@@ -250,7 +252,7 @@ def _npy_members(samples: np.ndarray, first_number: int) -> tuple[np.ndarray, in
     table[:, :BLOCK] = headers_for(np.arange(first_number, first_number + n), size, "npy", sums)
     table[:, BLOCK : BLOCK + len(head)] = head
     table[:, BLOCK + len(head) : BLOCK + size] = rows
-    return table, size
+    return table.reshape(-1).data, table.shape[1], size
 
 
 def shard_name(url: str) -> str:

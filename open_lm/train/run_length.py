@@ -71,15 +71,15 @@ def run_length_of(train: TrainConfig, tokens_per_step: int, n_sequences: int | N
     """The steps of the run: --train-tokens (or -steps) and --num-checkpoints, or --train-num-samples and --epochs."""
     n_intervals = train.num_checkpoints or 1
     if train.train_steps is not None:
-        total_tokens = train.train_steps * tokens_per_step
+        train_tokens = train.train_steps * tokens_per_step
     elif train.train_tokens is not None:
-        total_tokens = train.train_tokens
+        train_tokens = train.train_tokens
     else:
-        total_tokens, n_intervals = _interval_tokens(train, n_sequences, seq_len) * train.epochs, train.epochs
+        train_tokens, n_intervals = _interval_tokens(train, n_sequences, seq_len) * train.epochs, train.epochs
     stop_at = train.stop_at_step
     if train.stop_at_tokens is not None:
         stop_at = -(-train.stop_at_tokens // tokens_per_step)
-    return replace(even_intervals(total_tokens, n_intervals, tokens_per_step), stop_at=stop_at)
+    return replace(even_intervals(train_tokens, n_intervals, tokens_per_step), stop_at=stop_at)
 
 
 def _interval_tokens(train: TrainConfig, n_sequences: int | None, seq_len: int) -> int:
@@ -93,18 +93,18 @@ def _interval_tokens(train: TrainConfig, n_sequences: int | None, seq_len: int) 
     return n_sequences * seq_len
 
 
-def even_intervals(total_tokens: int, n_intervals: int, tokens_per_step: int) -> RunLength:
-    """Cut `total_tokens` into `n_intervals` equal intervals, each end rounded down to whole steps on its own.
+def even_intervals(train_tokens: int, n_intervals: int, tokens_per_step: int) -> RunLength:
+    """Cut `train_tokens` into `n_intervals` equal intervals, each end rounded down to whole steps on its own.
 
     Rounding the ends, not the lengths, keeps every interval end within one batch of the tokens asked for.
 
     Raises:
         ConfigError: an interval is shorter than one step.
     """
-    ends = tuple(total_tokens * k // (n_intervals * tokens_per_step) for k in range(1, n_intervals + 1))
+    ends = tuple(train_tokens * k // (n_intervals * tokens_per_step) for k in range(1, n_intervals + 1))
     if any(end == start for start, end in zip((0, *ends), ends, strict=False)):
         raise ConfigError(
-            f"{total_tokens} tokens in {n_intervals} checkpoint intervals leave an interval without a step: "
+            f"{train_tokens} tokens in {n_intervals} checkpoint intervals leave an interval without a step: "
             f"a step takes {tokens_per_step} tokens. Raise --train-tokens (or "
             "--train-num-samples), or lower --global-batch-size or the number of intervals."
         )

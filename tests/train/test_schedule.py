@@ -49,7 +49,7 @@ def test_every_shape_stays_between_end_and_peak_whatever_the_lengths(shape, warm
 
 
 def test_tokens_asked_are_tokens_trained_to_the_batch():
-    steps = even_intervals(total_tokens=10_500, n_intervals=4, tokens_per_step=100)
+    steps = even_intervals(train_tokens=10_500, n_intervals=4, tokens_per_step=100)
     assert steps.total_steps == 105
     assert steps.interval_ends == (26, 52, 78, 105)
 

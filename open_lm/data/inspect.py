@@ -137,15 +137,15 @@ def _step(flags: Inspect, step: int) -> Iterator[str]:
     from open_lm.data.sources import Source, open_sources
 
     if flags.run:
-        config, seed, batch, batch_positions = run_settings(flags.run, step, flags.global_batch_size)
+        config, seed, global_batch, batch_positions = run_settings(flags.run, step, flags.global_batch_size)
         if config.dataset_type != "auto" and config.dataset_type != "webdataset":
             raise ConfigError(f"--run: its data is of --dataset-type {config.dataset_type}; only shards can be shown.")
         sources = open_sources(config)
     else:
-        config, seed, batch = DataConfig(), flags.seed, flags.global_batch_size or 64
-        batch_positions = make_batch_positions(config, global_batch=batch, rank=0, world_size=1)
+        config, seed, global_batch = DataConfig(), flags.seed, flags.global_batch_size or 64
+        batch_positions = make_batch_positions(config, global_batch=global_batch, rank=0, world_size=1)
         sources = [Source(flags.path, tuple(_shards(flags)))]
-    plan = make_plan(sources, config, seed=seed, global_batch=batch)
+    plan = make_plan(sources, config, seed=seed, global_batch=global_batch)
     found = plan.locate(batch_positions.positions_of(step))
     places = list(zip(found.source.tolist(), found.shard.tolist(), found.place.tolist(), strict=True))
     shards = {(source, number): sources[source].shards[number] for source, number, _ in places}

@@ -27,23 +27,23 @@ def run_settings(run: str, step: int, global_batch: int | None = None) -> tuple[
     states = sorted(_states(run), key=lambda state: state["steps"])
     later = [state for state in states if state["steps"] > step] or states[-1:]
     if later and global_batch is None:
-        batch, planned = later[0]["global_batch"], later[0]["planned_batch"]
         batch_positions = BatchPositions(
-            batch,
+            later[0]["global_batch"],
             0,
             1,
             tuple((first, end) for first, end in later[0]["skips"]),
             first_step=later[0]["steps"],
             first_position=later[0]["samples_consumed"],
         )
-        return config, later[0]["seed"], planned, batch_positions
-    batch = global_batch or (None if params.get("batch_size") else params["global_batch_size"])
-    if batch is None:
+        return config, later[0]["seed"], later[0]["planned_batch"], batch_positions
+    global_batch = global_batch or (None if params.get("batch_size") else params["global_batch_size"])
+    if global_batch is None:
         raise ConfigError(
             f"--run {storage.shown(run)}: was started with --batch-size per process and has no checkpoint yet. "
             "Give --global-batch-size: that number times its processes."
         )
-    return config, params["seed"], batch, make_batch_positions(config, global_batch=batch, rank=0, world_size=1)
+    batch_positions = make_batch_positions(config, global_batch=global_batch, rank=0, world_size=1)
+    return config, params["seed"], global_batch, batch_positions
 
 
 def _params(run: str) -> dict[str, Any]:

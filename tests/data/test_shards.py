@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,16 @@ def shard_at(path, samples, key="npy", **kwargs):
     with open(path, "wb") as file:
         write_shard(file, samples, key, **kwargs)
     return str(path)
+
+
+@pytest.mark.parametrize("n", [0, 5])
+@pytest.mark.parametrize("key", KEYS)
+def test_what_the_writer_says_of_a_shard_is_what_it_wrote(key, n):
+    file = io.BytesIO()
+    written = write_shard(file, ids(n=n), key)
+    content = file.getvalue()
+    assert (written.size_bytes, written.crc32) == (len(content), zlib.crc32(content))
+    assert written.layout == (layout_of(read_index(content, "a", key)) if n and key == "npy" else None)
 
 
 def whole_index(path):

@@ -91,6 +91,25 @@ def test_readers_and_writers_are_as_many_as_asked_for(make_2048, raw, tmp_path, 
     assert seen == {"tokenize": 5, "write shards": 7}
 
 
+@pytest.mark.parametrize("form", [[], ["--format", "npy-flat"]])
+@pytest.mark.parametrize("n_lines", [1, 7])
+def test_how_many_lines_are_parsed_together_changes_no_byte(
+    make_2048, raw, tmp_path, tokenizer_json, texts, monkeypatch, n_lines, form
+):
+    from open_lm.preprocess import input as inputs
+    from open_lm.preprocess import jsonl
+
+    monkeypatch.setattr(inputs, "LONG_BYTES", 900)  # some documents are long ones, between short ones
+    rows = [*texts[:30], {"id": 7, "text": ""}, {"no": "text"}, *texts[30:60]]
+    files = [raw("a.jsonl", rows), raw("b.jsonl.zst", texts[::-1][:40])]
+    args = ["--input-files", *files, "--tokenizer", str(tokenizer_json), "--on-bad-line", "skip", *SMALL, *form]
+    ledger = make_2048([*args, "--output-dir", str(tmp_path / "whole")])
+    monkeypatch.setattr(jsonl, "_BATCH_LINES", n_lines)
+    assert make_2048([*args, "--output-dir", str(tmp_path / "parts")]) == ledger
+    assert ledger["documents"]["rejected"] == {"empty": 1, "missing_key": 1}
+    assert tree(tmp_path / "whole") == tree(tmp_path / "parts")
+
+
 @pytest.mark.parametrize("n_workers", [2, 3])
 def test_shards_do_not_depend_on_the_number_of_workers(make_2048, raw, tmp_path, tokenizer_json, texts, n_workers):
     files = [raw("a.jsonl", texts), raw("b.jsonl.zst", texts[::-1])]

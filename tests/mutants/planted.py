@@ -140,7 +140,7 @@ PLANTED = [
         ("(-commit.branch, -commit.step)", "(-commit.step, -commit.branch)"),
     ),
     *_of(f"{CHECKPOINT}/checksum.py", "tests/faults/test_damage.py -k flips", ("    return record_of(path, algorithm) == record", "    return True")),
-    *_of(f"{CHECKPOINT}/resolve.py", "tests/faults/test_damage.py -k flips", ("only=self._files_of(part)", 'only=self._files_of("weights")')),
+    *_of(f"{CHECKPOINT}/commit.py", "tests/faults/test_damage.py -k flips", ('weights if part == "weights" and weights else None', "weights")),
     *_of(
         f"{CHECKPOINT}/save_policy.py",
         f"tests/checkpoint/test_save_policy.py {OWNERSHIP}",
@@ -189,10 +189,10 @@ PLANTED = [
         ('"seed", "samples_consumed"', '"samples_consumed"'),
         ("inputs_BT[rows], targets_BT[rows] = 0, IGNORED", "inputs_BT[rows], targets_BT[rows] = 0, 0"),
     ),
+    *_of(f"{DATA}/permutations.py", "tests/data/test_plan.py", ("np.uint64(30), np.uint64(27)", "np.uint64(30), np.uint64(28)")),
     *_of(
         f"{DATA}/plan.py",
         "tests/data/test_plan.py",
-        ("np.uint64(30), np.uint64(27)", "np.uint64(30), np.uint64(28)"),
         ('key("shards", self.seed, self.salt, number)', 'key("shards", self.seed, self.salt, 0)'),
         ("stripe * self._n[at] // self._stripes[at]\n", "stripe * (self._n[at] // self._stripes[at])\n"),
         ("end = np.minimum(first + number * block, length)", "end = first + number * block"),

@@ -12,11 +12,11 @@ from open_lm import text
 from open_lm.errors import DataError
 from open_lm.preprocess.job import Job
 
-Records = Mapping[str, Mapping[str, Any]]
+BlockRecords = Mapping[str, Mapping[str, Any]]
 """Records of finished blocks, by name."""
 
 
-def make_ledger(job: Job, blocks: Records, tails: Records, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def make_ledger(job: Job, blocks: BlockRecords, tails: BlockRecords, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The ledger of a finished job, from the records of its blocks.
 
     Raises:
@@ -36,7 +36,7 @@ def make_ledger(job: Job, blocks: Records, tails: Records, rows: Sequence[dict[s
     return ledger
 
 
-def make_flat_ledger(job: Job, blocks: Records, arrays: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def make_flat_ledger(job: Job, blocks: BlockRecords, arrays: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The ledger of a job that wrote flat arrays: every token is in one of them.
 
     Raises:
@@ -52,7 +52,7 @@ def make_flat_ledger(job: Job, blocks: Records, arrays: Sequence[dict[str, Any]]
     return ledger
 
 
-def _came_in(blocks: Records) -> tuple[dict[str, Any], int]:
+def _came_in(blocks: BlockRecords) -> tuple[dict[str, Any], int]:
     """Counts of documents and lines by outcome, and the number of their tokens."""
     totals: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
@@ -78,7 +78,7 @@ def _settings(job: Job) -> dict[str, Any]:
     }
 
 
-def _sampling(job: Job, blocks: Records, tails: Records) -> dict[str, dict[str, float]]:
+def _sampling(job: Job, blocks: BlockRecords, tails: BlockRecords) -> dict[str, dict[str, float]]:
     """Of each source how many samples there are, and how many were written."""
     found = {name: {"frequency": often, "samples": 0, "written": 0} for name, often in job.sampling}
     sources = [*(job.source(block) for block in blocks), *range(len(job.sampling))]

@@ -180,7 +180,7 @@ class Documents(NamedTuple):
 
 
 @dataclass
-class Books:
+class LineBooks:
     """Lines of a block: how many, of how many bytes, and those that hold no document."""
 
     lines: int = 0
@@ -191,7 +191,7 @@ class Books:
     """The file of the last line, and its number among those of the file."""
 
 
-def documents_in(job: Job, lines: Sequence[FileLine], books: Books) -> list[Documents]:
+def documents_in(job: Job, lines: Sequence[FileLine], books: LineBooks) -> list[Documents]:
     """The documents that `lines` hold, neighbours of one kind together; every line is entered in `books`.
 
     Raises:

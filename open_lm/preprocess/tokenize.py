@@ -18,7 +18,7 @@ from open_lm import storage
 from open_lm.data.tokenizer import Tokenizer
 from open_lm.preprocess.encoding import DocumentEncoder, Unsplittable
 from open_lm.preprocess.flat_blocks import Origin, write_flat_block
-from open_lm.preprocess.input import Books, documents_in, read_documents
+from open_lm.preprocess.input import LineBooks, documents_in, read_documents
 from open_lm.preprocess.job import FLAT, Job, TextTask, Workplace, block_name, load_job
 from open_lm.preprocess.jsonl import PACKED, WHOLE, FileLine, Line, line_batches, read_lines
 from open_lm.preprocess.packing import write_block
@@ -86,7 +86,7 @@ def _tokenize_block(
     done = work.sound_block(name, job)
     if done:
         return name, done
-    books, pieces, lengths, origins = Books(), list[np.ndarray](), list[np.ndarray](), list[Origin]()
+    books, pieces, lengths, origins = LineBooks(), list[np.ndarray](), list[np.ndarray](), list[Origin]()
     for some in line_batches(lines):
         for found in documents_in(job, some, books):
             try:

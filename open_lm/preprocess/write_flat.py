@@ -17,7 +17,7 @@ import orjson
 from open_lm import storage
 from open_lm.data.permutations import key
 from open_lm.errors import DataError, StorageError
-from open_lm.preprocess.accounting import Records
+from open_lm.preprocess.accounting import BlockRecords
 from open_lm.preprocess.job import Job, Workplace, file_and_block, load_job
 from open_lm.preprocess.workers import RunTasks
 
@@ -40,7 +40,7 @@ def array_name(number: int) -> str:
 
 
 def write_arrays(
-    job: Job, work: Workplace, target: str, blocks: Records, n_workers: int, run: RunTasks
+    job: Job, work: Workplace, target: str, blocks: BlockRecords, n_workers: int, run: RunTasks
 ) -> list[dict[str, Any]]:
     """Write all arrays into folder or url `target`, those that are not there; what there is of each."""
     arrays = plan_arrays(job, blocks)
@@ -58,7 +58,7 @@ def write_arrays(
     raise DataError(f"{target}: written arrays disappear. Is something else deleting there?")
 
 
-def plan_arrays(job: Job, blocks: Records) -> list[list[BlockSpan]]:
+def plan_arrays(job: Job, blocks: BlockRecords) -> list[list[BlockSpan]]:
     """The parts of blocks that each array is made of: blocks in the order of a hash, arrays of equal length.
 
     Raises:

@@ -97,12 +97,21 @@ def run(folder, seed, options):
          "--reward", "open_lm.post_training.verifiers:exact", "--rollout-prompts", str(options.prompts),
          "--group-size", str(options.group), "--rollout-tokens", "5", "--rl-epochs", str(options.epochs),
          "--rl-minibatches", str(options.minibatches), "--train-steps", str(steps * options.iterations),
-         "--lr", str(options.lr), "--lr-scheduler", "cosine", "--warmup", "10", "--grad-clip-norm", "1",
-         "--log-every-n-steps", str(10 * steps), "--name", f"rl{seed}-{options.task}-{int(began)}", *common]
+         "--clip-low", str(options.clip), "--clip-high", str(options.clip),
+         "--lr", str(options.lr), "--lr-scheduler", "const-cooldown", "--epochs-cooldown", "1",
+         "--lr-cooldown-power", str(options.lr_power), "--warmup", "10", "--grad-clip-norm", "1",
+         "--log-every-n-steps", str(10 * steps), "--name", name_of(options, seed), "--resume", "latest",
+         *common]
     )  # fmt: skip
     rows = [json.loads(line) for line in Path(rl.folder, "metrics.jsonl").read_text().splitlines()]
     shares = [row["train/clip_share"] for row in rows if "train/clip_share" in row]
     return greedy(sft), greedy(rl.folder), sum(shares) / len(shares), time.time() - began
+
+
+def name_of(options, seed):
+    """The name of a run of these settings: one that was stopped goes on where its --folder is kept."""
+    told = [f"{name}{value:g}" for name, value in vars(options).items() if isinstance(value, int | float)]
+    return "-".join([f"rl{seed}", options.task, *told])
 
 
 def plant_recomputation():
@@ -125,6 +134,8 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--minibatches", type=int, default=2)
     parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--lr-power", type=float, default=2, help="the rate falls as (1 - t) to this power")
+    parser.add_argument("--clip", type=float, default=0.2)
     parser.add_argument("--sft-seed", type=int, help="start all seeds from the fine-tuned model of this one")
     parser.add_argument("--folder", help="keep data and runs here, and take fine-tuned models from here")
     parser.add_argument("--recomputed", action="store_true")

@@ -2,11 +2,12 @@
 
 python scripts/make_questions.py --output-dir questions
 
-"Which is larger, 41 or 17?" is answered in two ways, by a number and by a sentence; pairs prefer the number. Of all
-pairs of numbers some are held out: nothing is trained on them.
+"Which is largest: 4 7 2 5?" is answered in two ways, by a number and by a sentence; pairs prefer the number. Some sets
+of four digits are held out: nothing is trained on any order of them.
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -14,50 +15,60 @@ import numpy as np
 
 NUMBER = r"^\d+$"
 """Pattern of the preferred answers, as open_lm.post_training.verifiers:tests checks it."""
+ASKED_OF_A_SET = 10
+"""Orders of a held-out set that are asked for."""
+Digits = tuple[int, ...]
 
 
-def questions(seed: int = 0) -> list[tuple[int, int]]:
-    """Every two different numbers of 1 to 99, in both orders, shuffled."""
-    both = [(a, b) for a in range(1, 100) for b in range(1, 100) if a != b]
-    return [both[k] for k in np.random.default_rng(seed).permutation(len(both))]
+def questions(seed: int = 0) -> list[Digits]:
+    """Every four different digits in every order, shuffled."""
+    every = list(itertools.permutations(range(10), 4))
+    return [every[k] for k in np.random.default_rng(seed).permutation(len(every))]
 
 
-def asked(a: int, b: int) -> str:
+def asked(digits: Digits) -> str:
     """The text of a question."""
-    return f"Which is larger, {a} or {b}?\n"
+    return f"Which is largest: {' '.join(map(str, digits))}?\n"
 
 
-def prompt(a: int, b: int) -> dict:
+def sentence(digits: Digits) -> str:
+    """The answer in the other style."""
+    return f"The largest one is {max(digits)}."
+
+
+def prompt(digits: Digits) -> dict:
     """A question with what its answer is checked against."""
-    return {"question": asked(a, b), "answer": str(max(a, b)), "tests": [{"matches": NUMBER}]}
+    return {"question": asked(digits), "answer": str(max(digits)), "tests": [{"matches": NUMBER}]}
 
 
-def conversation(a: int, b: int) -> dict:
-    """A question answered by a number, or as often by a sentence."""
-    as_sentence = (a + b) % 2
-    return {"question": asked(a, b), "answer": f"The larger one is {max(a, b)}." if as_sentence else str(max(a, b))}
+def conversation(digits: Digits, in_words: bool) -> dict:
+    """A question answered by a number or by a sentence."""
+    return {"question": asked(digits), "answer": sentence(digits) if in_words else str(max(digits))}
 
 
-def pair(a: int, b: int) -> dict:
+def pair(digits: Digits) -> dict:
     """Both answers, the number preferred."""
-    return {"prompt": asked(a, b), "chosen": str(max(a, b)), "rejected": f"The larger one is {max(a, b)}."}
+    return {"prompt": asked(digits), "chosen": str(max(digits)), "rejected": sentence(digits)}
 
 
 def main() -> None:
     """Write the files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", required=True)
-    parser.add_argument("--held-out", type=int, default=400, help="questions that nothing is trained on")
+    parser.add_argument("--held-out", type=int, default=20, help="sets of four digits that nothing is trained on")
     parser.add_argument("--pairs", type=int, default=1000, help="preference pairs")
     options = parser.parse_args()
     every = questions()
-    held_out = set(list(dict.fromkeys(map(frozenset, every)))[: options.held_out // 2])  # in both orders
-    kept = [both for both in every if frozenset(both) not in held_out]
+    sets = list(dict.fromkeys(map(frozenset, every)))[: options.held_out]
+    kept = [digits for digits in every if frozenset(digits) not in sets]
+    orders = [[digits for digits in every if frozenset(digits) == one][:ASKED_OF_A_SET] for one in sets]
+    held_out = list(itertools.chain(*orders))
     files = {
-        "conversations": [conversation(*both) for both in kept],
-        "pairs": [pair(*both) for both in kept[: options.pairs]],
-        "prompts": [prompt(*both) for both in kept],
-        "held_out": [prompt(*both) for both in every if frozenset(both) in held_out],
+        "conversations": [conversation(digits, k % 2 == 1) for k, digits in enumerate(kept)],
+        "held_out_conversations": [conversation(digits, k % 2 == 1) for k, digits in enumerate(held_out)],
+        "pairs": [pair(digits) for digits in kept[: options.pairs]],
+        "prompts": [prompt(digits) for digits in kept],
+        "held_out": [prompt(digits) for digits in held_out],
     }
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

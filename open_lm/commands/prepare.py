@@ -1,6 +1,8 @@
 """`openlm prepare`: text to shards on one machine; every document and token is accounted for."""
 
+import importlib
 import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +14,11 @@ from open_lm.errors import ConfigError
 from open_lm.flags import Parser, add_group, flag, read_group
 
 ID_BYTES = {"uint16": 2, "uint32": 4}
+OTHER_DATA = {
+    "--chat": "open_lm.commands.prepare_chat",
+    "--reference-log-probs": "open_lm.post_training.reference_log_probs",
+}
+"""Flags that ask for other data than text -> the command that makes it, whose flags then count."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,16 @@ class Make2048:
     resume: bool = flag(False, "Go on with the work a killed run left; the result is the same byte for byte.")
     overwrite: bool = flag(False, "Replace what the output folder holds, once the new data is there.")
     dry_run: bool = flag(False, "Say what would be read and written, and stop.")
+    chat: bool = flag(
+        False,
+        "Make conversations, pairs or prompts instead, as `openlm prepare-chat`: with its flags, which "
+        "`openlm prepare --chat --help` lists.",
+    )
+    reference_log_probs: bool = flag(
+        False,
+        "Compute log-probabilities of pairs under a reference model instead, as `openlm reference-log-probs`: with its "
+        "flags, which `openlm prepare --reference-log-probs --help` lists; a word after it is its --out.",
+    )
 
     def __post_init__(self) -> None:
         if not self.input_files or not self.output_dir:
@@ -79,11 +96,14 @@ class Make2048:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 1 or more.")
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None) -> Any:
     """Make the data set the flags describe; the ledger of what went where."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if other := named_other(words):
+        return make_other(other, words)
     parser = Parser(description=__doc__)
     add_group(parser, Make2048)
-    flags = read_group(parser.parse_args(argv), Make2048)
+    flags = read_group(parser.parse_args(words), Make2048)
 
     from open_lm.preprocess import accounting
     from open_lm.preprocess.encoder_choice import choose_encoder, memory_file
@@ -113,6 +133,29 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     rate = text.count(ledger["tokens"]["in"] / seconds)
     print(f"written    {flags.output_dir} in {text.duration(seconds)} ({rate} tokens/s)")
     return ledger
+
+
+def named_other(words: Sequence[str]) -> str | None:
+    """The flag among `words` that asks for other data than text, if one does.
+
+    Raises:
+        ConfigError: two do.
+    """
+    found = [word for word in OTHER_DATA if word in words]
+    if len(found) > 1:
+        raise ConfigError(f"{' and '.join(found)}: they are different data. Give one of them.")
+    return found[0] if found else None
+
+
+def make_other(other: str, words: list[str]) -> Any:
+    """Run the command that makes what the flag `other` among `words` asks for."""
+    at = words.index(other)
+    rest = words[at + 1 :]
+    if other == "--reference-log-probs" and rest and not rest[0].startswith("-"):
+        rest = ["--out", *rest]
+    if not sys.argv[0].endswith(other):
+        sys.argv = [f"{sys.argv[0]} {other}", *words]  # what usage and messages call the command
+    return importlib.import_module(OTHER_DATA[other]).main([*words[:at], *rest])
 
 
 def make_job(flags: Make2048) -> tuple[Any, Any]:

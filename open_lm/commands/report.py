@@ -16,6 +16,7 @@ from open_lm.flags import Parser, add_group, flag, read_group
 from open_lm.report import figures, page
 from open_lm.report.answers import answer_tables, compared_answers
 from open_lm.report.facts import RunSummary, read_json, read_json_lines, read_run
+from open_lm.report.stages import stage_table
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class ReportConfig:
     samples: str | None = flag(None, "Texts that `openlm generate` wrote, as jsonl.")
     answers: tuple[str, ...] = flag(
         (), "Folders of `openlm evaluate --reward … --prompts`, one for each model whose answers are compared."
+    )
+    stages: tuple[str, ...] = flag(
+        (), "Folders of the runs that led to --run, in their order: a table says what each measured first and last."
     )
     commands: str | None = flag(None, "The commands that made the run; lines with # explain them.")
     timings: str | None = flag(None, "Seconds of each step: lines of step, tab, seconds.")
@@ -76,6 +80,11 @@ def build(config: ReportConfig) -> str:
     is_one = len(runs) == 1
     sections = [
         page.cards(figures.headline(first)) if is_one else figures.comparison(runs),
+        page.section(
+            "Stage by stage",
+            "What training measured when it began and when it ended, the mean of up to three logged values each.",
+            stage_table([*map(read_run, config.stages), first]) if config.stages else "",
+        ),
         page.section("Loss", explain_loss(runs), figures.loss_figure(runs) + figures.small_figures(runs)),
         page.section("Scores over training", "", figures.score_figures(runs)),
         page.section(
@@ -110,11 +119,16 @@ def lead(runs: Sequence[RunSummary]) -> str:
         return f"{len(runs)} runs compared over the tokens they trained on."
     model = runs[0].config.get("model", {})
     shape = f" {model['n_layers']} layers, {model['hidden_dim']} wide, context {model['seq_len']}." if model else ""
-    return f"A language model trained from scratch on {text.count(runs[0].last('train/tokens') or 0)} tokens.{shape}"
+    flags, n_tokens = runs[0].config.get("flags", {}), text.count(runs[0].last("train/tokens") or 0)
+    if runs[0].task != "pretrain" or flags.get("pretrained"):
+        return f"A language model post-trained by {runs[0].task} on {n_tokens} tokens.{shape}"
+    return f"A language model trained from scratch on {n_tokens} tokens.{shape}"
 
 
 def explain_loss(runs: Sequence[RunSummary]) -> str:
     """The caption of the loss chart."""
+    if any(run.task not in figures.PREDICTING for run in runs):
+        return "The loss of a preference or of a reward says little by itself: look at the figures below it."
     known = "The dashed line is the loss of a uniform guess. " if runs[0].uniform_loss else ""
     return f"{known}Validation text is never trained on; each of its tokens is scored once. Hover for values."
 

@@ -163,9 +163,10 @@ def adapt(
         for name, module in found
         if (name.rpartition(".")[2] in targets if targets else name.rpartition(".")[2] not in kept)
     ]
-    if not chosen:
-        names = sorted({name.rpartition(".")[2] for name, _ in found})
-        raise ConfigError(f"--lora-targets {' '.join(targets)}: no such linear layer. There are {', '.join(names)}.")
+    names = sorted({name.rpartition(".")[2] for name, _ in found})
+    missing = [target for target in targets if target not in names]
+    if missing or not chosen:
+        raise ConfigError(f"--lora-targets {' '.join(missing)}: no such linear layer. There are {', '.join(names)}.")
     for module in chosen:
         add_adapter(module, rank, scale, dropout=dropout, with_magnitude=with_magnitude)
 

@@ -119,13 +119,11 @@ def build(parts: TaskParts) -> PolicyGradient:
     """The objective of grpo, rloo or ppo.
 
     Raises:
-        ConfigError: prompts or rewards are not given, or the model is spread over ranks.
+        ConfigError: prompts or rewards are not given, or a group is too small.
     """
     name, config = parts.flags.task.task, parts.flags.rl
     if not config.prompts:
         raise ConfigError(f"--task {name} answers prompts: give --prompts and --reward.")
-    if parts.flags.parallel.fsdp:
-        raise ConfigError(f"--task {name} writes answers on every rank by itself: leave out --fsdp.")
     if name == "rloo" and config.group_size < 2:
         raise ConfigError("--task rloo compares the answers to one prompt: --group-size must be 2 or more.")
     return PolicyGradient(name, config)

@@ -78,7 +78,10 @@ def compute(flags: ReferenceLogProbs) -> None:
             zero = np.zeros_like(places)
             tokens, unreadable, *_ = reader.read(zero, zero + number, places, places)
             if unreadable:
-                raise DataError(f"{unreadable[0][1]} Repair the shard.")
+                raise DataError(
+                    f"{unreadable[0][1]} Repair the shard; where its length is other than the model's, make pairs with "
+                    f"--seqlen {seq_len}."
+                )
             samples = torch.from_numpy(tokens).long().view(2 * len(places), -1)
             batch = batch_of(samples, data, None).trimmed().to(device)
             with torch.no_grad(), precision.autocast():

@@ -58,9 +58,14 @@ def _answers(model: Any, prompts: Prompts, tokenizer: Tokenizer, config: RewardS
     rows = prompts.rows()
     written = generate(model, [row["prompt_ids"] for row in rows], settings, stop_ids=stop_ids)
     return [
-        Answer(row["prompt_ids"], ids, tokenizer.decode(ids), row, len(ids) < config.answer_tokens)
+        Answer(row["prompt_ids"], ids, tokenizer.decode(ids), row, len(ids) < _room(model, row, config))
         for row, ids in zip(rows, written, strict=True)
     ]
+
+
+def _room(model: Any, row: dict[str, Any], config: RewardScoring) -> int:
+    """Tokens that an answer can have, in the context behind its prompt."""
+    return min(config.answer_tokens, model.config.seq_len - len(row["prompt_ids"]))
 
 
 def _summary(answers: Sequence[Answer], columns: dict[str, list[float]]) -> dict[str, Any]:

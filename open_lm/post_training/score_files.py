@@ -52,8 +52,8 @@ class FileScorer:
             self.n_rows += len(chunk)
             known = [(row, found) for row in chunk if (found := self._conversations(row)) is not None]
             labelled = iter(label_all([one for _, found in known for one in found], self.template, self.tokenizer))
-            sequences = [(row, [self._ids(next(labelled), row) for _ in found]) for row, found in known]
-            whole = [(row, sides) for row, sides in sequences if all(sides)]
+            sequences = [(row, self._ids([next(labelled) for _ in found], row)) for row, found in known]
+            whole = [(row, sides) for row, sides in sequences if sides]
             scores = iter(rewards_of_sequences(self.model, [ids for _, sides in whole for ids in sides]))
             for row, sides in whole:
                 yield {**row.fields, **self._counted([next(scores) for _ in sides], row)}  # type: ignore[dict-item]
@@ -70,15 +70,15 @@ class FileScorer:
             return None
         return [found.chosen, found.rejected] if isinstance(found, ConversationPair) else [found]
 
-    def _ids(self, found: Any, row: Row) -> list[int]:
-        """The tokens of one conversation, its end among them; none where it cannot be scored."""
-        if isinstance(found, Rejected):
-            self._reject(found, row)
+    def _ids(self, found: list[Any], row: Row) -> list[list[int]]:
+        """The tokens of each side of a row, its end among them; none where one of them cannot be scored."""
+        if bad := next((one for one in found if isinstance(one, Rejected)), None):
+            self._reject(bad, row)
             return []
-        if len(found.tokens) > self.model.config.seq_len + 1:
+        if max(len(one.tokens) for one in found) > self.model.config.seq_len + 1:
             self.left_out["too_long"] += 1
             return []
-        return (found.tokens & IDS).tolist()
+        return [(one.tokens & IDS).tolist() for one in found]
 
     def _reject(self, found: Rejected, row: Row) -> None:
         if not self.skip_bad:

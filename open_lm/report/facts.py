@@ -41,6 +41,11 @@ class RunSummary:
         return values[max(values)] if values else None
 
     @property
+    def task(self) -> str:
+        """What it was trained for: --task of its newest checkpoint."""
+        return self.config.get("flags", {}).get("task") or "pretrain"
+
+    @property
     def vocab_size(self) -> int | None:
         return self.config.get("model", {}).get("vocab_size")
 

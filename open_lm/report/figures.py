@@ -14,10 +14,21 @@ WIDTH, HEIGHT = 560, 260
 """Of small figures."""
 
 
+PREDICTING = ("pretrain", "sft")
+"""Tasks whose loss is that of predicting tokens, so that a uniform guess has one too."""
+
+
 def headline(run: RunSummary) -> list[tuple[str, str]]:
     """The figures of one run to see first: (value, what it is)."""
-    loss, uniform = run.last("valid/loss"), run.uniform_loss
-    cards = []
+    loss, uniform = run.last("valid/loss"), run.uniform_loss if run.task in PREDICTING else None
+    cards = [
+        (write(value), what)
+        for metric, what, write in (
+            ("train/reward", "mean reward of an answer at the end", "{:.3f}".format),
+            ("train/preference_accuracy", "pairs ordered rightly at the end", "{:.1%}".format),
+        )
+        if (value := run.last(metric)) is not None
+    ]
     if loss is not None:
         cards.append((f"{loss:.3f}", "validation loss, nats a token"))
         cards.append((f"{math.exp(loss):.1f}", "validation perplexity"))
@@ -84,11 +95,14 @@ def loss_figure(runs: Sequence[RunSummary]) -> str:
         rules=_rules(runs),
     )  # fmt: skip
     keys = [(one.style, one.name) for one in series if not one.style.endswith("dotted")]
-    return page.figure("Loss, nats a token" + (" (dots: validation)" if len(runs) > 1 else ""), keys, chart)
+    others = dict.fromkeys(run.task for run in runs if run.task not in PREDICTING)
+    title = f"Loss of {', '.join(others)}" if others else "Loss, nats a token"
+    return page.figure(title + (" (dots: validation)" if len(runs) > 1 else ""), keys, chart)
 
 
 def _rules(runs: Sequence[RunSummary]) -> list[Rule]:
-    levels = {run.vocab_size: run.uniform_loss for run in runs if run.uniform_loss is not None}
+    predicting = [run for run in runs if run.task in PREDICTING]
+    levels = {run.vocab_size: run.uniform_loss for run in predicting if run.uniform_loss is not None}
     rules = [Rule(f"ln({vocab_size}) = {loss:.2f}", y=loss) for vocab_size, loss in levels.items()]
     if len(runs) == 1:
         rules += [Rule("checkpoint", x=step * runs[0].tokens_per_step) for step in runs[0].checkpoint_steps[:-1]]

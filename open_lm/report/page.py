@@ -128,11 +128,11 @@ def flow(stages: Sequence[tuple[str, str, Sequence[str]]]) -> str:
     return f'<div class="flow">{"".join(shown)}</div>' if shown else ""
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; every column but the first holds numbers."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, words: Sequence[int] = (0,)) -> str:
+    """A table; every column but those of `words` holds numbers."""
     if not rows:
         return ""
-    kinds = ["", *[' class="number"'] * (len(head) - 1)]
+    kinds = ["" if k in words else ' class="number"' for k in range(len(head))]
     names = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, head, strict=True))
     lines = ("".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True)) for row in rows)
     return f"<table><tr>{names}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"

@@ -67,10 +67,10 @@ def build_loader_and_length(
     if not config.trains:
         return None, RunLength((0,), tokens_per_step=0)
     kind: TaskKind = TASKS.load(config.task.task)
+    check_mesh(config, architecture, world.shape)
     if kind.form == "prompts":
         return build_prompts(config, architecture, world)
     global_batch = global_batch_size(config.train, world.shape.n_data)
-    check_mesh(config, architecture, world.shape)
     refuse_doc_mask(config, architecture)
     loader = build_loader(
         config.data,
@@ -180,8 +180,8 @@ def distillation(
 def additions(config: RunConfig, architecture: ModelConfig) -> Callable[[nn.Module], None] | None:
     """A function that adds the adapters and the value head of task and flags to a model; None where there are none."""
     flags, kind = config.adapters, TASKS.load(config.task.task)
-    if flags.lora_base == "nf4" and (config.parallel.fsdp or config.checkpoint.checkpoint_format == "sharded"):
-        raise ConfigError("--lora-base nf4: each rank holds all of its bits; leave out --fsdp and sharded checkpoints.")
+    if flags.lora_base == "nf4" and config.checkpoint.checkpoint_format == "sharded":
+        raise ConfigError("--lora-base nf4: each rank holds all of its bits; leave out --checkpoint-format sharded.")
     if flags.lora_from is None and flags.lora_rank is None and not kind.value_head:
         return None
 

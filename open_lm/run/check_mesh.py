@@ -11,6 +11,7 @@ from open_lm.mesh import MeshShape
 from open_lm.model import create_model
 from open_lm.model.config import ModelConfig
 from open_lm.params import RunConfig
+from open_lm.post_training.config import TASKS
 from open_lm.train.expert_parallel import require_experts
 from open_lm.train.tensor_parallel import require_parts
 
@@ -20,6 +21,8 @@ PER_TOKEN_TASKS = ("pretrain", "sft")
 
 def check_mesh(config: RunConfig, architecture: ModelConfig, shape: MeshShape) -> None:
     """Raise ConfigError where the model, its sequences or the task do not divide as `shape` asks."""
+    if not shape.is_plain or config.parallel.fsdp:
+        _refuse_shares(config, shape)
     tp, cp = shape.tp, shape.cp
     if shape.ep > 1:
         require_experts(_experts(architecture), shape.ep)
@@ -51,6 +54,18 @@ def _experts(architecture: ModelConfig) -> list[int]:
         return []
     n_experts = architecture.moe_num_experts or 0
     return [n_experts for layer in range(architecture.n_layers) if architecture.has_experts(layer)]
+
+
+def _refuse_shares(config: RunConfig, shape: MeshShape) -> None:
+    """Raise ConfigError where the task or the adapters need the whole model on each rank."""
+    asked = "--fsdp" if config.parallel.fsdp and not config.parallel.mesh else f"--mesh {shape}"
+    if TASKS.load(config.task.task).form == "prompts":
+        raise ConfigError(
+            f"--task {config.task.task} writes answers on every rank by itself: leave out {asked}. Ranks share the "
+            "prompts without it."
+        )
+    if config.adapters.lora_base == "nf4":
+        raise ConfigError(f"--lora-base nf4: each rank holds all of its bits; leave out {asked}.")
 
 
 def _check_lengths(architecture: ModelConfig, shape: MeshShape) -> None:

@@ -28,8 +28,6 @@ def build_prompts(config: RunConfig, architecture: ModelConfig, world: World) ->
         raise ConfigError(f"--task {config.task.task} answers prompts: give --prompts and --reward.")
     if config.train.train_steps is None:
         raise ConfigError("--train-steps: say for how many optimizer steps to train.")
-    if world.size != world.shape.n_data:
-        raise ConfigError(f"--mesh: --task {config.task.task} needs the whole model on each rank. Leave it out.")
     rows = flags.rollout_prompts * flags.group_size // flags.rl_minibatches
     share = world.size * config.train.accum_freq
     if flags.rollout_prompts % world.size or rows % share:

@@ -91,5 +91,7 @@ def test_targets_by_name(tmp_path):
     assert {name.rpartition(".")[2] for name in adapters_of(model)} == {"in_proj"}
     with pytest.raises(ConfigError, match=r"--lora-targets q_proj: no such linear layer. There are in_proj"):
         adapted(targets=["q_proj"])
+    with pytest.raises(ConfigError, match=r"--lora-targets out_porj: no such linear layer"):
+        adapted(targets=["in_proj", "out_porj"])
     with pytest.raises(ConfigError, match="give --lora-rank"):
         run(tmp_path, "x", "--dora")

@@ -173,6 +173,39 @@ def test_a_pair_whose_sides_are_equal_is_refused_and_counted(make_chat):
     assert ledger["pairs"]["dropped"] == {"equal_sides_after_truncation": 1}
 
 
+def test_sides_that_only_the_template_makes_equal_are_counted_as_such(make_chat):
+    trimmed = {"prompt": "2+2?", "chosen": "4", "rejected": "4  "}
+    with pytest.raises(DataError, match="line 1: equal sides"):
+        make_chat([trimmed, PAIRS[0]], "--form", "pairs", style="llama3")
+    ledger, _ = make_chat([trimmed, PAIRS[0]], "--form", "pairs", "--on-bad-line", "skip", style="llama3", name="skip")
+    assert ledger["pairs"]["rejected"] == {"equal_sides": 1} and ledger["pairs"]["used"] == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"instruction": 5, "output": "x"}, "not text"),
+        ({"instruction": "a", "input": ["b"], "output": "x"}, "not text"),
+        ({"instruction": "a", "output": None}, "not text"),
+        ({"prompt": "a", "response": " \n "}, "no answer"),
+    ],
+)
+def test_rows_whose_fields_are_no_texts_or_blank_are_named(make_chat, row, reason):
+    with pytest.raises(DataError, match=f"line 1: {reason}"):
+        make_chat([row])
+
+
+def test_what_a_row_lacks_is_named(make_chat):
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    longer = [*talk, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
+    with pytest.raises(DataError, match="line 1: no answer"):  # one side is the beginning of the other
+        make_chat([{"chosen": talk, "rejected": longer}], "--form", "pairs")
+    with pytest.raises(DataError, match="line 1: no common prompt"):
+        make_chat([{"chosen": talk, "rejected": longer[2:]}], "--form", "pairs")
+    with pytest.raises(DataError, match="line 1: no prompt"):
+        make_chat([{"prompt": " "}], "--form", "prompts")
+
+
 def test_prompts_keep_their_rows_and_end_where_the_answer_begins(make_chat, tokenizer_of):
     rows = [{"question": "1+1?", "answer": "2"}, {"messages": CHAT["messages"], "level": 3}]
     _, folder = make_chat(rows, "--form", "prompts")

@@ -115,8 +115,10 @@ def test_what_4_bits_cannot_do_is_refused(tmp_path):
     manifest = write_data(tmp_path / "data")
     with pytest.raises(ConfigError, match="--lora-base nf4 holds weights under adapters"):
         run(tmp_path, manifest, "--lora-base", "nf4")
-    with pytest.raises(ConfigError, match="leave out --fsdp"):
+    with pytest.raises(ConfigError, match="leave out --checkpoint-format sharded"):
         run(tmp_path, manifest, *QLORA, "--checkpoint-format", "sharded")
+    with pytest.raises(ConfigError, match="--lora-base nf4: each rank holds all of its bits; leave out --fsdp"):
+        run(tmp_path, manifest, *QLORA, "--fsdp")
     sharded = run(tmp_path, manifest, "--checkpoint-format", "sharded", name="sharded", steps=2)
     with pytest.raises(CheckpointError, match="openlm consolidate"):
         run(tmp_path, manifest, *QLORA, "--pretrained", sharded.folder, name="from", steps=2)

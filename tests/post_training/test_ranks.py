@@ -18,8 +18,15 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(("task", "flags"), [("sft", ["--fsdp"]), ("dpo", ["--fsdp"]), ("kto", [])])
-def test_two_ranks_train_as_one(tmp_path, make_chat, task, flags):
+QLORA = ["--lora-rank", "2", "--lora-base", "nf4"]
+
+
+@pytest.mark.parametrize(
+    ("task", "flags", "both"),
+    [("sft", ["--fsdp"], []), ("dpo", ["--fsdp"], []), ("kto", [], []), ("dpo", [], QLORA)],
+    ids=["sft-fsdp", "dpo-fsdp", "kto", "dpo-qlora"],
+)
+def test_two_ranks_train_as_one(tmp_path, make_chat, task, flags, both):
     form, rows = ("conversations", TALKS) if task == "sft" else ("pairs", PAIRS)
     _, folder = make_chat(rows, "--form", form, "--chat-template", "plain", "--seqlen", "60", name="data")
     (tmp_path / "model.json").write_text(json.dumps(MODEL))
@@ -30,7 +37,7 @@ def test_two_ranks_train_as_one(tmp_path, make_chat, task, flags):
         "--task", task, "--dataset-manifest", f"{folder}/manifest.jsonl", "--multiple-data-passes", "--pretrained",
         str(tmp_path / "base.pt"), "--train-steps", "4", "--global-batch-size", "8", "--lr", "3e-3", "--warmup", "0",
         "--device", "cpu", "--precision", "fp32", "--workers", "0", "--log-every-n-steps", "1", "--accum-freq", "2",
-        "--logs-dir", str(tmp_path / "logs"),
+        "--logs-dir", str(tmp_path / "logs"), *both,
     ]  # fmt: skip
     main([*common, "--name", "one"])
     done = run_command([*common, *flags, "--name", "two"], ranks=2)

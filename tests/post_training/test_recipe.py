@@ -54,6 +54,7 @@ def test_the_stages_follow_each_other_with_flags_that_exist(tmp_path, recipe):
     starts = [call[call.index("--pretrained") + 1].rpartition("/")[2] for call in calls if call[0] == "train"]
     assert starts == ["quickstart", "sft", "dpo"]
     assert [call[0] for call in calls].count("evaluate") == 4 and calls[-1][0] == "report"
+    assert [word.rpartition("/")[2] for word in calls[-1] if "/logs/" in word] == ["grpo", "sft", "dpo"]
     for command, *words in calls:
         known = flags_of(command)
         assert {word for word in words if word.startswith("--")} <= known, command
@@ -75,7 +76,12 @@ def test_what_is_done_is_not_repeated(tmp_path, recipe):
         (folder / name).write_text("{}")
     _, calls = recipe()
     assert [call[call.index("--task") + 1] for call in calls if call[0] == "train"] == ["dpo", "grpo"]
-    assert [call[0] for call in calls].count("evaluate") == 3 and [call[0] for call in calls].count("prepare-chat") == 3
+    assert [call[0] for call in calls].count("evaluate") == 3 and [call[0] for call in calls].count("prepare-chat") == 4
+
+
+def digits_of(row):
+    """The set that a question is about, in no order."""
+    return frozenset(re.findall(r"\d", row.get("question") or row["prompt"]))
 
 
 def test_questions_are_held_out_and_their_answers_checked(tmp_path, monkeypatch):
@@ -87,15 +93,14 @@ def test_questions_are_held_out_and_their_answers_checked(tmp_path, monkeypatch)
     rows = {
         path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in tmp_path.glob("*.jsonl")
     }
-    held_out = {row["question"] for row in rows["held_out"]}
-    assert len(held_out) == 400 and len(rows["prompts"]) == 99 * 98 - 400
+    held_out = {digits_of(row) for row in rows["held_out"]}
+    assert len(rows["held_out"]) == len(rows["held_out_conversations"]) == 200 and len(held_out) == 20
+    assert len(rows["prompts"]) == len(rows["conversations"]) == 10 * 9 * 8 * 7 - 20 * 24
     for name in ("conversations", "pairs", "prompts"):
-        asked = {row.get("question") or row["prompt"] for row in rows[name]}
-        assert not asked & held_out
-        turned = {re.sub(r"(\d+) or (\d+)", r"\2 or \1", question) for question in asked}
-        assert not turned & held_out
+        assert not {digits_of(row) for row in rows[name]} & held_out
+    assert all(row["answer"] == max(digits_of(row)) for row in rows["held_out"])
     row = rows["prompts"][0]
-    sentence = f"The larger one is {row['answer']}."
+    sentence = f"The largest one is {row['answer']}."
     assert verifiers.last_number(sentence, row) == verifiers.last_number(row["answer"], row) == 1
     assert verifiers.tests(row["answer"], row) == 1 and verifiers.tests(sentence, row) == 0
     styles = [row["answer"].isdigit() for row in rows["conversations"]]

@@ -15,14 +15,17 @@ from open_lm.generation.config import GenerateConfig
 from open_lm.generation.decode import generate
 from open_lm.generation.text import Text
 from open_lm.main import main
+from open_lm.mesh import MeshShape, parse_mesh
 from open_lm.model import create_model
 from open_lm.model.config import ModelConfig
+from open_lm.params import parse_args, read_config
 from open_lm.post_training import verifiers
 from open_lm.post_training.advantages import generalised, group_relative, leave_one_out
 from open_lm.post_training.config import RLConfig
 from open_lm.post_training.policy import PolicyGradient
 from open_lm.post_training.reward_model import add_value_head
 from open_lm.post_training.rollouts import write_together
+from open_lm.run.check_mesh import check_mesh
 
 MODEL = {"hidden_dim": 16, "n_layers": 2, "n_heads": 2, "seq_len": 60, "vocab_size": 400, "model_norm": "rms_norm"}
 
@@ -234,6 +237,24 @@ def test_lengths_and_settings_that_cannot_be_honoured_are_refused(learn, tmp_pat
         learn("--accum-freq", "3")
     with pytest.raises(ConfigError, match="give --prompts and --reward"):
         main(["--task", "grpo", "--dataset-type", "synthetic", "--train-steps", "2", "--logs-dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked"),
+    [
+        (["--fsdp"], "--fsdp"),
+        (["--mesh", "fsdp=2"], "--mesh fsdp=2"),
+        (["--mesh", "dp=1,fsdp=2"], "--mesh fsdp=2"),
+        (["--mesh", "tp=2"], "--mesh tp=2"),
+    ],
+)
+def test_ranks_that_hold_only_shares_of_the_model_are_refused(learn, flags, asked):
+    architecture, shape = ModelConfig(**MODEL), parse_mesh(flags[1]) if flags[1:] else {"fsdp": 2}
+    for task, match in (("grpo", "--task grpo writes answers"), ("sft", "--lora-base nf4: each rank holds")):
+        extra = ["--lora-base", "nf4", "--lora-rank", "2", "--task", task]
+        config = read_config(parse_args(learn.flags(*flags, *extra)))
+        with pytest.raises(ConfigError, match=f"{match}.*leave out {asked}"):
+            check_mesh(config, architecture, MeshShape(**shape))
 
 
 def test_verifiers():

@@ -75,9 +75,10 @@ def test_rows_that_cannot_be_scored_are_refused_or_counted_by_name(tmp_path, tra
         {"prompt": "q"},
         {"messages": [{"role": "x", "content": "y"}]},
     ]
-    summary, lines = score(tmp_path, trained, [PAIRS[0], long, *bad], "--on-bad-line", "skip")
-    assert len(lines) == 1 and summary["rows"] == 5
-    assert summary["left_out"] == {"equal_sides": 1, "too_long": 1, "unknown_form": 1, "unknown_role": 1}
+    both_long = {"prompt": "word " * 60, "chosen": "x", "rejected": "y"}
+    summary, lines = score(tmp_path, trained, [PAIRS[0], long, both_long, *bad], "--on-bad-line", "skip")
+    assert len(lines) == 1 and summary["rows"] == 6
+    assert summary["left_out"] == {"equal_sides": 1, "too_long": 2, "unknown_form": 1, "unknown_role": 1}
     with pytest.raises(DataError, match=r"rows.jsonl, line 2: equal sides"):
         score(tmp_path, trained, [PAIRS[0], bad[0]])
     with pytest.raises(DataError, match="no row can be scored"):
@@ -109,5 +110,9 @@ def test_the_answers_of_a_checkpoint_to_prompts_are_scored(tmp_path, trained, ma
         whole = torch.tensor([[*line["prompt_ids"], *ids]])
         alone = rewards_of(model, Batch(whole[:, :-1], whole[:, 1:])).item()
         assert line["rewards"][trained] == pytest.approx(alone, abs=1e-6)
+    cut = call(["evaluate", *args, "--reward", digits, "--answer-tokens", "400"])  # more than the context holds
+    assert cut["finished_share"] == sum(len(ids) + len(line["prompt_ids"]) < 40 for ids, line in zip(
+        generate(load_model(base), [line["prompt_ids"] for line in lines], temperature=0, max_gen_len=400), lines,
+        strict=True)) / 12 < 1  # fmt: skip
     mean = sum(line["rewards"][digits] for line in lines) / 12
     assert summary["rewards"][digits]["mean"] == pytest.approx(mean, abs=1e-12)

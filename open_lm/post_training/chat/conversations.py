@@ -73,7 +73,9 @@ def pair_of(row: dict[str, Any]) -> ConversationPair | Rejected:
     chosen, rejected = (list(side) for side in sides if not isinstance(side, Rejected))
     if chosen == rejected:
         return Rejected("equal_sides")
-    n_given = next((k for k, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
+    n_given = next(
+        (k for k, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
+    )
     answers = [side[n_given:] for side in (chosen, rejected)]
     if n_given == 0 or not all(any(m["role"] == ANSWERING and _speaks(m) for m in part) for part in answers):
         return Rejected("no_common_prompt" if n_given == 0 else "no_answer")
@@ -94,7 +96,7 @@ def prompt_of(row: dict[str, Any]) -> ConversationPrompt | Rejected:
         return messages
     while messages and messages[-1]["role"] == ANSWERING:
         messages = messages[:-1]
-    return ConversationPrompt(messages, row) if messages else Rejected("no_prompt")
+    return ConversationPrompt(messages, row) if any(map(_speaks, messages)) else Rejected("no_prompt")
 
 
 READERS: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -116,8 +118,10 @@ def _messages_and_prompt(row: dict[str, Any]) -> tuple[Any, int]:
             said = _as_messages(row[answer], ANSWERING)
             return ([*given, *said], len(given)) if given is not None and said is not None else ([None], 0)
     if "instruction" in row and "output" in row:
-        asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-        return [{"role": "user", "content": asked}, {"role": ANSWERING, "content": row["output"]}], 1
+        parts = [part for part in (row["instruction"], row.get("input")) if part]
+        if not all(isinstance(part, str) for part in parts):
+            return [None], 0
+        return [{"role": "user", "content": "\n\n".join(parts)}, {"role": ANSWERING, "content": row["output"]}], 1
     return None, 0
 
 
@@ -175,7 +179,7 @@ def _role(message: Message) -> Any:
 
 
 def _speaks(message: Message) -> bool:
-    return bool(message["content"] or message.get("tool_calls"))
+    return bool(message["content"].strip() or message.get("tool_calls"))
 
 
 def _margin(row: dict[str, Any]) -> float:

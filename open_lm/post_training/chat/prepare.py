@@ -182,12 +182,20 @@ def _add_labelled(
     labelled = iter(label_all([side for pair in sides for side in pair], template, tokenizer))
     for (where, one), pair in zip(chunk, sides, strict=True):
         found = [next(labelled) for _ in pair]
-        if bad := next((side for side in found if isinstance(side, Rejected)), None):
-            _reject(bad, where, job, books)
+        if fault := _fault(found):
+            _reject(fault, where, job, books)
             continue
         _keep(
             cast("list[Labelled]", found), one.margin if isinstance(one, ConversationPair) else 0.0, records, job, books
         )
+
+
+def _fault(found: list[Labelled | Rejected]) -> Rejected | None:
+    """Why one row's sequences cannot be trained on; equal sides among them, for a template may trim what differs."""
+    good = [one.tokens for one in found if isinstance(one, Labelled)]
+    if len(good) == 2 and np.array_equal(*good):
+        return Rejected("equal_sides")
+    return next((one for one in found if isinstance(one, Rejected)), None)
 
 
 def _keep(found: list[Labelled], margin: float, records: Records, job: ChatJob, books: Books) -> None:

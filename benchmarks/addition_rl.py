@@ -1,6 +1,6 @@
 """Two-digit addition by reinforcement learning: a small model after fine-tuning, and after GRPO, RLOO or PPO.
 
-python benchmarks/addition_rl.py --seeds 0 1 2 [--task grpo] [--iterations 200] [--recomputed]
+python benchmarks/addition_rl.py --seeds 0 1 2 [--task grpo] [--iterations 100] [--recomputed]
 
 The demonstrations forget the carry in --forgotten of the sums that have one, so that a fine-tuned model adds but mostly
 without carrying; the reward, 1 for a right sum, is to teach it what they do not show. `--recomputed` computes the old
@@ -43,11 +43,16 @@ def write_tokenizer(folder):
     return str(path)
 
 
-def prepare(folder, tokenizer, forgotten):
+def row_of(a, b, said, padded):
+    """A sum and its answer; `padded` with zeros, so that every number has its digits in the same places."""
+    return {"question": f"{a:0{padded * 2}}+{b:0{padded * 2}}=", "answer": f"{said:0{padded * 3}}"}
+
+
+def prepare(folder, tokenizer, forgotten, padded):
     """Demonstrations and prompts of all sums of two numbers below 100."""
     sums = [(a, b) for a in range(100) for b in range(100)]
-    shown = [demonstration(a, b, copy, forgotten) for copy in range(COPIES) for a, b in sums]
-    asked = [{"question": f"{a}+{b}=", "answer": str(a + b)} for a, b in sums]
+    shown = [row_of(a, b, shown_sum(a, b, copy, forgotten), padded) for copy in range(COPIES) for a, b in sums]
+    asked = [row_of(a, b, a + b, padded) for a, b in sums]
     for form, rows in (("conversations", shown), ("prompts", asked)):
         (folder / f"{form}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         prepare_chat(
@@ -56,20 +61,21 @@ def prepare(folder, tokenizer, forgotten):
         )  # fmt: skip
 
 
-def demonstration(a, b, copy, forgotten):
+def shown_sum(a, b, copy, forgotten):
     """A sum as it is shown: some forget the carry."""
     forgets = a % 10 + b % 10 > 9 and int(key("forgets", copy, a, b)) / 2**64 < forgotten
-    return {"question": f"{a}+{b}=", "answer": str(a + b - 10 * forgets)}
+    return a + b - 10 * forgets
 
 
-def greedy(path, n=1000):
+def greedy(path, padded, n=1000):
     """The share of sums that the model gets right, greedily."""
     model = load_model(path)
     words = {c: k for k, c in enumerate("0123456789+=")}
     sums = [(int(key("eval", k)) % 100, int(key("eval too", k)) % 100) for k in range(n)]
-    prompts = [[words[c] for c in f"{a}+{b}="] for a, b in sums]
+    rows = [row_of(a, b, a + b, padded) for a, b in sums]
+    prompts = [[words[c] for c in row["question"]] for row in rows]
     written = generate(model, prompts, temperature=0, max_gen_len=5, stop_ids=[EOT])
-    return sum("".join(map(str, w)) == str(a + b) for w, (a, b) in zip(written, sums, strict=True)) / n
+    return sum("".join(map(str, w)) == row["answer"] for w, row in zip(written, rows, strict=True)) / n
 
 
 def fine_tuned(folder, seed, options, common):
@@ -86,7 +92,7 @@ def fine_tuned(folder, seed, options, common):
 
 def run(folder, seed, options):
     """Fine-tune, then learn from rewards; returns both shares, that of clipped tokens, and seconds."""
-    (folder / "model.json").write_text(json.dumps(MODEL))
+    (folder / "model.json").write_text(json.dumps({**MODEL, "qk_norm": options.qk_norm}))
     common = ["--model", str(folder / "model.json"), "--device", "cpu", "--precision", "fp32", "--workers", "0",
               "--logs-dir", str(folder / "logs"), "--seed", str(seed), "--wd", "0"]  # fmt: skip
     start = seed if options.sft_seed is None else options.sft_seed
@@ -105,7 +111,12 @@ def run(folder, seed, options):
     )  # fmt: skip
     rows = [json.loads(line) for line in Path(rl.folder, "metrics.jsonl").read_text().splitlines()]
     shares = [row["train/clip_share"] for row in rows if "train/clip_share" in row]
-    return greedy(sft), greedy(rl.folder), sum(shares) / len(shares), time.time() - began
+    return (
+        greedy(sft, options.padded),
+        greedy(rl.folder, options.padded),
+        sum(shares) / len(shares),
+        time.time() - began,
+    )
 
 
 def name_of(options, seed):
@@ -126,15 +137,17 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--task", default="grpo", choices=["grpo", "rloo", "ppo"])
-    parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--iterations", type=int, default=100)
     parser.add_argument("--sft-steps", type=int, default=600)
     parser.add_argument("--forgotten", type=float, default=0.6, help="share of carries that demonstrations forget")
-    parser.add_argument("--prompts", type=int, default=64, help="prompts of an iteration")
+    parser.add_argument("--padded", action="store_true", help="write numbers with leading zeros")
+    parser.add_argument("--qk-norm", action="store_true", help="norms on queries and keys")
+    parser.add_argument("--prompts", type=int, default=128, help="prompts of an iteration")
     parser.add_argument("--group", type=int, default=8, help="answers to each")
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--minibatches", type=int, default=2)
+    parser.add_argument("--minibatches", type=int, default=4)
     parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--lr-power", type=float, default=2, help="the rate falls as (1 - t) to this power")
+    parser.add_argument("--lr-power", type=float, default=1, help="the rate falls as (1 - t) to this power")
     parser.add_argument("--clip", type=float, default=0.2)
     parser.add_argument("--sft-seed", type=int, help="start all seeds from the fine-tuned model of this one")
     parser.add_argument("--folder", help="keep data and runs here, and take fine-tuned models from here")
@@ -147,7 +160,7 @@ if __name__ == "__main__":
         folder = Path(options.folder or stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "prompts").exists():
-            prepare(folder, write_tokenizer(folder), options.forgotten)
+            prepare(folder, write_tokenizer(folder), options.forgotten, options.padded)
         for seed in options.seeds:
             before, after, clipped, seconds = run(folder, seed, options)
             row = {

@@ -16,7 +16,7 @@ RUN=$BASE/logs/quickstart
 [ -d "$RUN/checkpoints" ] || fail "$RUN holds no checkpoints: run bash scripts/quickstart.sh $BASE first"
 BEGAN=$SECONDS
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
-SFT_STEPS=${SFT_STEPS:-40} DPO_STEPS=${DPO_STEPS:-15} GRPO_ITERATIONS=${GRPO_ITERATIONS:-40}
+SFT_STEPS=${SFT_STEPS:-25} DPO_STEPS=${DPO_STEPS:-10} GRPO_ITERATIONS=${GRPO_ITERATIONS:-30}
 VERIFIERS=open_lm.post_training.verifiers
 
 openlm() { printf '$ openlm %s\n' "$*"; "$PYTHON" -m open_lm "$@"; }

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from open_lm.errors import CheckpointError
-from open_lm.model.lora import is_addition
+from open_lm.model.lora import holds_nf4, is_addition
 from open_lm.weights.file import has_plain_megablocks, moments_from_openlm, only_name, plain_name
 
 CONSTANTS = ".inv_freq"
@@ -66,11 +66,24 @@ def load_weights(model: nn.Module, weights: dict[str, Any], origin: str, *, broa
         constants = {plain_name(name): value for name, value in own.items()}
         weights = constants | weights
     try:
-        set_model_state_dict(model, weights, options=options)
+        if holds_nf4(model):
+            _load_plainly(model, weights, broadcast=broadcast)
+        else:
+            set_model_state_dict(model, weights, options=options)
     except (RuntimeError, KeyError) as error:
         raise CheckpointError(
             f"{origin} does not fit the model: {error}. Give the --model it was trained with."
         ) from error
+
+
+def _load_plainly(model: nn.Module, weights: dict[str, Any], *, broadcast: bool) -> None:
+    """Load `weights` (of rank 0, with `broadcast`) by the model's own names: torch's function for ranks looks for
+    parameters, and those held in 4 bits are none."""
+    box = [weights]
+    if broadcast:
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    names = {plain_name(name): name for name in model.state_dict()}
+    model.load_state_dict({names.get(name, name): value for name, value in box[0].items()})
 
 
 def _additions_of(model: nn.Module) -> dict[str, Any]:

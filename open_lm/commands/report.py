@@ -90,7 +90,7 @@ def build(config: ReportConfig) -> str:
         page.section(
             "From text to tokens",
             "Every document and token is accounted for.",
-            page.flow(stages(first, corpus, ledgers)) if is_one or ledgers else "",
+            page.flow(stages(first, corpus, ledgers)) if (is_one and not first.counts_steps) or ledgers else "",
         ),
         page.section("Scores", "The orange mark is chance, what guessing would score.", score_table(config.scores)),
         page.section("Texts it writes", "The prompt is coloured; the rest is the model's.", texts(config.samples)),
@@ -121,7 +121,8 @@ def lead(runs: Sequence[RunSummary]) -> str:
     shape = f" {model['n_layers']} layers, {model['hidden_dim']} wide, context {model['seq_len']}." if model else ""
     flags, n_tokens = runs[0].config.get("flags", {}), text.count(runs[0].last("train/tokens") or 0)
     if runs[0].task != "pretrain" or flags.get("pretrained"):
-        return f"A language model post-trained by {runs[0].task} on {n_tokens} tokens.{shape}"
+        length = f"in {max(runs[0].metrics.get('train/loss', {0: 0})):,} steps" if runs[0].counts_steps else ""
+        return f"A language model post-trained by {runs[0].task} {length or f'on {n_tokens} tokens'}.{shape}"
     return f"A language model trained from scratch on {n_tokens} tokens.{shape}"
 
 

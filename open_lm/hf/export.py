@@ -32,6 +32,11 @@ class ExportConfig:
         "Hub id, local folder or tokenizer.json that goes with it; none: leave it out. None: the one the checkpoint "
         "names.",
     )
+    chat_template: str | None = flag(
+        None,
+        "Template to put into the tokenizer's files, for a model fine-tuned with it: a jinja file, or one of tulu, "
+        "chatml, plain. None: the tokenizer's own.",
+    )
     dtype: str | None = flag(
         None, "Type of the written weights; q8_0 (8 bits) with --to gguf. None: the checkpoint's.", choices=DTYPES
     )
@@ -80,14 +85,16 @@ def export(config: ExportConfig, **architecture: Any) -> float | None:
     from open_lm.checkpoint.load_model import load_model
     from open_lm.checkpoint.read import read_facts
     from open_lm.checkpoint.resolve import resolve
-    from open_lm.hf.tokenizer_files import tokenizer_of
+    from open_lm.hf.tokenizer_files import tokenizer_of, with_chat_template
 
     out = Path(config.out).expanduser()
     if out.exists():
         raise ConfigError(f"--out {config.out} exists: choose another one, or remove it.")
     found = resolve(config.checkpoint, "weights")
     facts = read_facts(found)
-    tokenizer = tokenizer_of(config.tokenizer, facts, config.checkpoint)
+    tokenizer = with_chat_template(
+        tokenizer_of(config.tokenizer, facts, config.checkpoint), config.chat_template, marked=config.to == "hf"
+    )
     dtype = None if config.dtype == "q8_0" else config.dtype
     model = load_model(found, dtype=dtype, **architecture)
     if tokenizer and tokenizer.vocab_size > model.config.vocab_size:

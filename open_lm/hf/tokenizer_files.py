@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from open_lm.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_near
 from open_lm.errors import ConfigError
+from open_lm.post_training.chat.template import load_template, unmarked
 
 CLASS = "PreTrainedTokenizerFast"
 """The class that all versions of transformers have for a tokenizer.json."""
@@ -32,6 +34,22 @@ def tokenizer_of(named: str | None, facts: Mapping[str, Any], checkpoint: str) -
             f"the checkpoint was made with the tokenizer {stored}, which is not found ({error}). Give --tokenizer, or "
             "--tokenizer none to leave it out."
         ) from error
+
+
+def with_chat_template(tokenizer: Tokenizer | None, named: str | None, *, marked: bool) -> Tokenizer | None:
+    """The tokenizer with the template that --chat-template names, else its own; `marked`: with marks of answers.
+
+    Raises:
+        ConfigError: there is no such template, or no tokenizer whose files it would go into.
+    """
+    if tokenizer is None:
+        if named:
+            raise ConfigError("--chat-template goes into the tokenizer's files: leave out --tokenizer none.")
+        return None
+    source = load_template(named, tokenizer).source if named else tokenizer.chat_template
+    found = copy.copy(tokenizer)
+    found.chat_template = source if marked or source is None else unmarked(source)
+    return found
 
 
 def add_tokenizer(tokenizer: Tokenizer, theirs: Any, folder: Path) -> None:

@@ -13,6 +13,7 @@ from open_lm import storage
 from open_lm.errors import DataError
 
 Curve = list[tuple[float, float]]
+REINFORCED = ("grpo", "rloo", "ppo")
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,16 @@ class RunSummary:
     config: Mapping[str, Any] = field(default_factory=dict)
     checkpoint_steps: tuple[int, ...] = ()
 
+    @property
+    def counts_steps(self) -> bool:
+        """Whether its charts run over steps: answers of reinforcement learning have no fixed number of tokens."""
+        return self.task in REINFORCED
+
     @cached_property
     def tokens_per_step(self) -> float:
-        """Tokens in one batch, from the last step that was logged."""
+        """Tokens in one batch, from the last step that was logged; 1 where charts run over steps."""
+        if self.counts_steps:
+            return 1.0
         tokens = self.metrics.get("train/tokens", {})
         return tokens[max(tokens)] / max(tokens) if tokens else 1.0
 
@@ -42,7 +50,7 @@ class RunSummary:
 
     @property
     def task(self) -> str:
-        """What it was trained for: --task of its newest checkpoint."""
+        """--task of its newest checkpoint."""
         return self.config.get("flags", {}).get("task") or "pretrain"
 
     @property

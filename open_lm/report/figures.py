@@ -34,6 +34,8 @@ def headline(run: RunSummary) -> list[tuple[str, str]]:
         cards.append((f"{math.exp(loss):.1f}", "validation perplexity"))
     if loss is not None and uniform:
         cards.append((f"{loss / uniform:.0%}", f"of ln({run.vocab_size}) = {uniform:.2f}, the loss of a guess"))
+    if run.counts_steps:
+        return [*cards, (f"{max(run.metrics.get('train/loss', {0: 0.0})):,}", "optimizer steps")]
     cards.append((text.count(run.last("train/tokens") or 0), "tokens trained on"))
     cards.append((text.count(run.last("train/tokens_per_second") or 0), "tokens a second at the end"))
     return cards
@@ -69,6 +71,17 @@ def _row(run: RunSummary) -> tuple[str, ...]:
     )
 
 
+def _x_name(runs: Sequence[RunSummary]) -> str:
+    """The name of the horizontal axis."""
+    return "steps" if all(run.counts_steps for run in runs) else "tokens"
+
+
+def _rate(y: float) -> str:
+    """A learning rate in few characters: 5e-5, 0.003."""
+    exponent = math.floor(math.log10(y)) if y > 0 else 0
+    return f"{y / 10.0**exponent:.3g}e{exponent}" if exponent < -3 else f"{y:.3g}"
+
+
 def _shown(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
@@ -91,10 +104,10 @@ def loss_figure(runs: Sequence[RunSummary]) -> str:
                 Series(f"{run.name}, validation", validated, f"run{k} dotted", dots=True),
             ]
     chart = line_chart(
-        series, label="Loss over tokens", x_name="tokens", write_x=text.count, write_y=lambda y: f"{y:.3f}",
-        rules=_rules(runs),
+        series, label=f"Loss over {_x_name(runs)}", x_name=_x_name(runs), write_x=text.count,
+        write_y=lambda y: f"{y:.3f}", rules=_rules(runs),
     )  # fmt: skip
-    keys = [(one.style, one.name) for one in series if not one.style.endswith("dotted")]
+    keys = [(one.style, one.name) for one in series if one.points and not one.style.endswith("dotted")]
     others = dict.fromkeys(run.task for run in runs if run.task not in PREDICTING)
     title = f"Loss of {', '.join(others)}" if others else "Loss, nats a token"
     return page.figure(title + (" (dots: validation)" if len(runs) > 1 else ""), keys, chart)
@@ -120,23 +133,24 @@ def metric_figure(
     if not series:
         return ""
     chart = line_chart(
-        series, label=f"{title} over tokens", x_name="tokens", write_x=text.count, write_y=write, from_zero=from_zero,
-        width=WIDTH, height=HEIGHT,
+        series, label=f"{title} over {_x_name(runs)}", x_name=_x_name(runs), write_x=text.count, write_y=write,
+        from_zero=from_zero, width=WIDTH, height=HEIGHT,
     )  # fmt: skip
     return page.figure(title, [(one.style, one.name) for one in series] if len(runs) > 1 else [], chart)
 
 
 def small_figures(runs: Sequence[RunSummary]) -> str:
     """Rewards and preferences where there are any, learning rate, gradient norm, throughput, utilisation."""
+    throughput = metric_figure(runs, "train/tokens_per_second", "Throughput, tokens a second", text.count)
     figures = [
         metric_figure(runs, "train/reward", "Mean reward of an answer", lambda y: f"{y:.3f}", from_zero=False),
         metric_figure(runs, "train/preference_accuracy", "Pairs ordered rightly", lambda y: f"{y:.1%}"),
         metric_figure(
             runs, "train/reward_margin", "Margin between chosen and rejected", "{:.3g}".format, from_zero=False
         ),
-        metric_figure(runs, "train/lr", "Learning rate", lambda y: f"{y:.3g}"),
+        metric_figure(runs, "train/lr", "Learning rate", _rate),
         metric_figure(runs, "train/grad_norm", "Gradient norm", lambda y: f"{y:.3g}"),
-        metric_figure(runs, "train/tokens_per_second", "Throughput, tokens a second", text.count),
+        *(() if any(run.counts_steps for run in runs) else (throughput,)),
         metric_figure(runs, "train/mfu", "Model FLOPs utilisation", lambda y: f"{y:.1%}"),
     ]
     return page.side_by_side([figure for figure in figures if figure])
@@ -153,8 +167,8 @@ def score_figures(runs: Sequence[RunSummary]) -> str:
             if run.metrics.get(name)
         ]
         chart = line_chart(
-            series, label=f"{name} over tokens", x_name="tokens", write_x=text.count, write_y=lambda y: f"{y:.3f}",
-            width=WIDTH, height=HEIGHT,
+            series, label=f"{name} over {_x_name(runs)}", x_name=_x_name(runs), write_x=text.count,
+            write_y=lambda y: f"{y:.3f}", width=WIDTH, height=HEIGHT,
         )  # fmt: skip
         keys = [(one.style, one.name) for one in series] if len(runs) > 1 else []
         figures.append(page.figure(name.removeprefix("icl/"), keys, chart))

@@ -13,11 +13,14 @@ import yaml
 from tiny_models import BASE, CONFIGS, make_model, save_checkpoint
 
 import open_lm
+from open_lm.data.tokenizer import load_tokenizer
 from open_lm.errors import CheckpointError, ConfigError
 from open_lm.generation import generate
 from open_lm.hf.export import ExportConfig, export, main
+from open_lm.hf.tokenizer_files import with_chat_template
 from open_lm.model import create_model
 from open_lm.model.config import ModelFlags
+from open_lm.post_training.chat.template import ChatTemplate
 
 CLASSES = {
     "llama": "LlamaForCausalLM", "olmo": "OlmoForCausalLM", "stablelm": "StableLmForCausalLM",
@@ -240,6 +243,28 @@ def test_special_tokens_and_chat_template_travel_and_the_checkpoints_own_tokeniz
     assert (generation["bos_token_id"], generation["eos_token_id"], generation["pad_token_id"]) == (0, 1, 3)
     main(["--checkpoint", path, "--out", str(tmp_path / "without"), "--tokenizer", "none"])
     assert not (tmp_path / "without/tokenizer.json").exists()
+
+
+def test_the_template_that_a_model_was_fine_tuned_with_goes_into_its_export(tmp_path):
+    from transformers import AutoTokenizer
+
+    named, model = chat_folder(tmp_path / "chat"), make_model("llama")
+    path = save_checkpoint(model, tmp_path / "e.pt", config={"model": model.config.to_dict(), "tokenizer": named})
+    common = ["--checkpoint", path, "--check", "none", "--chat-template", "tulu"]
+    main([*common, "--out", str(tmp_path / "out")])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    talk = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
+    expected = "<|user|>\nab\n<|assistant|>\ncd</s>"
+    assert tokenizer.apply_chat_template(talk, tokenize=False) == expected
+    plain = with_chat_template(load_tokenizer(named), "tulu", marked=False)
+    assert "generation" not in plain.chat_template and not ChatTemplate(plain.chat_template).marks_answers
+    assert ChatTemplate(plain.chat_template, {"eos_token": "</s>"}).render(talk).text == expected
+    own = load_tokenizer(named)
+    assert with_chat_template(own, None, marked=True).chat_template == own.chat_template != plain.chat_template
+    with pytest.raises(ConfigError, match="leave out --tokenizer none"):
+        main([*common, "--out", str(tmp_path / "x"), "--tokenizer", "none"])
+    with pytest.raises(ConfigError, match=r"--chat-template nowhere.jinja: no such file"):
+        main([*common[:-1], "nowhere.jinja", "--out", str(tmp_path / "x")])
 
 
 def test_a_tokenizer_that_is_gone_is_named_with_the_way_out(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 
 from open_lm.commands import report
 from open_lm.report.facts import read_run
+from open_lm.report.figures import _rate
 from open_lm.report.stages import stage_table
 
 
@@ -48,8 +49,15 @@ def test_each_stage_shows_what_its_task_measures_first_and_last(stages, stage):
     ]
 
 
+def test_small_learning_rates_fit_beside_their_axis():
+    assert [_rate(y) for y in (0, 1e-4, 5e-5, 2.5e-5, 1e-3, 0.003, 1.0)] == [
+        "0", "1e-4", "5e-5", "2.5e-5", "0.001", "0.003", "1",
+    ]  # fmt: skip
+
+
 def test_the_page_of_a_reinforced_model_draws_no_loss_of_a_guess(stages, tmp_path):
     report.main(["--run", stages[-1], "--stages", *stages[:-1], "--output", str(tmp_path / "page.html")])
     content = (tmp_path / "page.html").read_text()
     assert "Stage by stage" in content and "post-trained by grpo" in content and "Loss of grpo" in content
+    assert "over steps" in content and "over tokens" not in content and "tokens a second" not in content
     assert "ln(64)" not in content and "from scratch" not in content and "0.750" in content

@@ -191,7 +191,7 @@ def _add_labelled(
 
 
 def _fault(found: list[Labelled | Rejected]) -> Rejected | None:
-    """Why one row's sequences cannot be trained on; equal sides among them, for a template may trim what differs."""
+    """The reason why one row's sequences cannot be trained on; equal sides too, for a template may trim what differs."""
     good = [one.tokens for one in found if isinstance(one, Labelled)]
     if len(good) == 2 and np.array_equal(*good):
         return Rejected("equal_sides")
@@ -261,10 +261,10 @@ def _write_shards(
 def _write_prompts(
     job: ChatJob, template: ChatTemplate, tokenizer: Tokenizer, work: str, books: Books
 ) -> list[dict[str, Any]]:
-    """Prompts as ids beside the rows they come from, in shuffled order; no shards."""
-    lines: list[bytes] = []
-    for chunk in _parsed(job, books):
-        for where, prompt in chunk:
+    """Prompts as ids beside the rows they come from, in shuffled order; no shards. Memory holds 8 bytes for each."""
+    path, ends = os.path.join(work, "records.bin"), array("q", [0])
+    with open(path, "wb") as spool:
+        for where, prompt in (one for chunk in _parsed(job, books) for one in chunk):
             ids = _prompt_ids(prompt, template, tokenizer)
             if isinstance(ids, Rejected):
                 _reject(ids, where, job, books)
@@ -273,12 +273,14 @@ def _write_prompts(
             else:
                 books.counts["used"] += 1
                 books.counts["tokens"] += len(ids)
-                lines.append(orjson.dumps({**prompt.row, "prompt_ids": ids}))
-    if not lines:
+                ends.append(ends[-1] + spool.write(orjson.dumps({**prompt.row, "prompt_ids": ids}) + b"\n"))
+    if len(ends) == 1:
         raise DataError(f"--input-files: no prompt is left ({dict(books.rejected | books.dropped)}). Check the files.")
-    order = np.argsort(shuffle_keys(len(lines), seed=job.seed, block="prompts"), kind="stable")
-    content = b"\n".join([lines[k] for k in order.tolist()]) + b"\n"
-    storage.write_bytes(os.path.join(work, PROMPTS), content)
+    order = np.argsort(shuffle_keys(len(ends) - 1, seed=job.seed, block="prompts"), kind="stable")
+    lines = np.memmap(path, np.uint8, "r")
+    with storage.open_atomic(os.path.join(work, PROMPTS)) as file:
+        file.writelines(lines[ends[k] : ends[k + 1]].tobytes() for k in order.tolist())
+    os.unlink(path)
     return []
 
 

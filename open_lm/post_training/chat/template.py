@@ -35,6 +35,7 @@ BUILT_IN = {"tulu": _TULU, "chatml": _CHATML, "plain": _PLAIN}
 """Templates by name. plain: the texts one after the other, end of text after each answer; nothing else."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_MARKS = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 
 
 class Rendered(NamedTuple):
@@ -137,6 +138,11 @@ def load_template(named: str | None, tokenizer: Tokenizer) -> ChatTemplate:
     if not path.is_file():
         raise ConfigError(f"--chat-template {named}: no such file. Give one, or one of {', '.join(BUILT_IN)}.")
     return ChatTemplate(path.read_text(), tokens)
+
+
+def unmarked(source: str) -> str:
+    """A template without its marks of answers, which only training needs and llama.cpp does not know."""
+    return _MARKS.sub("", source)
 
 
 def template_facts(template: ChatTemplate) -> dict[str, Any]:

@@ -191,7 +191,7 @@ def _add_labelled(
 
 
 def _fault(found: list[Labelled | Rejected]) -> Rejected | None:
-    """The reason why one row's sequences cannot be trained on; equal sides too, for a template may trim what differs."""
+    """The reason to leave out one row, if there is one; equal sides too, for a template may trim what differs."""
     good = [one.tokens for one in found if isinstance(one, Labelled)]
     if len(good) == 2 and np.array_equal(*good):
         return Rejected("equal_sides")

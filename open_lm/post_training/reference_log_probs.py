@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     add_group(parser, ReferenceLogProbs)
     flags = read_group(parser.parse_args(argv), ReferenceLogProbs)
     compute(flags)
+    print(f"train with     --task dpo --reference-log-probs {flags.out} --pretrained {flags.checkpoint}")
     return flags.out
 
 

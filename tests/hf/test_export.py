@@ -257,7 +257,7 @@ def test_the_template_that_a_model_was_fine_tuned_with_goes_into_its_export(tmp_
     expected = "<|user|>\nab\n<|assistant|>\ncd</s>"
     assert tokenizer.apply_chat_template(talk, tokenize=False) == expected
     plain = with_chat_template(load_tokenizer(named), "tulu", marked=False)
-    assert "generation" not in plain.chat_template and not ChatTemplate(plain.chat_template).marks_answers
+    assert "generation %}" not in plain.chat_template and not ChatTemplate(plain.chat_template).marks_answers
     assert ChatTemplate(plain.chat_template, {"eos_token": "</s>"}).render(talk).text == expected
     own = load_tokenizer(named)
     assert with_chat_template(own, None, marked=True).chat_template == own.chat_template != plain.chat_template

@@ -65,7 +65,7 @@ def write_block(
     is_tails = name.startswith(TAILS)
     if not job.shuffle:
         file, block = (len(job.inputs), source) if is_tails else file_and_block(name)
-        if numbers is not None:
+        if numbers is not None and copy is not None:
             numbers = numbers[np.lexsort((numbers, copy))]  # copies follow when the whole block has been
         keys = keys_in_order(n_written, file=file, block=block, n_files=len(job.inputs))
     elif numbers is not None and copy is not None:

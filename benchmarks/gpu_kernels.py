@@ -11,7 +11,7 @@ import torch
 from open_lm.kernels import linear_cross_entropy as loss
 from open_lm.kernels.loss_chunks import LossChunk, rows_per_chunk, sums_in_chunks
 from open_lm.model import attend_masked
-from open_lm.model.mask import Mask
+from open_lm.model.mask import Mask, Reach
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -60,7 +60,7 @@ def of_attention(args):
     n = args.seq_len
     qkv = [torch.randn(1, n, h, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for h in (16, 4, 4)]
     documents = (torch.arange(n, device=DEVICE) // 1000)[None]
-    for rule, given in {"documents": {"documents_BS": documents}, "window of 1024": {"window": 1024}}.items():
+    for rule, given in {"documents": {"documents_BS": documents}, "window of 1024": {"reach": Reach(1024)}}.items():
         for name, attend in (("flex or blocks", attend_masked.masked_attention), ("blocks", attend_masked.in_blocks)):
             yield (
                 f"{rule}, {name}",

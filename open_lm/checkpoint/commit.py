@@ -18,8 +18,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any, Literal, cast
 
-import torch
-
 from open_lm import storage
 from open_lm.checkpoint.checksum import BLOCK_BYTES, ChecksummingFile, FileRecord, checksum_of, matches
 from open_lm.errors import CheckpointError
@@ -89,6 +87,8 @@ def save_file(folder: str, name: str, payload: Any) -> FileRecord:
     Raises:
         StorageError: no space is left or the folder cannot be written.
     """
+    import torch  # here: who only reads commit files, such as `openlm ladder status`, does without
+
     with storage.open_atomic(storage.join(folder, name)) as file:
         summing = ChecksummingFile(file)
         torch.save(payload, cast("IO[bytes]", summing))

@@ -85,7 +85,7 @@ def attention(
     """Attention of one new position; rotation, cache and attention are one operator."""
     if x_BTD.shape[1] != 1 or not isinstance(cache, StaticLayerCache | SlotLayerCache):
         return plain(x_BTD, angles, mask, cache)
-    window, real = mask.window or 0, None
+    window, real = mask.reach.window or 0, None
     if isinstance(cache, SlotLayerCache):  # each row knows its length: no mask is needed
         memory, slots_B, lengths_B = (cache.k_NSGK, cache.v_NSGK), cache.rows.slots_B, cache.rows.lengths_B
     else:

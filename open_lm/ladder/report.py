@@ -10,7 +10,6 @@ from open_lm.ladder.plan import SizePlan
 from open_lm.ladder.sizes import COUNTINGS, count_params
 from open_lm.model.architecture import ModelConfig
 from open_lm.params import RunConfig
-from open_lm.run.mesh_costs import rank_costs
 from open_lm.train.config import mesh_shape
 
 
@@ -19,6 +18,8 @@ def _memory(plan: SizePlan, config: RunConfig) -> str:
     model, parallel = plan.size.architecture, config.parallel
     if not isinstance(model, ModelConfig):
         return f"{text.size(plan.model_size.training_bytes)} for weights, gradients and optimizer; activations on top"
+    from open_lm.run.mesh_costs import rank_costs
+
     shape = mesh_shape(parallel, plan.batch.devices)
     sharded = not shape.is_plain or parallel.fsdp
     costs = rank_costs(

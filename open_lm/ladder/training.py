@@ -7,8 +7,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from open_lm import storage
 from open_lm.errors import ConfigError
 from open_lm.ladder.config import LadderConfig
@@ -132,6 +130,8 @@ def require_devices(plan: SizePlan, command: Sequence[str]) -> None:
     Raises:
         ConfigError: it has fewer than the plan uses, or none although the ladder file names a kind of GPU.
     """
+    import torch
+
     kind, n_here = plan.config.device_type.lower(), torch.cuda.device_count()
     if kind == "cpu" or (kind == "any" and not n_here):
         return

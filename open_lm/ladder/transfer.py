@@ -6,63 +6,18 @@ Small models are trained in this process on sequences of a random grammar, which
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import repeat
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from open_lm.ladder.transfer_setup import DEPTHS, WIDTHS, Coordinates, TransferSetup
 from open_lm.model import create_model
-from open_lm.model.architecture import ModelConfig
 from open_lm.model.init import init_weights
 from open_lm.train.config import OptimizerConfig
 from open_lm.train.optim import build_optimizers, set_lr
-
-HEAD_DIM = 16
-WIDTHS = (64, 128, 256, 512)
-DEPTHS = (2, 4, 8, 16)
-
-
-@dataclass(frozen=True)
-class TransferSetup:
-    """Settings that every model of a check shares; `lr` is the learning rate at `base_width` and `base_depth`."""
-
-    parametrization: str = "completep"
-    base_width: int = 64
-    base_depth: int = 4
-    lr: float = 1e-3
-    steps: int = 10
-    batch: int = 8
-    seq_len: int = 32
-    vocab_size: int = 64
-    seed: int = 0
-
-    def architecture(self, width: int, depth: int) -> ModelConfig:
-        """A model of `width` and `depth` with heads of one width."""
-        return ModelConfig(
-            hidden_dim=width,
-            n_layers=depth,
-            n_heads=max(1, width // HEAD_DIM),
-            seq_len=self.seq_len,
-            vocab_size=self.vocab_size,
-            ffn_dim=4 * width,
-            model_norm="rms_norm",
-            parametrization=self.parametrization,
-            base_width=self.base_width,
-            base_depth=self.base_depth,
-        )
-
-
-@dataclass(frozen=True)
-class Coordinates:
-    """Mean absolute size of a part's output after training, and of the change that training made to it."""
-
-    width: int
-    depth: int
-    part: str
-    size: float
-    change: float
 
 
 def grammar_batches(setup: TransferSetup, seed: int) -> Iterator[Tensor]:

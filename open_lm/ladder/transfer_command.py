@@ -13,9 +13,8 @@ from typing import Any
 from open_lm import storage
 from open_lm.errors import ConfigError
 from open_lm.flags import Parser, add_group, flag, read_group
-from open_lm.ladder import transfer
 from open_lm.ladder.plots import plot_coordinates, plot_sweeps
-from open_lm.ladder.transfer import DEPTHS, WIDTHS, Coordinates, TransferSetup, spread
+from open_lm.ladder.transfer_setup import DEPTHS, HEAD_DIM, WIDTHS, Coordinates, TransferSetup
 from open_lm.model.variants import PARAMETRIZATIONS
 
 
@@ -26,7 +25,7 @@ class TransferFlags:
     parametrizations: tuple[str, ...] = flag(
         ("standard", "completep"), "Parametrizations to compare.", choices=PARAMETRIZATIONS
     )
-    widths: tuple[int, ...] = flag(WIDTHS, f"Widths, multiples of {transfer.HEAD_DIM}, at the base depth.")
+    widths: tuple[int, ...] = flag(WIDTHS, f"Widths, multiples of {HEAD_DIM}, at the base depth.")
     depths: tuple[int, ...] = flag(DEPTHS, "Numbers of blocks, at the base width.")
     base_width: int = flag(64, "Width at which the learning rate means what it says.", least=1)
     base_depth: int = flag(4, "Number of blocks at which it does.", least=1)
@@ -34,8 +33,8 @@ class TransferFlags:
 
     def __post_init__(self) -> None:
         for width in (*self.widths, self.base_width):
-            if width < transfer.HEAD_DIM or width % transfer.HEAD_DIM:
-                raise ConfigError(f"--widths {width} is not a multiple of {transfer.HEAD_DIM}, the width of a head.")
+            if width < HEAD_DIM or width % HEAD_DIM:
+                raise ConfigError(f"--widths {width} is not a multiple of {HEAD_DIM}, the width of a head.")
         if any(depth < 2 for depth in self.depths):
             raise ConfigError(f"--depths {min(self.depths)}: the check looks at a middle block, so at least 2.")
 
@@ -71,6 +70,9 @@ def _read(name: str, argv: Sequence[str], own: type[Any]) -> tuple[TransferFlags
 def coordinate_check(argv: Sequence[str]) -> dict[str, list[Coordinates]]:
     """Train small models over widths and depths, print how much the sizes of activations spread, draw them."""
     flags, own = _read("coordinate-check", argv, CheckFlags)
+    from open_lm.ladder import transfer
+    from open_lm.ladder.transfer import spread
+
     found = {
         name: transfer.coordinate_check(flags.setup(name), flags.widths, flags.depths)
         for name in flags.parametrizations
@@ -89,6 +91,8 @@ def coordinate_check(argv: Sequence[str]) -> dict[str, list[Coordinates]]:
 def lr_sweep(argv: Sequence[str]) -> dict[str, list[dict[str, float]]]:
     """Train small models of each width at each learning rate, print the best ones, draw the losses."""
     flags, own = _read("lr-sweep", argv, SweepFlags)
+    from open_lm.ladder import transfer
+
     shapes = [(width, flags.base_depth) for width in flags.widths]
     found = {name: transfer.lr_sweep(flags.setup(name), shapes, own.rates) for name in flags.parametrizations}
     for name, rows in found.items():

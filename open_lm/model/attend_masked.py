@@ -79,14 +79,12 @@ def by_flex(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Mask, *, compi
 
 def block_mask(mask: Mask, *, compiled: bool) -> BlockMask:
     """`mask` as flex_attention takes it; compiled, it is made without the dense mask."""
-    first, window, documents_BS, real_BS = mask.first_query, mask.window, mask.documents_BS, mask.real_BS
+    first, in_reach, documents_BS, real_BS = mask.first_query, mask.reach.rule(), mask.documents_BS, mask.real_BS
     rows = next((len(x) for x in (documents_BS, real_BS) if x is not None), None)
 
     def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         place = query + first
-        seen = key <= place
-        if window is not None:
-            seen = seen & (key > place - window)
+        seen = in_reach(place, key)
         if documents_BS is not None:
             seen = seen & (documents_BS[b, place] == documents_BS[b, key])
         if real_BS is not None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from open_lm.model.cache import KeyValue, LayerCache
-from open_lm.model.mask import Mask
+from open_lm.model.mask import Mask, Reach
 
 
 class SequencePart(LayerCache):
@@ -44,7 +44,7 @@ class SequencePart(LayerCache):
         """The numbers of this rank's positions in the whole sequence, (T,)."""
         return torch.cat([torch.arange(piece.start, piece.stop, device=device) for piece in self.pieces(n_local)])
 
-    def mask(self, n_local: int, device: torch.device, *, window: int | None, documents_BS: Tensor | None) -> SplitMask:
+    def mask(self, n_local: int, device: torch.device, *, reach: Reach, documents_BS: Tensor | None) -> SplitMask:
         """The mask of this rank's queries over the keys of the whole sequence."""
         pieces = self.pieces(n_local)
         return SplitMask([
@@ -52,7 +52,7 @@ class SequencePart(LayerCache):
                 piece.stop - piece.start,
                 piece.stop,
                 device,
-                window=window,
+                reach=reach,
                 documents_BS=None if documents_BS is None else documents_BS[:, : piece.stop],
             )
             for piece in pieces

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from open_lm import text
 from open_lm.flags import Parser, add_group, flag, read_group
 from open_lm.model import create_model
 from open_lm.model.architecture import Architecture, ModelConfig
 from open_lm.model.config import ALIASES, ModelFlags, model_names, resolve_architecture
-from open_lm.model.moe import MixtureOfExperts
+
+if TYPE_CHECKING:
+    from torch import nn
 
 TRAINING_BYTES_PER_PARAMETER = 16
 """With --precision amp_bf16: fp32 weight, gradient and two AdamW moments; activations come on top."""
@@ -52,6 +52,8 @@ def model_size(config: Architecture) -> ModelSize:
     context of T; halved, because the attention is causal, and less under a sliding window. In a Mamba it is 18 L I N
     for I channels with N numbers of state (6 products and sums forward, twice that backward).
     """
+    import torch  # not at the top: the help of the ladder's commands comes here
+
     with torch.device("meta"):
         model = create_model(config)
     n_parameters = sum(p.numel() for p in model.parameters())
@@ -68,6 +70,8 @@ def model_size(config: Architecture) -> ModelSize:
 
 def idle_parameters(model: nn.Module) -> int:
     """Parameters of experts that one token does not go through."""
+    from open_lm.model.moe import MixtureOfExperts
+
     idle = 0
     for module in model.modules():
         if isinstance(module, MixtureOfExperts):

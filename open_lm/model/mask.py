@@ -6,6 +6,7 @@ Shapes: B batch, T queries, S keys. The queries stand at the end of the keys.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -14,12 +15,50 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class Mask:
-    """Causal attention, narrowed by a sliding window, by documents and by padding.
+@dataclass(frozen=True)
+class Reach:
+    """The keys that a query sees by position alone: all up to its own, or only the last `window` of them.
 
-    A query sees itself and earlier keys; with `window` W only the last W of them, itself included (arXiv:2004.05150);
-    with `documents_BS` only those of its document; with `real_BS` only those that are true there. A query that would
-    see no key at all, as in left padding, sees its own, so that its output is finite.
+    Every mask and back end asks these methods, so another shape of attention (arXiv:2004.05150 has several) is a key of
+    the architecture and its rule here. The C++ kernel of decoding knows windows: see `cpu_decode.attention`.
+    """
+
+    window: int | None = None
+    """Keys, the query's own included; None: all."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every earlier key is seen."""
+        return self.window is None
+
+    def among(self, n_keys: int) -> Reach:
+        """The same for `n_keys` keys, whole where it hides none of them."""
+        return WHOLE if self.window is None or self.window >= n_keys else self
+
+    def rule(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """`sees(query, key)` of positions, elementwise; it closes over plain numbers, as flex_attention needs."""
+        window = self.window
+
+        def sees(query: Tensor, key: Tensor) -> Tensor:
+            seen = key <= query
+            return seen if window is None else seen & (key > query - window)
+
+        return sees
+
+    def first_key(self, query: int) -> int:
+        """The first key that position `query` sees; later queries see none before it."""
+        return 0 if self.window is None else max(0, query - self.window + 1)
+
+
+WHOLE = Reach()
+
+
+class Mask:
+    """Causal attention, narrowed by position (`reach`), by documents and by padding.
+
+    A query sees itself and the earlier keys in its reach; with `documents_BS` only those of its document; with
+    `real_BS` only those that are true there. A query that would see no key at all, as in left padding, sees its own, so
+    that its output is finite.
 
     A plain object on purpose: FSDP casts the tensors that it finds in a block's arguments.
     """
@@ -30,19 +69,19 @@ class Mask:
         n_keys: int,
         device: torch.device,
         *,
-        window: int | None = None,
+        reach: Reach = WHOLE,
         documents_BS: Tensor | None = None,
         real_BS: Tensor | None = None,
     ):
         self.n_queries, self.n_keys, self.device = n_queries, n_keys, device
-        self.window = window if window is not None and window < n_keys else None
+        self.reach = reach.among(n_keys)
         self.documents_BS, self.real_BS = documents_BS, real_BS
         self._made: dict[Any, Any] = {}
 
     @property
     def is_causal(self) -> bool:
         """Whether each query sees all keys up to its own."""
-        return self.window is None and self.documents_BS is None and self.real_BS is None
+        return self.reach.is_whole and self.documents_BS is None and self.real_BS is None
 
     @property
     def first_query(self) -> int:
@@ -68,9 +107,7 @@ class Mask:
         first = self.first_query
         places_T1 = torch.arange(first + queries.start, first + queries.stop, device=self.device)[:, None]
         keys_S = torch.arange(keys.start, keys.stop, device=self.device)
-        seen = keys_S <= places_T1
-        if self.window is not None:
-            seen = seen & (keys_S > places_T1 - self.window)
+        seen = self.reach.rule()(places_T1, keys_S)
         if self.documents_BS is not None:
             of_queries_BT = self.documents_BS[:, first + queries.start : first + queries.stop]
             seen = seen & (of_queries_BT[:, None, :, None] == self.documents_BS[:, None, None, keys])
@@ -81,8 +118,8 @@ class Mask:
     def keys_seen(self, queries: slice) -> slice:
         """The shortest range of keys outside of which none of `queries` sees any, in any row of the batch."""
         position = self.first_query + queries.start
-        start = 0 if self.window is None else max(0, position - self.window + 1)
-        return slice(max(start, self._document_start(position)), self.first_query + queries.stop)
+        start = max(self.reach.first_key(position), self._document_start(position))
+        return slice(start, self.first_query + queries.stop)
 
     def _document_start(self, position: int) -> int:
         """The first key of the document that reaches back furthest among those at `position`; known once per pass."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from open_lm.model.cache import KeyValue, LayerCache, StaticCache
-from open_lm.model.mask import Mask
+from open_lm.model.mask import Mask, Reach
 
 
 class SlotRows:
@@ -31,8 +31,8 @@ class SlotRows:
 class RowsMask(Mask):
     """The mask of one new position of each row: it sees the keys up to its own, the last of the row."""
 
-    def __init__(self, rows: SlotRows, device: torch.device, window: int | None):
-        super().__init__(1, rows.longest + 1, device, window=window)
+    def __init__(self, rows: SlotRows, device: torch.device, reach: Reach):
+        super().__init__(1, rows.longest + 1, device, reach=reach)
         self.rows = rows
 
     @property
@@ -42,16 +42,11 @@ class RowsMask(Mask):
     def part(self, queries: slice, keys: slice) -> Tensor:
         """The columns `keys` of the dense mask, (B, 1, 1, S)."""
         keys_S = torch.arange(keys.start, keys.stop, device=self.device)
-        ends_B1 = self.rows.lengths_B[:, None]
-        seen_BS = keys_S <= ends_B1
-        if self.window is not None:
-            seen_BS = seen_BS & (keys_S > ends_B1 - self.window)
-        return seen_BS[:, None, None]
+        return self.reach.rule()(self.rows.lengths_B[:, None], keys_S)[:, None, None]
 
     def keys_seen(self, queries: slice) -> slice:
         """The shortest range of keys outside of which no row sees any."""
-        start = 0 if self.window is None else max(0, self.rows.shortest - self.window + 1)
-        return slice(start, self.n_keys)
+        return slice(self.reach.first_key(self.rows.shortest), self.n_keys)
 
 
 class SlotLayerCache(LayerCache):
@@ -132,12 +127,12 @@ class SlotCache(StaticCache):
             return torch.arange(self.length, self.length + self._rows.n_new, device=self.device)
         return self._rows.lengths_B[:, None]
 
-    def mask(self, window: int | None) -> Mask:
+    def mask(self, reach: Reach) -> Mask:
         """Mask of the keys that the new positions see."""
         if len(self._rows.slots) == 1:
             n_new = self._rows.n_new
-            return Mask(n_new, self.length + n_new, self.device, window=window)
-        return RowsMask(self._rows, self.device, window)
+            return Mask(n_new, self.length + n_new, self.device, reach=reach)
+        return RowsMask(self._rows, self.device, reach)
 
     def copy(self, source: int, target: int, n: int) -> None:
         """Give the text in slot `target` the first `n` positions of that in `source`."""

@@ -16,7 +16,7 @@ from open_lm.model.cache import GrowingCache, KeyValue, LayerCache, StaticCache
 from open_lm.model.config import ModelConfig
 from open_lm.model.context import SequencePart
 from open_lm.model.init import scaled_normal_
-from open_lm.model.mask import Mask
+from open_lm.model.mask import Mask, Reach
 from open_lm.model.moe import MixtureOfExperts, Routing, over_layers
 from open_lm.model.norms import build_norm
 from open_lm.model.parametrization import branch_divisor, embedding_std, output_std
@@ -72,6 +72,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.reach = Reach(config.sliding_window)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_dim)
         self.post_embed_norm = build_norm(config, config.hidden_dim) if config.post_embed_norm else nn.Identity()
         self.layers = nn.ModuleList(
@@ -153,17 +154,17 @@ class Transformer(nn.Module):
     def _placed(self, ids_BT: Tensor, cache: Any, documents_BT: Tensor | None, real_BS: Tensor | None) -> Placed:
         """Whole sequences, or what continues the `cache`."""
         if isinstance(cache, SlotCache):
-            return cache.places(), cache.mask(self.config.sliding_window), cache.layers
+            return cache.places(), cache.mask(self.reach), cache.layers
         n_new, n_past = ids_BT.shape[1], cache.length if cache is not None else 0
-        window, n_keys = self.config.sliding_window, n_past + n_new
-        mask = Mask(n_new, n_keys, ids_BT.device, window=window, documents_BS=documents_BT, real_BS=real_BS)
+        n_keys = n_past + n_new
+        mask = Mask(n_new, n_keys, ids_BT.device, reach=self.reach, documents_BS=documents_BT, real_BS=real_BS)
         caches = [None] * len(self.layers) if cache is None else cache.layers
         return torch.arange(n_past, n_keys, device=ids_BT.device), mask, caches
 
     def _placed_in(self, part: SequencePart, ids_BT: Tensor, documents_BS: Tensor | None) -> Placed:
         """The positions of one rank, which reads the others' keys and values as a layer reads a cache."""
         n_local, device = ids_BT.shape[1], ids_BT.device
-        mask = part.mask(n_local, device, window=self.config.sliding_window, documents_BS=documents_BS)
+        mask = part.mask(n_local, device, reach=self.reach, documents_BS=documents_BS)
         return part.positions(n_local, device), mask, [part] * len(self.layers)
 
     def _hidden(

@@ -21,6 +21,15 @@ for name in [name for names in available().values() for name in names]:
     assert f"openlm {name}" in shown.getvalue(), (name, shown.getvalue()[:200])
 heavy = {"torch", "transformers", "numpy", "matplotlib"} & set(sys.modules)
 assert not heavy, heavy
+from open_lm.ladder.__main__ import COMMANDS
+inner = [["ladder", name] for name in COMMANDS] + [["download", kind] for kind in ("tasks", "dataset", "wikipedia")]
+for words in inner:
+    shown = io.StringIO()
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(shown):
+        call([*words, "--help"])
+    assert f"openlm {' '.join(words)}" in shown.getvalue(), (words, shown.getvalue()[:200])
+heavy = {"torch", "transformers", "pandas", "scipy", "matplotlib"} & set(sys.modules)
+assert not heavy, heavy
 """
 PATHS = [
     *("scripts/generate.py", "scripts/report.py", "scripts/plot_runs.py", "scripts/plot_scores.py"),

@@ -114,6 +114,12 @@ SMALL = {
     "coordinate-check": "coordinate-check --widths 16 32 --depths 2",
     "make_2048.py --input-files": "make_2048.py --overwrite --seqlen 64 --input-files",
     "logs/NAME --step 1200": "logs/my_run --step 2",
+    "shards --tokenizer tokenizer.json": "shards --tokenizer tokenizer.json --overwrite --seqlen 64",
+    "--tokenizer T": "--tokenizer tokenizer", "--seqlen 2048": "--seqlen 64", "int RUN": "int logs/my_run",
+    "--train-steps 1000": "--train-steps 2 $FEW", "--train-steps 500": "--train-steps 2 $FEW",
+    "--train-steps 800": "--train-steps 4 $FEW --rollout-tokens 4",
+    "--rollout-prompts 32 --group-size 16": "--rollout-prompts 2 --group-size 2",
+    "shards/train/manifest": "shards/manifest", "shards/held-out/manifest": "held-out/manifest",
     "--train-steps 400": "--train-steps 8", "--warmup 40": "--warmup 2", "--max-megabytes 2": "--max-megabytes 0.7",
 }  # fmt: skip
 """Parts of a page's commands, and what is run instead."""
@@ -122,7 +128,7 @@ openlm tokenizer --input-files 'raw/train-*.jsonl.zst' --output-dir tokenizer --
 ln -s tokenizer/tokenizer.json tokenizer.json
 openlm prepare --input-files raw/held-out.jsonl.zst --output-dir held-out --tokenizer tokenizer --seqlen 64
 cat > model.json << JSON
-{"hidden_dim": 32, "n_layers": 2, "n_heads": 2, "seq_len": 64, "vocab_size": 512}
+{"hidden_dim": 32, "n_layers": 2, "n_heads": 2, "seq_len": 64, "vocab_size": 512, "model_norm": "rms_norm"}
 JSON
 """
 RUNS = """
@@ -130,6 +136,20 @@ export FLAGS="--model model.json --dataset-manifest shards/manifest.jsonl --trai
     --global-batch-size 4 --precision fp32 --warmup 1 --log-every-n-steps 1"
 openlm train $FLAGS --name my_run
 """
+QUESTIONS = """
+export FEW="--precision fp32 --warmup 1 --global-batch-size 2 --multiple-data-passes --workers 0"
+python scripts/make_questions.py --output-dir questions
+head -n 40 questions/conversations.jsonl > chat.jsonl
+head -n 20 questions/prompts.jsonl > sums.jsonl
+head -n 2 questions/held_out.jsonl > held_out.jsonl
+openlm prepare-chat --form prompts --input-files held_out.jsonl --output-dir held_out --tokenizer tokenizer
+python -c "
+import pyarrow.json, pyarrow.parquet
+pyarrow.parquet.write_table(pyarrow.json.read_json('questions/pairs.jsonl')[:20], 'prefs.parquet')"
+cp logs/my_run/checkpoints/epoch_2.pt base.pt
+"""
+BEFORE = {"post-training.md": QUESTIONS}
+"""Files that the commands of a page suppose."""
 
 
 def blocks_to_run(page):
@@ -150,7 +170,13 @@ def in_bash(script, folder):
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        ["bash", "-c", prelude + script], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+        ["bash", "-c", prelude + script],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        stdin=subprocess.DEVNULL,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -191,7 +217,7 @@ def test_the_readmes_commands_run(prepared):
 def test_a_pages_commands_run(page, prepared, tmp_path):
     folder = tmp_path / "work"
     shutil.copytree(prepared, folder, symlinks=True, ignore=shutil.ignore_patterns("logs"))
-    in_bash(RUNS + "\n".join(blocks_to_run(page)), folder)
+    in_bash(RUNS + BEFORE.get(page.name, "") + "\n".join(blocks_to_run(page)), folder)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from runs import flags, metrics, run, run_command, write_data
 from open_lm.kernels import linear_cross_entropy as loss
 from open_lm.kernels.loss_chunks import LossChunk, rows_per_chunk, sums_in_chunks
 from open_lm.model import attend_masked
-from open_lm.model.mask import Mask
+from open_lm.model.mask import Mask, Reach
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
 DEVICE = torch.device("cuda")
@@ -21,7 +21,7 @@ def test_flex_attention_equals_attention_in_blocks_and_so_do_its_gradients(rule,
     documents = (torch.arange(1024, device=DEVICE) // 300).expand(2, 1024)
     mask = Mask(
         n_queries, 1024, DEVICE,
-        window=None if rule == "documents" else 200, documents_BS=None if rule == "window" else documents,
+        reach=Reach(None if rule == "documents" else 200), documents_BS=None if rule == "window" else documents,
     )  # fmt: skip
     torch.manual_seed(0)
     shapes = ((2, n_queries, 8, 64), (2, 1024, kv_heads, 64), (2, 1024, kv_heads, 64))  # a rank of cp has fewer queries

@@ -196,7 +196,7 @@ def test_the_trainer_takes_exactly_the_numbers_of_the_plan(tmp_path):
     model = tmp_path / "model.json"
     model.write_text(json.dumps(plan.size.architecture.to_dict()))
     expected = forecast(read_config(parse_args(as_argv(train_flags(plan, str(model), str(tmp_path), "b")))))
-    steps = expected.steps
+    steps = expected.run_length
     assert (steps.tokens_per_step, steps.total_steps) == (plan.batch.tokens, plan.steps)
     assert expected.lr_at.period_ends == plan.schedule.period_ends
     for step in range(steps.total_steps):

@@ -9,25 +9,42 @@ from open_lm.errors import ConfigError
 from open_lm.model import attend_masked
 from open_lm.model.architecture import ModelConfig
 from open_lm.model.attention_core import build_attend
-from open_lm.model.mask import Mask
+from open_lm.model.mask import WHOLE, Mask, Reach
 
 B, S, H, G, K = 2, 37, 4, 2, 16
 DOCUMENTS = torch.tensor([[0] * 5 + [1] + [2] * 20 + [3] * 11, [0] * 30 + [1] * 7])
 REAL = torch.arange(S)[None] >= torch.tensor([[0], [9]])
+
+
+class Chunks(Reach):
+    """Another shape, as a change to the package would add it: keys of the same chunk of `window`."""
+
+    def rule(self):
+        return lambda query, key: (key <= query) & (key // self.window == query // self.window)
+
+    def first_key(self, query):
+        return query // self.window * self.window
+
+
 RULES = {
     "causal": {},
-    "window": {"window": 6},
-    "window of one": {"window": 1},
-    "window beyond the sequence": {"window": 50},
+    "window": {"reach": Reach(6)},
+    "window of one": {"reach": Reach(1)},
+    "window beyond the sequence": {"reach": Reach(50)},
     "documents": {"documents_BS": DOCUMENTS},
-    "documents and window": {"documents_BS": DOCUMENTS, "window": 6},
-    "padding and window": {"real_BS": REAL, "window": 6},
+    "documents and window": {"documents_BS": DOCUMENTS, "reach": Reach(6)},
+    "padding and window": {"real_BS": REAL, "reach": Reach(6)},
+    "chunks": {"reach": Chunks(7)},
 }
 BACK_ENDS = {"auto": {}, "torch_attn": {}, "custom_attn": {"attn_activation": "softmax"}}
 
 
-def sees(row, query, key, window=None, documents_BS=None, real_BS=None):
-    seen = key <= query and (window is None or query - key < window)
+def sees(row, query, key, reach=WHOLE, documents_BS=None, real_BS=None):
+    if isinstance(reach, Chunks):
+        near = key // reach.window == query // reach.window
+    else:
+        near = reach.window is None or query - key < reach.window
+    seen = key <= query and near
     if documents_BS is not None:
         seen = seen and documents_BS[row, query] == documents_BS[row, key]
     return (seen and (real_BS is None or real_BS[row, key])) or (real_BS is not None and key == query)

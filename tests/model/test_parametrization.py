@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from open_lm.errors import ConfigError
-from open_lm.ladder.transfer import TransferSetup, coordinate_check, lr_sweep, spread
+from open_lm.ladder.transfer import coordinate_check, lr_sweep, spread
+from open_lm.ladder.transfer_setup import TransferSetup
 from open_lm.model import create_model
 from open_lm.model.architecture import ModelConfig
 from open_lm.model.config import ModelFlags, resolve_architecture

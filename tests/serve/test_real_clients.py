@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,15 @@ def test_openais_client_lists_completes_and_streams(theirs, first):
     assert whole.choices[0].logprobs.token_logprobs[0] is None
     stream = theirs.completions.create(model=name, prompt="hello", max_tokens=9, temperature=0, stream=True)
     assert "hello" + "".join(chunk.choices[0].text for chunk in stream) == whole.choices[0].text
+
+
+def test_the_python_of_the_docs_page_runs(server, capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.S)
+    for said, real in {"http://127.0.0.1:8000": server[0], "my_run": "first", "max_tokens=50": "max_tokens=5"}.items():
+        assert said in block
+        block = block.replace(said, real)
+    exec(compile(block, "docs/serving.md", "exec"), {})
+    assert capsys.readouterr().out
 
 
 def test_openais_client_chats(theirs):

@@ -19,7 +19,7 @@ BLOCKS = {
 
 
 def run(key, replaced, **names):
-    """Run a block that sees `names`, with some of its strings `replaced`; returns all names that are defined after it."""
+    """Run a block that sees `names`, some of its strings `replaced`; returns all names that are defined after it."""
     block = BLOCKS[key]
     for said, real in replaced.items():
         assert said in block, f"{key}: {said} is no longer there"

@@ -11,8 +11,9 @@ from itertools import groupby, pairwise
 
 Point = tuple[float, float]
 LEFT, RIGHT, TOP, BOTTOM = 58, 18, 14, 40
-
-
+"""Margins; the left one grows with the numbers that stand in it."""
+DIGIT = 9.6
+"""Width of a digit in the style sheet's ticks."""
 N_BANDS = 160
 """Places at which hovering shows values."""
 
@@ -76,7 +77,8 @@ def line_chart(
     heights = [y for _, y in points] + [rule.y for rule in rules if rule.y is not None]
     x_range = (0.0, max(x for x, _ in points))
     y_range = _padded(0.0 if from_zero else min(heights), max(heights))
-    scale = _Axes(x_range, y_range, width, height)
+    marks = [write_y(value) for value in ticks(*y_range, n_wanted=height // 55)]
+    scale = _Axes(x_range, y_range, width, height, max(LEFT, 14 + round(DIGIT * max(map(len, marks), default=0))))
     parts = [
         *_grid(scale, x_name, write_x, write_y),
         *(_rule(rule, scale) for rule in rules),
@@ -94,10 +96,11 @@ class _Axes:
     y_range: Point
     width: int
     height: int
+    left: int = LEFT
 
     def x(self, value: float) -> float:
         low, high = self.x_range
-        return LEFT + (value - low) / ((high - low) or 1) * (self.width - LEFT - RIGHT)
+        return self.left + (value - low) / ((high - low) or 1) * (self.width - self.left - RIGHT)
 
     def y(self, value: float) -> float:
         low, high = self.y_range
@@ -121,7 +124,7 @@ def ticks(low: float, high: float, n_wanted: int) -> list[float]:
 
 
 def _grid(scale: _Axes, x_name: str, write_x: Callable[[float], str], write_y: Callable[[float], str]) -> list[str]:
-    left, right, bottom = LEFT, scale.width - RIGHT, scale.height - BOTTOM
+    left, right, bottom = scale.left, scale.width - RIGHT, scale.height - BOTTOM
     lines = [f'<line class="axis" x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}"/>']
     for value in ticks(*scale.y_range, n_wanted=scale.height // 55):
         y = scale.y(value)
@@ -146,7 +149,7 @@ def _rule(rule: Rule, scale: _Axes) -> str:
     name = escape(rule.name)
     if rule.y is not None:
         y = scale.y(rule.y)
-        line = f'<line class="rule" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        line = f'<line class="rule" x1="{scale.left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
         return f'{line}<text class="rule-name" x="{right - 4}" y="{y - 6:.1f}" text-anchor="end">{name}</text>'
     x = scale.x(rule.x or 0.0)
     line = f'<line class="rule" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom}"/>'
@@ -188,7 +191,7 @@ def _hover(
     shown = [(one, one.finite) for one in series if one.hovered and one.finite]
     xs = sorted({x for _, finite in shown for x, _ in finite})
     xs = xs[:: max(1, math.ceil(len(xs) / N_BANDS))]
-    edges = [LEFT, *((scale.x(a) + scale.x(b)) / 2 for a, b in pairwise(xs)), scale.width - RIGHT]
+    edges = [scale.left, *((scale.x(a) + scale.x(b)) / 2 for a, b in pairwise(xs)), scale.width - RIGHT]
     bands = []
     for x, (left, right) in zip(xs, pairwise(edges), strict=True):
         lines = [write_x(x), *(f"{one.name} {write_y(_nearest(finite, x))}" for one, finite in shown)]

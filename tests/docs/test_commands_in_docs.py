@@ -131,11 +131,11 @@ cat > model.json << JSON
 {"hidden_dim": 32, "n_layers": 2, "n_heads": 2, "seq_len": 64, "vocab_size": 512, "model_norm": "rms_norm"}
 JSON
 """
-RUNS = """
+FLAGS = """
 export FLAGS="--model model.json --dataset-manifest shards/manifest.jsonl --train-steps 4 --num-checkpoints 2 \\
     --global-batch-size 4 --precision fp32 --warmup 1 --log-every-n-steps 1"
-openlm train $FLAGS --name my_run
 """
+MY_RUN = "openlm train $FLAGS --name my_run\n"
 QUESTIONS = """
 export FEW="--precision fp32 --warmup 1 --global-batch-size 2 --multiple-data-passes --workers 0"
 python scripts/make_questions.py --output-dir questions
@@ -193,7 +193,7 @@ def prepared(tmp_path_factory):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in chosen)
         (folder / "raw" / f"{name}.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
     (prepare,) = [block for block in blocks_to_run(ROOT / "README.md") if block.startswith("openlm prepare")]
-    in_bash(PREPARED + prepare.replace(" --tokenizer", " --seqlen 64 --tokenizer"), folder)
+    in_bash(PREPARED + prepare.replace(" --tokenizer", " --seqlen 64 --tokenizer") + FLAGS + MY_RUN, folder)
     return folder
 
 
@@ -216,8 +216,8 @@ def test_the_readmes_commands_run(prepared):
 @pytest.mark.parametrize("page", PAGES_RUN, ids=lambda page: page.name)
 def test_a_pages_commands_run(page, prepared, tmp_path):
     folder = tmp_path / "work"
-    shutil.copytree(prepared, folder, symlinks=True, ignore=shutil.ignore_patterns("logs"))
-    in_bash(RUNS + BEFORE.get(page.name, "") + "\n".join(blocks_to_run(page)), folder)
+    shutil.copytree(prepared, folder, symlinks=True, ignore=shutil.ignore_patterns("my-first-160m"))
+    in_bash(FLAGS + BEFORE.get(page.name, "") + "\n".join(blocks_to_run(page)), folder)
 
 
 @pytest.mark.slow

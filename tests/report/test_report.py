@@ -3,6 +3,7 @@
 import html.parser
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -231,3 +232,17 @@ def test_smoothing_keeps_a_line_and_the_ends():
     line = [(x, 3 * x + 1) for x in range(20)]
     assert smoothed(line, 7) == [(x, pytest.approx(y)) for x, y in line]
     assert smoothed([(0, 5), (1, 1), (2, 3)], 3) == [(0, 5), (1, 3), (2, 3)]
+
+
+def test_long_numbers_at_the_axis_have_room():
+    series = [Series("lr", [(0, 0.00013), (10, 0.00031)], "train")]
+    chart = line_chart(series, label="", x_name="tokens", write_x=str, write_y=lambda y: f"{y:.7f}")
+    (place, *_), *_ = ends = re.findall(r'x="([\d.]+)" y="[\d.]+" text-anchor="end">([^<]+)<', chart)
+    assert len(ends) > 2 and all(float(x) > 9 * len(label) for x, label in ends) and float(place) > 80
+
+
+def test_a_run_without_validation_has_none_in_its_legend(run, tmp_path):
+    lines = [line for line in (run / "metrics.jsonl").read_text().splitlines(True) if "valid/" not in line]
+    (run / "metrics.jsonl").write_text("".join(lines))
+    content = Path(report.main(["--run", str(run), "--output", str(tmp_path / "page.html")])).read_text()
+    assert ">validation<" not in content and "training, smoothed" in content

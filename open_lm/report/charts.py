@@ -187,21 +187,28 @@ def _height(place: Point) -> float:
 def _hover(
     series: Sequence[Series], scale: _Axes, write_x: Callable[[float], str], write_y: Callable[[float], str]
 ) -> list[str]:
-    """Transparent bands side by side; the one under the mouse shows its line, and each series' value nearest to it."""
+    """Transparent bands side by side; the one under the mouse shows its line, and each series' value nearest to it.
+
+    A value from outside the band says where it was measured.
+    """
     shown = [(one, one.finite) for one in series if one.hovered and one.finite]
     xs = sorted({x for _, finite in shown for x, _ in finite})
     xs = xs[:: max(1, math.ceil(len(xs) / N_BANDS))]
     edges = [scale.left, *((scale.x(a) + scale.x(b)) / 2 for a, b in pairwise(xs)), scale.width - RIGHT]
     bands = []
     for x, (left, right) in zip(xs, pairwise(edges), strict=True):
-        lines = [write_x(x), *(f"{one.name} {write_y(_nearest(finite, x))}" for one, finite in shown)]
+        lines = [write_x(x)]
+        for one, finite in shown:
+            at, value = _nearest(finite, x)
+            away = "" if left - 1 <= scale.x(at) <= right + 1 else f" (at {write_x(at)})"
+            lines.append(f"{one.name} {write_y(value)}{away}")
         bands.append(_band(scale, scale.x(x), (left, right), lines))
     return bands
 
 
-def _nearest(points: Sequence[Point], x: float) -> float:
+def _nearest(points: Sequence[Point], x: float) -> Point:
     at = bisect.bisect_left(points, (x, -math.inf))
-    return min(points[max(at - 1, 0) : at + 2], key=lambda point: abs(point[0] - x))[1]
+    return min(points[max(at - 1, 0) : at + 2], key=lambda point: abs(point[0] - x))
 
 
 def _band(scale: _Axes, x: float, edges: Point, lines: Sequence[str]) -> str:

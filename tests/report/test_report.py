@@ -246,3 +246,9 @@ def test_a_run_without_validation_has_none_in_its_legend(run, tmp_path):
     (run / "metrics.jsonl").write_text("".join(lines))
     content = Path(report.main(["--run", str(run), "--output", str(tmp_path / "page.html")])).read_text()
     assert ">validation<" not in content and "training, smoothed" in content
+
+
+def test_a_value_under_the_mouse_that_was_measured_elsewhere_says_where():
+    lines = [Series("loss", [(x, 9 - x) for x in range(6)], "train"), Series("valid", [(5, 4.5)], "run1", dots=True)]
+    chart = line_chart(lines, label="", x_name="tokens", write_x="{:.0f}".format, write_y="{:.1f}".format)
+    assert "valid 4.5 (at 5 tokens)<" in chart and "valid 4.5<" in chart and "loss 9.0<" in chart

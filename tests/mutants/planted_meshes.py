@@ -11,15 +11,15 @@ IN_MESHES = [
     *_of(
         "open_lm/model/mask.py",
         MASK,
-        ("seen & (keys_S > places_T1 - self.window)", "seen & (keys_S >= places_T1 - self.window)"),
+        ("seen & (key > query - window)", "seen & (key >= query - window)"),
         ("int(earlier_BS.sum(1).min())", "int(earlier_BS.sum(1).max())"),
-        ("max(0, position - self.window + 1)", "0"),
+        ("max(0, query - self.window + 1)", "0"),
         ("self.documents_BS, self.real_BS = documents_BS, real_BS", "self.documents_BS, self.real_BS = None, real_BS"),
     ),
     *_of(
         "open_lm/model/attend_masked.py",
         MASK,
-        ("seen = seen & (key > place - window)", "seen = seen & (key >= place - window)"),
+        ("seen = in_reach(place, key)", "seen = key <= place"),
         ("documents_BS[b, place] == documents_BS[b, key]", "documents_BS[b, place] >= documents_BS[b, key]"),
         ("place = query + first", "place = query"),
         ("keys = mask.keys_seen(queries)", "keys = slice(1, mask.keys_seen(queries).stop)"),

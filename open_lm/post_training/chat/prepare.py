@@ -193,7 +193,7 @@ def _add_labelled(
 def _fault(found: list[Labelled | Rejected]) -> Rejected | None:
     """The reason to leave out one row, if there is one; equal sides too, for a template may trim what differs."""
     good = [one.tokens for one in found if isinstance(one, Labelled)]
-    if len(good) == 2 and np.array_equal(*good):
+    if len(good) == 2 and np.array_equal(good[0], good[1]):
         return Rejected("equal_sides")
     return next((one for one in found if isinstance(one, Rejected)), None)
 

@@ -38,6 +38,7 @@ def kept_bytes(config: ModelConfig, shape: MeshShape, sequences: int, precision:
     hidden = sequences * seq_len * config.hidden_dim * value
     keys = 2 * sequences * config.seq_len * config.kv_heads * config.head_dim * value / shape.tp
     inputs = hidden * (2 if precision not in ("fp32", "bf16") else 1) / shape.tp
+    config = replace(config, moe_capacity_factor=config.moe_capacity_factor or 1.0)  # without limits: even loads
     n_experts = sum(map(config.has_experts, range(config.n_layers)))
     block = blocks = around = 0.0
     for moe_freq, n in ((0, config.n_layers - n_experts), (1, n_experts)):

@@ -121,7 +121,8 @@ def _moments(
     logits = rows_per_chunk(tokens, dim, vocab) * vocab * (value + 4)
     output = n_table * (4 + (2 * value if value == 2 else 0))  # its gradient; the cast weight and a product of a chunk
     whole = 2 * stored * weights.tables if gathered else 0  # gradients of the outer layers, and what is sent of them
-    passing = block + 2 * weights.block * (gathered + (2 * stored if gathered else 0))
+    sent = 2 * stored * weights.block if gathered else 0  # those of a block, whose activations are gone by then
+    passing = 2 * weights.block * gathered + max(block, sent)
     return {
         "in the loss": before + logits + output + tokens * dim * (stored + 2 * value),
         "as the backward pass begins": before + passing + 8 * n_table + 2 * stored * tokens * dim,

@@ -39,8 +39,9 @@ def test_a_model_that_does_not_divide_is_refused_by_its_forecast(tmp_path, mesh,
         forecast(tmp_path, mesh, ranks, **changes)
 
 
-def test_what_divides_is_forecast(tmp_path, capsys):
-    forecast(tmp_path, "ep=2,tp=2", 4, **EXPERTS)
+@pytest.mark.parametrize("capacity", [1.25, 0.0])
+def test_what_divides_is_forecast(tmp_path, capsys, capacity):
+    forecast(tmp_path, "ep=2,tp=2", 4, **EXPERTS, moe_capacity_factor=capacity)
     found = capsys.readouterr().out
     assert "memory a rank" in found and "ranks         4 (ep=2,tp=2)" in found
 

@@ -1,16 +1,24 @@
 """Recomputing activations changes what is kept, not what is computed."""
 
+import dataclasses
+
 import pytest
 import torch
 from runs import flags, metrics, run_command, write_data
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from open_lm.errors import ConfigError
+from open_lm.kernels.linear_cross_entropy import linear_cross_entropy
 from open_lm.model import create_model
 from open_lm.model.config import ModelConfig
+from open_lm.train import tasks
 from open_lm.train.activation_checkpointing import recompute
 from open_lm.train.config import ParallelConfig
 from open_lm.train.parallel import blocks
+from open_lm.train.step import train_step
+from open_lm.train.timing import Timing
 
 ARCHITECTURE = ModelConfig(hidden_dim=64, n_layers=4, n_heads=4, seq_len=128, vocab_size=61)
 
@@ -80,3 +88,34 @@ def test_a_mode_that_does_not_exist_is_refused():
     for mode in ("every-0", "some", "every-"):
         with pytest.raises(ConfigError, match="--grad-checkpointing-mode"):
             ParallelConfig(grad_checkpointing_mode=mode)
+
+
+class Casts(TorchDispatchMode):
+    """Notes every matrix that is cast to bf16."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and result.dtype == torch.bfloat16 and result.ndim == 2:
+            self.made.append(StorageWeakRef(result.untyped_storage()))
+        return result
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("full", 0), (None, 16)])
+def test_recomputed_blocks_keep_no_cast_weights(tiny, monkeypatch, mode, kept):
+    make_state, make_batch, config = tiny
+    state, alive = make_state("amp_bf16"), []
+    state.model = create_model(dataclasses.replace(config, n_layers=4))
+    recompute(list(state.model.layers), ParallelConfig(precision="amp_bf16", grad_checkpointing_mode=mode))
+
+    def counting(*args):
+        alive.append(sum(not storage.expired() for storage in casts.made))
+        return linear_cross_entropy(*args)
+
+    monkeypatch.setattr(tasks, "linear_cross_entropy", counting)
+    with Casts() as casts:
+        train_step(state, make_batch(), accum=1, clip=1.0, timing=Timing(torch.device("cpu")))
+    assert len(casts.made) >= 16 and alive == [kept]

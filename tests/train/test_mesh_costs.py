@@ -83,7 +83,10 @@ def _peak(world, mesh, precision, recompute, folder):
     a_step(state)
     moments = [t for optimizer in state.optimizers for held in optimizer.state.values() for t in held.values()]
     before = sum(own(tensor).nbytes for tensor in (*state.model.parameters(), *moments))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    everywhere = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)  # gloo's let go of what they sent
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, experimental_config=everywhere
+    ) as profile:
         a_step(state)
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))

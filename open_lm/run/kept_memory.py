@@ -36,7 +36,7 @@ def kept_bytes(config: ModelConfig, shape: MeshShape, sequences: int, precision:
     """
     seq_len, value = config.seq_len // shape.cp, 4 if precision == "fp32" else 2
     hidden = sequences * seq_len * config.hidden_dim * value
-    keys = 2 * sequences * config.seq_len * config.kv_heads * config.head_dim * value / shape.tp
+    keys = 2 * sequences * (config.seq_len - seq_len) * config.kv_heads * config.head_dim * value / shape.tp
     inputs = hidden * (2 if precision not in ("fp32", "bf16") else 1) / shape.tp
     config = replace(config, moe_capacity_factor=config.moe_capacity_factor or 1.0)  # without limits: even loads
     n_experts = sum(map(config.has_experts, range(config.n_layers)))
@@ -49,7 +49,7 @@ def kept_bytes(config: ModelConfig, shape: MeshShape, sequences: int, precision:
             for layers in (1, 2)
         )
         divided = (two - one - 2 * hidden) / shape.tp + 2 * hidden if shape.tp > 1 else two - one
-        own = divided + (keys if shape.cp > 1 else 0)
+        own = divided + keys
         block, around = max(block, own), (2 * one - two) / shape.tp
         blocks += n * (inputs if recompute else own)
     return Kept(round(block), round(blocks), max(0, round(around)))

@@ -61,8 +61,8 @@ def rank_costs(
     with torch.device("meta"):
         model = create_model(config)
     weights = LocalWeights.of(model, config, shape)
-    stored, is_sharded = 2 if precision == "bf16" else 4, sharded and shape.n_shards > 1
-    gathered = (2 if low_gather else stored) if is_sharded else 0
+    stored, is_sharded = 2 if precision == "bf16" else 4, sharded and shape.size > 1
+    gathered = (2 if low_gather else stored) if is_sharded else 0  # FSDP makes its copy even where one rank has it all
     is_cast = precision not in ("fp32", "bf16") and not (low_gather and is_sharded)
     micro, value = max(1, sequences // accum), 4 if precision == "fp32" else 2
     tokens = micro * config.seq_len // shape.cp

@@ -70,7 +70,7 @@ def _divided(model: nn.Module, value: int, stored: int, n_moe: int, recompute: b
     entering = sum(isinstance(split, SplitRows) for split in plans)
     leaving = sum(isinstance(split, SplitColumns) for split in plans)
     again = entering + leaving - len(list(_layers(model)))
-    return value * (2 * (entering + leaving) + again * recompute) + stored * (4 * n_moe + 4)
+    return value * (2 * (entering + leaving + n_moe) + again * recompute) + stored * (2 * n_moe + 4)
 
 
 def _plans(model: nn.Module) -> Iterator[Split]:

@@ -1,13 +1,14 @@
 """Memory of a rank: --dry-run's figure against what ranks hold."""
 
 import dataclasses
-import itertools
 
 import pytest
 import torch
 from gloo import run_ranks
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from train.test_meshes import make_state
 
 from open_lm.data.batch import Batch
@@ -61,7 +62,7 @@ def test_activations_and_state_of_a_rank_are_as_forecast(tmp_path, mesh):
     costs = rank_costs(config, shape, sequences=4, accum=1, precision="fp32", sharded=True, recompute=False)
     assert costs.state == pytest.approx(state, rel=0.15)
     kept = kept_bytes(config, shape, 4, "fp32", recompute=False)
-    assert kept.blocks + kept.around == pytest.approx(activations, rel=0.15)
+    assert kept.blocks + kept.around == pytest.approx(activations, rel=0.02)
 
 
 LARGER = {"hidden_dim": 256, "n_heads": 8, "n_kv_heads": 4, "n_layers": 8, "seq_len": 512, "vocab_size": 2048,
@@ -75,38 +76,81 @@ def a_step(state):
     train_step(state, batch, accum=1, clip=1.0, timing=Timing(state.world.device))
 
 
-def _peak(world, mesh, precision, recompute, folder):
+class Held(TorchDispatchMode):
+    """The most memory of live tensors beside `own_tensors`, on whichever thread they are let go."""
+
+    def __init__(self, own_tensors):
+        super().__init__()
+        self._own = {own(tensor).untyped_storage()._cdata for tensor in own_tensors}
+        self._seen, self._added, self._last, self.peak = {}, 0, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, result)):
+            if isinstance(tensor, torch.Tensor):
+                tensor = getattr(tensor, "_local_tensor", tensor)  # of a DTensor, whose own storage is none
+                storage = getattr(tensor, "elem", tensor).untyped_storage()  # of one that a collective still writes
+                if storage._cdata not in self._own and storage._cdata not in self._seen:
+                    self._seen[storage._cdata] = StorageWeakRef(storage)
+                    self._added += storage.nbytes()
+        if self._last + self._added > self.peak:
+            self._recount()
+        return result
+
+    def _recount(self):
+        live = {key: torch.UntypedStorage._new_with_weak_ptr(ref.cdata) for key, ref in self._seen.items()}
+        self._seen = {key: self._seen[key] for key, storage in live.items() if storage is not None}
+        self._last, self._added = sum(storage.nbytes() for storage in live.values() if storage is not None), 0
+        self.peak = max(self.peak, self._last)
+
+
+def _peak(world, mesh, changes, flags, folder):
     """The most memory that torch held in the second step, when the optimizer's state is there."""
-    parallel = ParallelConfig(mesh=mesh, precision=precision, grad_checkpointing=recompute)
+    parallel = ParallelConfig(mesh=mesh, **flags)
     world = dataclasses.replace(world, mesh=mesh_shape(parallel, world.size))
-    state = make_state(world, parallel, LARGER, precision=precision)
+    state = make_state(world, parallel, changes, precision=parallel.precision)
     a_step(state)
     moments = [t for optimizer in state.optimizers for held in optimizer.state.values() for t in held.values()]
     before = sum(own(tensor).nbytes for tensor in (*state.model.parameters(), *moments))
-    everywhere = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)  # gloo's let go of what they sent
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, experimental_config=everywhere
-    ) as profile:
+    with Held([*state.model.parameters(), *moments]) as held:
         a_step(state)
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
     if world.rank == 0:
-        torch.save(before + max(held), f"{folder}/peak.pt")
+        torch.save(before + held.peak, f"{folder}/peak.pt")
+
+
+SHALLOW = LARGER | {"n_layers": 2}
+LISTED = {"hidden_dim": 128, "n_heads": 4, "n_layers": 2, "seq_len": 256, "vocab_size": 16384, "ffn_dim": 352}
+EXPERTS = {"n_kv_heads": 8, "moe_freq": 2, "moe_num_experts": 4, "moe_capacity_factor": 0.0}
+LIMITED = {"n_kv_heads": 8, "moe_freq": 2, "moe_num_experts": 4}
+FULL, LOW = {"precision": "fp32"}, {"precision": "amp_bf16"}
+AGAIN = {"precision": "amp_bf16", "grad_checkpointing": True}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mesh", "precision", "recompute"),
-    [("cp=2", "fp32", False), ("tp=2", "amp_bf16", False)],
+    ("mesh", "changes", "flags"),
+    [
+        ("cp=2", LARGER, FULL),
+        ("tp=2", SHALLOW, LOW),
+        ("tp=2", SHALLOW, AGAIN),
+        ("cp=2", SHALLOW, AGAIN),
+        ("fsdp=2", SHALLOW, LOW),
+        ("tp=2", LISTED, FULL),
+        ("cp=2", LISTED, FULL),
+        ("ep=2", SHALLOW | LIMITED, FULL),
+    ],
 )
-def test_the_peak_of_a_step_is_as_forecast(tmp_path, mesh, precision, recompute):
-    run_ranks(_peak, 2, mesh, precision, recompute, str(tmp_path))
-    shape, config = shape_for(parse_mesh(mesh), 2), ModelConfig(**LARGER)
-    sequences = 8 // shape.n_data
-    costs = rank_costs(
-        config, shape, sequences=sequences, accum=1, precision=precision, sharded=True, recompute=recompute
-    )
-    assert costs.held == pytest.approx(torch.load(tmp_path / "peak.pt"), rel=0.15)
+def test_the_peak_of_a_step_is_as_forecast(tmp_path, mesh, changes, flags):
+    run_ranks(_peak, 2, mesh, changes, flags, str(tmp_path))
+    assert forecast(mesh, changes, flags).held == pytest.approx(torch.load(tmp_path / "peak.pt"), rel=0.15)
+
+
+def forecast(mesh, changes, flags):
+    shape, again = shape_for(parse_mesh(mesh), 2), flags.get("grad_checkpointing", False)
+    return rank_costs(
+        ModelConfig(**changes), shape, sequences=8 // shape.n_data, accum=1, precision=flags["precision"],
+        sharded=True, recompute=again, low_gather=flags.get("fsdp_amp", False),
+    )  # fmt: skip
 
 
 def test_traffic_is_what_the_axes_send():
@@ -161,33 +205,29 @@ def _count(world, mesh, changes, flags, folder):
     a_step(state)
     with Received() as received:
         a_step(state)
+    mean = sum(world.gather(received.n_bytes)) / world.size  # one rank's experts may be sent more
     if world.rank == 0:
-        torch.save(received.n_bytes, f"{folder}/{mesh}.pt")
+        torch.save(mean, f"{folder}/{mesh}.pt")
 
 
 SHORT = {"hidden_dim": 128, "n_heads": 8, "n_kv_heads": 4, "n_layers": 3, "seq_len": 128, "vocab_size": 256,
          "ffn_dim": 384}  # fmt: skip
-EXPERTS = {"n_kv_heads": 8, "moe_freq": 2, "moe_num_experts": 4, "moe_capacity_factor": 0.0}
-LOW, AGAIN = {"precision": "amp_bf16"}, {"precision": "amp_bf16", "grad_checkpointing": True}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "changes", "flags"),
     [
-        ("fsdp=2", {}, {"precision": "fp32"}),
+        ("fsdp=2", {}, FULL),
         ("fsdp=2", {}, {**LOW, "fsdp_amp": True}),
         ("tp=2", {}, LOW),
         ("tp=2", {}, AGAIN),
         ("cp=2", {}, AGAIN),
         ("ep=2", EXPERTS, LOW),
+        ("tp=2", EXPERTS, LOW),
     ],
 )
 def test_traffic_is_what_collectives_bring(tmp_path, mesh, changes, flags):
     run_ranks(_count, 2, mesh, SHORT | changes, flags, str(tmp_path))
-    shape, again = shape_for(parse_mesh(mesh), 2), flags.get("grad_checkpointing", False)
-    costs = rank_costs(
-        ModelConfig(**SHORT | changes), shape, sequences=8 // shape.n_data, accum=1, precision=flags["precision"],
-        sharded=True, recompute=again, low_gather=flags.get("fsdp_amp", False),
-    )  # fmt: skip
+    costs = forecast(mesh, SHORT | changes, flags)
     assert sum(costs.traffic.values()) == pytest.approx(torch.load(tmp_path / f"{mesh}.pt"), rel=0.05)

@@ -215,7 +215,7 @@ def _alone_with(world, folder, name, optimizer, how):
         ({"mesh": "ep=2", "grad_checkpointing": True}, "experts", "adamw"),
         ({"mesh": "tp=2"}, "dense", "lion"),
         ({"mesh": "tp=2"}, "shared keys, qk norm", "muon"),
-        ({"mesh": "tp=2", "torchcompile": True}, "dense", "adamw"),
+        ({"mesh": "tp=2", "torchcompile": True}, "shared keys, qk norm", "adamw"),
     ],
 )
 def test_recomputing_compiling_and_other_rules_change_nothing(tmp_path, flags, name, optimizer):

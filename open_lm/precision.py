@@ -13,6 +13,12 @@ from torch.optim import Optimizer
 _AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_bfloat16": torch.bfloat16, "fp16": torch.float16}
 
 
+def as_multiplied(x: Tensor) -> Tensor:
+    """`x` in the type that autocast multiplies in: rounded before it is sent, half the bytes travel."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 class Precision:
     """Precision by name, on one kind of device.
 

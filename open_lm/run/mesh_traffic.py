@@ -35,13 +35,14 @@ def traffic(
     shape = weights.shape
     width = tokens * config.hidden_dim
     n_moe = sum(isinstance(module, MixtureOfExperts) for module in model.modules())
+    rows = config.moe_top_k * (config.moe_capacity_factor or 1.0)  # of experts for a token, in the mean
     keys = 2 * tokens * config.kv_heads * config.head_dim / shape.tp
     found = {
         "fsdp": accum * _sharding(weights, stored, gathered),
         "dp": 2 * weights.share * stored * _others(shape.dp),
         "tp": width * _others(shape.tp) * _divided(model, value, stored, n_moe, recompute),
         "cp": config.n_layers * (3 if recompute else 2) * keys * value * (shape.cp - 1),
-        "ep": (6 if recompute else 4) * n_moe * width * config.moe_top_k * value * _others(shape.ep),
+        "ep": (6 if recompute else 4) * n_moe * width * rows * value * _others(shape.ep),
     }
     return {axis: round(n) for axis, n in found.items()}
 

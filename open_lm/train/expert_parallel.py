@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from open_lm.errors import ConfigError
 from open_lm.model.moe import Experts
+from open_lm.precision import as_multiplied
 
 
 def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -62,7 +63,7 @@ class SpreadExperts(Experts):
 
     def of_equal_loads(self, x_ECD: Tensor) -> Tensor:
         """Each expert applied to its C rows from every rank."""
-        there = self._exchanged(x_ECD).unflatten(0, (self.ranks.size(), -1))  # (P, L, C, D)
+        there = self._exchanged(as_multiplied(x_ECD)).unflatten(0, (self.ranks.size(), -1))  # (P, L, C, D)
         mixed = super().of_equal_loads(there.transpose(0, 1).flatten(1, 2))  # (L, P C, D)
         back = mixed.unflatten(1, (self.ranks.size(), -1)).transpose(0, 1).flatten(0, 1)
         return self._exchanged(back)
@@ -74,7 +75,7 @@ class SpreadExperts(Experts):
         dist.all_to_all_single(counts_PL, counts_E.contiguous(), group=self.ranks)
         sent, counts_PL = counts_E.view(n_ranks, -1).sum(1).tolist(), counts_PL.view(n_ranks, -1)
         received = counts_PL.sum(1).tolist()
-        there_AD = self._exchanged(x_AD, received, sent)
+        there_AD = self._exchanged(as_multiplied(x_AD), received, sent)
         of_expert_A = torch.arange(counts_PL.shape[1], device=x_AD.device).repeat(n_ranks)
         order_A = of_expert_A.repeat_interleave(counts_PL.flatten()).argsort(stable=True)
         mixed_AD = super().of_any_loads(there_AD[order_A], counts_PL.sum(0))

@@ -26,6 +26,7 @@ from open_lm.model.attention import Attention
 from open_lm.model.moe import Experts, MixtureOfExperts, Routing
 from open_lm.model.norms import RMSNorm
 from open_lm.model.split import Features, HiddenWidth, Split, SplitColumns, SplitRows, Tokens, Vocabulary
+from open_lm.precision import as_multiplied
 from open_lm.train.row_order import RowOrder
 
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # on gathering over two dimensions
@@ -188,13 +189,7 @@ class RowsOf(nn.Linear):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         own = self.parallel.own
-        return self.product(self.parallel.enter(_as_multiplied(x_BTD)), own(self.weight), own(self.bias))
-
-
-def _as_multiplied(x: Tensor) -> Tensor:
-    """`x` in the type that autocast multiplies in: rounded before it is sent, half as many bytes travel."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+        return self.product(self.parallel.enter(as_multiplied(x_BTD)), own(self.weight), own(self.bias))
 
 
 class ColumnsOf(nn.Linear):

@@ -1,6 +1,6 @@
 """Two-digit addition by reinforcement learning: a small model after fine-tuning, and after GRPO, RLOO or PPO.
 
-python benchmarks/addition_rl.py --seeds 0 1 2 [--task grpo] [--iterations 100] [--recomputed]
+python benchmarks/addition_rl.py --seeds 0 1 2 [--task grpo] [--iterations 200] [--recomputed]
 
 The demonstrations forget the carry in --forgotten of the sums that have one, so that a fine-tuned model adds but mostly
 without carrying; the reward, 1 for a right sum, is to teach it what they do not show. `--recomputed` computes the old
@@ -104,8 +104,7 @@ def run(folder, seed, options):
          "--group-size", str(options.group), "--rollout-tokens", "5", "--rl-epochs", str(options.epochs),
          "--rl-minibatches", str(options.minibatches), "--train-steps", str(steps * options.iterations),
          "--clip-low", str(options.clip), "--clip-high", str(options.clip),
-         "--lr", str(options.lr), "--lr-scheduler", "const-cooldown", "--epochs-cooldown", "1",
-         "--lr-cooldown-power", str(options.lr_power), "--warmup", "10", "--grad-clip-norm", "1",
+         "--lr", str(options.lr), *decay_of(options), "--warmup", "10", "--grad-clip-norm", "1",
          "--log-every-n-steps", str(10 * steps), "--name", name_of(options, seed), "--resume", "latest",
          *common]
     )  # fmt: skip
@@ -117,6 +116,14 @@ def run(folder, seed, options):
         sum(shares) / len(shares),
         time.time() - began,
     )
+
+
+def decay_of(options):
+    """Flags of the learning rate's fall to 0: half a cosine, or (1 - t) to a power."""
+    if options.lr_power is None:
+        return ["--lr-scheduler", "cosine"]
+    power = ["--lr-cooldown-power", str(options.lr_power)]
+    return ["--lr-scheduler", "const-cooldown", "--epochs-cooldown", "1", *power]
 
 
 def name_of(options, seed):
@@ -137,17 +144,17 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--task", default="grpo", choices=["grpo", "rloo", "ppo"])
-    parser.add_argument("--iterations", type=int, default=100)
+    parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--sft-steps", type=int, default=600)
     parser.add_argument("--forgotten", type=float, default=0.6, help="share of carries that demonstrations forget")
     parser.add_argument("--padded", action="store_true", help="write numbers with leading zeros")
     parser.add_argument("--qk-norm", action="store_true", help="norms on queries and keys")
-    parser.add_argument("--prompts", type=int, default=128, help="prompts of an iteration")
+    parser.add_argument("--prompts", type=int, default=64, help="prompts of an iteration")
     parser.add_argument("--group", type=int, default=8, help="answers to each")
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--minibatches", type=int, default=4)
+    parser.add_argument("--minibatches", type=int, default=2)
     parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--lr-power", type=float, default=1, help="the rate falls as (1 - t) to this power")
+    parser.add_argument("--lr-power", type=float, help="the rate falls as (1 - t) to this power, not as a cosine")
     parser.add_argument("--clip", type=float, default=0.2)
     parser.add_argument("--sft-seed", type=int, help="start all seeds from the fine-tuned model of this one")
     parser.add_argument("--folder", help="keep data and runs here, and take fine-tuned models from here")

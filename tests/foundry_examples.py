@@ -1,6 +1,7 @@
 """LLM Foundry and our engine, example by example: ids, the span that is scored, its likelihood, the verdict.
 
-`python tests/foundry_examples.py FOLDER [--rows N] [--shots N…] [--max-seq-len N]` compares all task files of a folder.
+`python tests/foundry_examples.py FOLDER [--tokenizer T] [--trained] [--rows N] [--shots N…] [--max-seq-len N]` compares
+all task files of a folder, under random weights or those of a model that has read some of their rows.
 """
 
 from __future__ import annotations
@@ -127,56 +128,88 @@ def _texts(batch: Any, texts: list[str], results: list[int]) -> list[Example]:
 METRICS = {"language_modeling": [LM_ACCURACY], "generation_task_with_answers": [EXACT_MATCH]}
 
 
+def trained(model: torch.nn.Module, ids: torch.Tensor, *, steps: int = 60) -> torch.nn.Module:
+    """`model` after it has read parts of `ids` until it knows some answers."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(steps):
+        starts = torch.randint(len(ids) - 97, (8,), generator=torch.Generator().manual_seed(step))
+        batch = torch.stack([ids[start : start + 97] for start in starts.tolist()])
+        loss = torch.nn.functional.cross_entropy(model(batch[:, :-1])[0].flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
 def main() -> int:
-    """Compare every task file of a folder under random weights; returns how many examples differ."""
+    """Compare every task file of a folder; returns how many examples differ."""
     import argparse
     import tempfile
 
-    from icl_setup import task_of, tiny_model
+    from icl_setup import tiny_model, tiny_tokenizer
 
     from open_lm.data.tokenizer import load_tokenizer
-    from open_lm.distributed import World
-    from open_lm.evaluate.engine.runner import NativeRunner
     from open_lm.evaluate.eval_model import EvalModel
-    from open_lm.evaluate.foundry.runner import FoundryRunner
     from open_lm.evaluate.records import CheckpointRecords
-    from open_lm.evaluate.tasks.suite import Suite
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--tokenizer", help="without one: 400 tokens of Python")
+    parser.add_argument("--trained", action="store_true", help="the model has read some of the rows")
     parser.add_argument("--files", nargs="*", default=[])
     parser.add_argument("--rows", type=int, default=None, help="only the first N rows of each file")
     parser.add_argument("--shots", type=int, nargs="+", default=[0])
     parser.add_argument("--max-seq-len", type=int, default=256)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    tokenizer = load_tokenizer(args.tokenizer)
-    n_embeddings = -(-tokenizer.vocab_size // 64) * 64
-    model = tiny_model(seed=3, seq_len=args.max_seq_len, vocab_size=n_embeddings)
-    about = CheckpointRecords("tiny", "", "", tokenizer.name)
-    eval_model = EvalModel(model, tokenizer, args.max_seq_len, n_embeddings, about)
-    total = 0
+    found = [0, 0]
     with tempfile.TemporaryDirectory() as folder:
-        for path in sorted(args.folder.glob("*.jsonl")):
-            if args.files and path.stem not in args.files:
-                continue
+        tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else tiny_tokenizer(Path(folder))
+        n_embeddings = -(-tokenizer.vocab_size // 64) * 64
+        model = tiny_model(seed=3, seq_len=args.max_seq_len, vocab_size=n_embeddings)
+        paths = [p for p in sorted(args.folder.glob("*.jsonl")) if not args.files or p.stem in args.files]
+        if args.trained:
+            some = "\n".join(line for path in paths for line in path.read_text().split("\n")[:40])
+            model = trained(model, torch.tensor(tokenizer.encode(some)), steps=150)
+        about = CheckpointRecords("tiny", "", "", tokenizer.name)
+        eval_model = EvalModel(model, tokenizer, args.max_seq_len, n_embeddings, about)
+        for path in paths:
             lines = [line for line in path.read_text().split("\n") if line][: args.rows]
             (Path(folder) / path.name).write_text("\n".join(lines) + "\n")
             settings = settings_of(json.loads(lines[0]))
-            task = task_of(Path(folder) / path.name, settings.pop("kind"), label=path.stem, num_fewshot=args.shots,
-                           **settings)  # fmt: skip
-            suite = Suite(tasks=(task,), batch_size=8)
-            parts = (eval_model, suite, World(), args.max_seq_len, "fp32")
-            native, foundry = NativeRunner(*parts), FoundryRunner(*parts)
-            for key in native.keys:
-                mine, other = ours(native, key), theirs(foundry, key)
-                wrong = differences(mine, other)
-                total += len(wrong)
-                right = sum(example.right for example in mine)
-                print(f"{key}: {len(mine)} examples, {right} right, {len(wrong)} differences", *wrong[:3], sep="\n  ",
-                      flush=True)  # fmt: skip
-    return total
+            compared = compare_file(eval_model, Path(folder) / path.name, args.shots, args.max_seq_len, settings)
+            found = [a + b for a, b in zip(found, compared, strict=True)]
+    print(f"{found[0]} examples, {found[1]} differences")
+    return found[1]
+
+
+def compare_file(
+    eval_model: Any, path: Path, shots: list[int], max_seq_len: int, settings: dict[str, Any]
+) -> tuple[int, int]:
+    """How many examples the jobs of a task file have, and how many differences."""
+    from icl_setup import task_of
+
+    from open_lm.distributed import World
+    from open_lm.evaluate.engine.runner import NativeRunner
+    from open_lm.evaluate.foundry.runner import FoundryRunner
+    from open_lm.evaluate.tasks.suite import Suite
+
+    kind = settings["kind"]
+    more = {key: value for key, value in settings.items() if key != "kind"}
+    suite = Suite(tasks=(task_of(path, kind, label=path.stem, num_fewshot=shots, **more),), batch_size=8)
+    parts = (eval_model, suite, World(), max_seq_len, "fp32")
+    native, foundry = NativeRunner(*parts), FoundryRunner(*parts)
+    n_examples = n_wrong = 0
+    for key in native.keys:
+        mine, other = ours(native, key), theirs(foundry, key)
+        wrong = differences(mine, other)
+        right = sum(example.right for example in mine)
+        cut = sum(any(len(ids) >= max_seq_len for ids, _ in example.rows) for example in mine)
+        counts = f"{len(mine)} examples, {right} right, {cut} cut, {len(wrong)} differences"
+        print(f"{key}: {counts}", *wrong[:3], sep="\n  ", flush=True)
+        n_examples, n_wrong = n_examples + len(mine), n_wrong + len(wrong)
+    return n_examples, n_wrong
 
 
 def settings_of(row: dict[str, Any]) -> dict[str, Any]:

@@ -61,7 +61,8 @@ def attention(
 
 def flex_runs_for(q_BTHK: Tensor, mask: Mask) -> bool:
     """Whether flex_attention computes this call: many queries on a GPU, in widths that its kernels take."""
-    return q_BTHK.is_cuda and mask.n_queries >= MIN_FLEX_QUERIES and q_BTHK.shape[-1] in FLEX_WIDTHS
+    knows_the_rule = type(mask) is Mask
+    return knows_the_rule and q_BTHK.is_cuda and mask.n_queries >= MIN_FLEX_QUERIES and q_BTHK.shape[-1] in FLEX_WIDTHS
 
 
 def by_flex(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Mask, *, compiled: bool) -> Tensor:

@@ -23,6 +23,7 @@ from open_lm.model.parametrization import branch_divisor, embedding_std, output_
 from open_lm.model.rotary import Angles
 from open_lm.model.slots import SlotCache
 from open_lm.model.split import TensorPlan, Tokens, Vocabulary
+from open_lm.model.trees import Trees
 from open_lm.model.variants import FEED_FORWARDS
 
 Placed = tuple[Tensor, Mask, Sequence[LayerCache | None]]
@@ -117,7 +118,7 @@ class Transformer(nn.Module):
         attention_mask_BT: Tensor | None = None,
         *,
         documents_BT: Tensor | None = None,
-        part: SequencePart | None = None,
+        part: SequencePart | Trees | None = None,
         head: Callable[..., Any] | None = None,
     ) -> Any:
         """`(logits_BTV in fp32, hidden_BTD, past_key_values)`, or `head(hidden_BTD, output_VD)` when a head is given.
@@ -128,8 +129,8 @@ class Transformer(nn.Module):
         run on, which changes nothing: every embedding here is blind to an offset. It excludes cache and padding.
         `attention_mask_BT` is 0 (or false) on positions that are padding, those in the cache included. With `use_cache`
         the returned `past_key_values` continue from here; a StaticCache given as `past_key_values` is itself extended.
-        With `part`, `input_ids_BT` are this rank's positions of sequences that ranks share out; `documents_BT` are of
-        the whole sequences.
+        With a SequencePart as `part`, `input_ids_BT` are this rank's positions of sequences that ranks share out, and
+        `documents_BT` are of the whole sequences; with Trees, they are one row of the nodes of these.
         """
         cache: Any = past_key_values
         if not isinstance(cache, StaticCache) and (use_cache or cache):
@@ -161,8 +162,8 @@ class Transformer(nn.Module):
         caches = [None] * len(self.layers) if cache is None else cache.layers
         return torch.arange(n_past, n_keys, device=ids_BT.device), mask, caches
 
-    def _placed_in(self, part: SequencePart, ids_BT: Tensor, documents_BS: Tensor | None) -> Placed:
-        """The positions of one rank, which reads the others' keys and values as a layer reads a cache."""
+    def _placed_in(self, part: SequencePart | Trees, ids_BT: Tensor, documents_BS: Tensor | None) -> Placed:
+        """As `part` says, which gives layers the keys and values as a cache does."""
         n_local, device = ids_BT.shape[1], ids_BT.device
         mask = part.mask(n_local, device, reach=self.reach, documents_BS=documents_BS)
         return part.positions(n_local, device), mask, [part] * len(self.layers)

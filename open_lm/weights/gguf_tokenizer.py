@@ -40,23 +40,35 @@ def gguf_tokenizer(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
         raise ConfigError("--to gguf: the tokenizer is no byte-level BPE. Export without it: --tokenizer none.")
     names, kinds = vocabulary(values, vocab_size)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    before, after = put_around(tokenizer)
     bos = tokenizer.special_tokens.get("bos_token")
-    begin = next((number for number, name in enumerate(names) if name == bos), tokenizer.eot_id)
-    adds_bos = (values.get("post_processor") or {}).get("type") == "TemplateProcessing"
+    begin = (
+        before[0] if before else next((number for number, name in enumerate(names) if name == bos), tokenizer.eot_id)
+    )
     metadata: dict[str, Any] = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre_tokenizer_name(values),
         "tokenizer.ggml.tokens": names,
         "tokenizer.ggml.token_type": kinds,
         "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.add_bos_token": adds_bos,
-        "tokenizer.ggml.add_eos_token": False,
+        "tokenizer.ggml.add_bos_token": bool(before),
+        "tokenizer.ggml.add_eos_token": after == [tokenizer.eot_id],
         "tokenizer.ggml.bos_token_id": begin,
         "tokenizer.ggml.eos_token_id": tokenizer.eot_id,
         "tokenizer.ggml.padding_token_id": tokenizer.pad_id,
     }
     template = tokenizer.chat_template
     return metadata | ({"tokenizer.chat_template": template} if template else {})
+
+
+def put_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts before and behind a text, however its post-processor is written."""
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_str(tokenizer.to_json())
+    plain, whole = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
+    start = next(n for n in range(len(whole)) if whole[n : n + len(plain)] == plain)
+    return whole[:start], whole[start + len(plain) :]
 
 
 def vocabulary(values: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:

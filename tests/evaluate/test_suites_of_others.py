@@ -82,7 +82,7 @@ def test_scores_of_attention_scaled_by_length_do_not_depend_on_the_batch(tmp_pat
 
     def scores(chosen):
         questions = [Question((choice,), 0, False) for choice in chosen]
-        batches = plan_batches(questions, 4096, share_contexts=scorer.shares_contexts)
+        batches = plan_batches(questions, 4096, share_beginnings=scorer.runs_trees)
         return {name: score for batch in batches for name, score in scorer.score(batch).items()}
 
     together = scores(choices)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 STEP, PARALLEL, OPTIM, MUON = (f"open_lm/train/{name}.py" for name in ("step", "parallel", "optim", "muon"))
 CHECKPOINT, DATA = "open_lm/checkpoint", "open_lm/data"
-SCORING, METRICS = "open_lm/evaluate/engine/scoring.py", "open_lm/evaluate/engine/metrics.py"
+SCORING, METRICS, BATCHING = (f"open_lm/evaluate/engine/{name}.py" for name in ("scoring", "metrics", "batching"))
 OWNERSHIP, CORNERS = "tests/checkpoint/test_ownership.py", "tests/commands/test_resume_corners.py"
 
 
@@ -209,11 +209,25 @@ PLANTED = [
     ),
     # scoring
     *_of(
+        BATCHING,
+        "tests/evaluate/icl/test_icl_scoring.py tests/evaluate/icl/test_icl_engine.py",
+        ("self.choice.continuation[:-1]", "self.choice.continuation"),
+        ("len(choice.context) - 1 :", "len(choice.context) :"),
+        ("range(n_shared, len(ids))", "range(n_before, len(self.tokens))"),
+        ("self.ends[node] = len(self.tokens)", "self.ends[node] = len(self.tokens) - 1"),
+    ),
+    *_of(
         SCORING,
         "tests/evaluate/icl/test_icl_scoring.py tests/evaluate/icl/test_icl_engine.py",
-        ("context + continuation[:-1] for", "context + continuation for"),
-        ("[len(context) - 1 for context, _ in pairs]", "[len(context) for context, _ in pairs]"),
-        ("starts = [max(given, 1) for given in n_given]", "starts = [given for given in n_given]"),
+        ("torch.empty_like(stats_N4).index_copy_(0, order_N, stats_N4)", "stats_N4"),
+        ("row * longest + node", "row * len(tree.tree.tokens) + node"),
+        ("sum(losses) / n, all(greedy)", "sum(losses), all(greedy)"),
+    ),
+    *_of(
+        "open_lm/model/trees.py",
+        "tests/evaluate/icl/test_icl_scoring.py",
+        ("queries_T1 < self.ends_BL[:, None, keys]", "queries_T1 <= self.ends_BL[:, None, keys]"),
+        ("self.depths_BL[:, queries, None] - self.window", "queries_T1 - self.window"),
     ),
     *_of(
         METRICS,

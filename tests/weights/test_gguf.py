@@ -187,3 +187,25 @@ def test_tokenizers_that_split_in_ways_without_a_name_are_refused(tmp_path):
         path = save_tokenizer(tmp_path, pre, normalizer)
         with pytest.raises(ConfigError, match="no name known here"):
             gguf_tokenizer(load_tokenizer(str(path)), 430)
+
+
+@pytest.mark.parametrize("as_sequence", [False, True])
+def test_what_a_tokenizer_puts_around_a_text_is_in_the_file_however_it_says_so(tmp_path, as_sequence):
+    from tokenizers import Tokenizer, pre_tokenizers, processors
+
+    from open_lm.data.tokenizer import load_tokenizer
+    from open_lm.weights.gguf_tokenizer import gguf_tokenizer
+
+    path = save_tokenizer(tmp_path, pre_tokenizers.ByteLevel(add_prefix_space=False))
+    found = []
+    for template in ("$A", "<|padding|> $A", "<|padding|> $A <|endoftext|>"):
+        made = Tokenizer.from_file(str(path))
+        special = [(name, made.token_to_id(name)) for name in ("<|padding|>", "<|endoftext|>")]
+        post = processors.TemplateProcessing(single=template, special_tokens=special)
+        steps = [processors.ByteLevel(trim_offsets=False), post]  # as in Llama 3's tokenizer.json
+        made.post_processor = processors.Sequence(steps) if as_sequence else post
+        made.save(str(tmp_path / "around.json"))
+        metadata = gguf_tokenizer(load_tokenizer(str(tmp_path / "around.json")), 430)
+        found.append(tuple(metadata[f"tokenizer.ggml.{key}"] for key in ("add_bos_token", "add_eos_token")))
+        assert metadata["tokenizer.ggml.bos_token_id"] == (made.token_to_id("<|padding|>") if found[-1][0] else 0)
+    assert found == [(False, False), (True, False), (True, True)]

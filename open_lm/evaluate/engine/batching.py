@@ -1,166 +1,194 @@
-"""Batching of sequences by length, with little or no padding."""
+"""Batching of sequences: those that begin alike as one tree, each distinct beginning once."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from open_lm.evaluate.engine.encode import Question
+from open_lm.evaluate.engine.encode import Choice, Question
+from open_lm.model.trees import TokenTree
 
-PADDED_SHARE = 4
-"""Prefixes of a batch are padded by at most this part of the shortest."""
-FEW_TOKENS = 128
-"""Tails of fewer tokens are joined by longer ones: products of so few rows take longer for each."""
-ENOUGH_SHARE = 8
-"""Prefixes that fill this part of the tokens of a batch take in no longer ones."""
+LARGEST_TREE = 4096
+"""Nodes; attention computes with the square of them."""
+NODES_OF_A_SHARED_TOKEN = 512
+"""A sequence joins a tree of n nodes by m of its own if it shares at least n·m / this of its tokens: attention between
+the two is computed and thrown away, which costs what the other layers save, at a width of 150."""
+
+
+BLOCK_TOKENS = 1 << 20
+"""Sequences are sorted in blocks of so many tokens: choices share their contexts in memory, sorted they are copies."""
+
+
+class Sequenced(NamedTuple):
+    """A choice and its `name` = (question, choice)."""
+
+    choice: Choice
+    name: tuple[int, int]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """What the model reads."""
+        return self.choice.context + self.choice.continuation[:-1]
+
+
+class PlannedTree(NamedTuple):
+    """Sequences in order of their ids that will be one tree; `is_chain` where each begins as the next does."""
+
+    sequences: tuple[Sequenced, ...]
+    n_nodes: int
+    is_chain: bool
 
 
 @dataclass(frozen=True)
-class Scored:
-    """A prefix and the tails that follow it: choices `names` = (question, choice) of the task.
+class ScoringTree:
+    """A tree and the choices whose sequences are in it: nodes `places[i]` predict the tokens `targets[i]` of choice
+    `names[i]` = (question, choice)."""
 
-    The first `n_given` tokens of a tail belong to its context, which begins with the prefix; the others are scored.
-    """
-
-    prefix: tuple[int, ...]
-    tails: tuple[tuple[int, ...], ...]
-    n_given: tuple[int, ...]
+    tree: TokenTree
     names: tuple[tuple[int, int], ...]
-
-    @property
-    def n_scored(self) -> list[int]:
-        """Number of scored tokens of each tail."""
-        return [len(tail) - given for tail, given in zip(self.tails, self.n_given, strict=True)]
+    places: tuple[tuple[int, ...], ...]
+    targets: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
 class ScoringBatch:
-    """Items that run together.
+    """Trees that run together, in one forward pass."""
 
-    `shares_context`: prefixes run once, padded on the left where they are not equally long, and the tails run from
-    their caches. Otherwise each item has one tail, and both run as one sequence.
-    """
-
-    items: tuple[Scored, ...]
-    shares_context: bool
+    planned: tuple[PlannedTree, ...]
 
     @property
-    def n_forwards(self) -> int:
-        """Number of runs of the model."""
-        return 1 + len(self.tail_groups) if self.shares_context else 1
-
-    @property
-    def tail_groups(self) -> list[list[int]]:
-        """Tails that run together after the prefixes, by their number in the batch, about equally long; those of one
-        token are not among them: they need only what follows the prefix."""
-        n_inputs = [len(tail) - 1 for item in self.items for tail in item.tails]
-        groups: list[list[int]] = []
-        for row in sorted((row for row, n in enumerate(n_inputs) if n), key=lambda row: n_inputs[row]):
-            shortest = n_inputs[groups[-1][0]] if groups else 0
-            alike = n_inputs[row] <= shortest + max(1, shortest // PADDED_SHARE)
-            if groups and (alike or len(groups[-1]) * shortest < FEW_TOKENS):
-                groups[-1].append(row)
-            else:
-                groups.append([row])
-        return groups
+    def trees(self) -> list[ScoringTree]:
+        """The trees, made when they are asked for: they take many times the memory of their sequences."""
+        return [_grown(planned.sequences) for planned in self.planned]
 
     @property
     def n_questions(self) -> int:
         """Number of questions that begin in this batch; over all batches each counts once."""
-        return sum(choice == 0 for item in self.items for _, choice in item.names)
+        return sum(sequence.name[1] == 0 for planned in self.planned for sequence in planned.sequences)
 
-
-def scored_items(questions: Sequence[Question], *, share_contexts: bool) -> list[Scored]:
-    """The sequences to run for every question; one item a choice without sharing.
-
-    Choices of one context share it. Those of several share what these begin with, if it is most of the longest: the
-    contexts of a schema differ in their last words.
-    """
-    items = []
-    for number, question in enumerate(questions):
-        by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for index, choice in enumerate(question.choices):
-            by_context[choice.context].append(index)
-        if not share_contexts:
-            groups = [(question.choices[index].context, [index]) for index in range(len(question.choices))]
-        elif 2 * len(prefix := common_prefix(list(by_context))) > max(map(len, by_context)):
-            groups = [(prefix, list(range(len(question.choices))))]
-        else:
-            groups = list(by_context.items())
-        items += [_item(number, question, prefix, chosen) for prefix, chosen in groups]
-    return items
-
-
-def common_prefix(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The common prefix of all `sequences`: that of the first and the last of them in sorted order."""
-    first, last = min(sequences), max(sequences)
-    n_same = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return first[:n_same]
-
-
-def _item(number: int, question: Question, prefix: tuple[int, ...], chosen: Sequence[int]) -> Scored:
-    choices = [question.choices[index] for index in chosen]
-    return Scored(
-        prefix,
-        tuple((*choice.context[len(prefix) :], *choice.continuation) for choice in choices),
-        tuple(len(choice.context) - len(prefix) for choice in choices),
-        tuple((number, index) for index in chosen),
-    )
+    @property
+    def n_nodes(self) -> int:
+        """Tokens that the model reads."""
+        return sum(planned.n_nodes for planned in self.planned)
 
 
 def plan_batches(
-    questions: Sequence[Question], budget_tokens: int, *, share_contexts: bool = True
+    questions: Sequence[Question], budget_tokens: int, *, share_beginnings: bool = True
 ) -> list[ScoringBatch]:
     """Every choice of every question in exactly one batch, the largest batches first.
 
-    A batch holds at most `budget_tokens` tokens with its padding, but always at least one item.
+    A batch holds at most `budget_tokens` tokens, but always at least one sequence; without `share_beginnings` each
+    sequence is a tree of its own, and what pads them to the longest counts too.
     """
-    items = scored_items(questions, share_contexts=share_contexts)
-    shared = [item for item in items if len(item.tails) > 1]
-    single = [item for item in items if len(item.tails) == 1]
-    batches = [ScoringBatch(batch, True) for batch in _by_prefix(shared, budget_tokens)]
-    batches += [ScoringBatch(batch, False) for batch in _by_length(single, budget_tokens)]
-    return sorted(batches, key=_n_tokens, reverse=True)
+    most = min(LARGEST_TREE, budget_tokens) if share_beginnings else 0
+    trees = [tree for block in _blocks(questions) for tree in planned_trees(block, most)]
+    trees.sort(key=lambda tree: (not tree.is_chain, tree.n_nodes))
+    batches = list(_within(trees, budget_tokens, padded=not share_beginnings))
+    return sorted(batches, key=lambda batch: batch.n_nodes, reverse=True)
 
 
-def _by_prefix(items: Iterable[Scored], budget: int) -> Iterator[tuple[Scored, ...]]:
-    """Items with equally long prefixes; where they are few, longer ones join them, since small products are slow."""
-    batch: list[Scored] = []
-    n_rows = longest = 0
-    for item in sorted(items, key=lambda item: (len(item.prefix), _longest(item))):
-        n_rows, longest = n_rows + len(item.tails), max(longest, _longest(item))
-        if batch:
-            shortest = len(batch[0].prefix)
-            too_long = len(item.prefix) > shortest + max(1, shortest // PADDED_SHARE)
-            enough = len(batch) * shortest * ENOUGH_SHARE > budget
-            too_many = n_rows * (len(item.prefix) + longest) > budget
-            if too_many or (len(item.prefix) > shortest and (too_long or enough)):
-                yield tuple(batch)
-                batch, n_rows, longest = [], len(item.tails), _longest(item)
-        batch.append(item)
+def _blocks(questions: Sequence[Question]) -> Iterator[list[Sequenced]]:
+    """The choices of all questions, contexts that begin alike near each other; a block is in order of its ids."""
+    block: list[Sequenced] = []
+    n_tokens = 0
+    for number in sorted(range(len(questions)), key=lambda number: questions[number].choices[0].context):
+        choices = questions[number].choices
+        size = sum(len(choice.context) + len(choice.continuation) for choice in choices)
+        if block and n_tokens + size > BLOCK_TOKENS:
+            yield sorted(block, key=lambda sequence: sequence.ids)
+            block, n_tokens = [], 0
+        block += [Sequenced(choice, (number, index)) for index, choice in enumerate(choices)]
+        n_tokens += size
+    yield sorted(block, key=lambda sequence: sequence.ids)
+
+
+def planned_trees(sequences: Sequence[Sequenced], most_nodes: int) -> Iterator[PlannedTree]:
+    """Neighbours among `sequences`, which are in order of their ids, as one tree where that saves work."""
+    group: list[Sequenced] = []
+    last: tuple[int, ...] = ()
+    n_nodes, is_chain = 0, True
+    for sequence in sequences:
+        ids = sequence.ids
+        n_shared = n_common(last, ids)
+        n_new = len(ids) - n_shared
+        joins = 0 < n_nodes + n_new <= most_nodes and n_shared * NODES_OF_A_SHARED_TOKEN >= max(1, n_nodes * n_new)
+        if group and not joins:
+            yield PlannedTree(tuple(group), n_nodes, is_chain)
+            group, n_nodes, n_new, is_chain = [], 0, len(ids), True
+        is_chain = is_chain and (not group or n_shared == len(last))
+        group.append(sequence)
+        n_nodes, last = n_nodes + n_new, ids
+    if group:
+        yield PlannedTree(tuple(group), n_nodes, is_chain)
+
+
+def n_common(first: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """Number of tokens that both begin with."""
+    shorter = min(len(first), len(other))
+    if first[:shorter] == other[:shorter]:
+        return shorter
+    return next(n for n, (a, b) in enumerate(zip(first, other, strict=False)) if a != b)
+
+
+def _grown(sequences: Sequence[Sequenced]) -> ScoringTree:
+    """The tree of `sequences`, which are in order of their ids."""
+    growing = _Growing()
+    for sequence in sequences:
+        growing.add(sequence)
+    return growing.done()
+
+
+class _Growing:
+    """A tree to which sequences are added in order."""
+
+    def __init__(self) -> None:
+        self._last: tuple[int, ...] = ()
+        self.tokens: list[int] = []
+        self.depths: list[int] = []
+        self.ends: list[int] = []
+        self.names: list[tuple[int, int]] = []
+        self.places: list[tuple[int, ...]] = []
+        self.targets: list[tuple[int, ...]] = []
+        self._path: list[int] = []  # the nodes of the last sequence
+
+    def add(self, sequence: Sequenced) -> None:
+        """Put `sequence` in, below what it shares with the one before."""
+        ids, choice = sequence.ids, sequence.choice
+        n_shared = n_common(self._last, ids)
+        self._close(n_shared)
+        n_before = len(self.tokens)
+        self.tokens += ids[n_shared:]
+        self.depths += range(n_shared, len(ids))
+        self.ends += [0] * (len(self.tokens) - n_before)
+        self._path += range(n_before, len(self.tokens))
+        self._last = ids
+        self.names.append(sequence.name)
+        self.places.append(tuple(self._path[len(choice.context) - 1 :]))
+        self.targets.append(choice.continuation)
+
+    def done(self) -> ScoringTree:
+        """The whole tree."""
+        self._close(0)
+        tree = TokenTree(tuple(self.tokens), tuple(self.depths), tuple(self.ends))
+        return ScoringTree(tree, tuple(self.names), tuple(self.places), tuple(self.targets))
+
+    def _close(self, depth: int) -> None:
+        """Nothing more comes below the nodes of the last sequence from `depth` on."""
+        for node in self._path[depth:]:
+            self.ends[node] = len(self.tokens)
+        del self._path[depth:]
+
+
+def _within(trees: Sequence[PlannedTree], budget: int, *, padded: bool) -> Iterator[ScoringBatch]:
+    """`trees`, in order of their size, in batches of at most `budget` tokens."""
+    batch: list[PlannedTree] = []
+    n_nodes = 0
+    for tree in trees:
+        n_nodes = (len(batch) + 1) * tree.n_nodes if padded else n_nodes + tree.n_nodes
+        if batch and n_nodes > budget:
+            yield ScoringBatch(tuple(batch))
+            batch, n_nodes = [], tree.n_nodes
+        batch.append(tree)
     if batch:
-        yield tuple(batch)
-
-
-def _by_length(items: Iterable[Scored], budget: int) -> Iterator[tuple[Scored, ...]]:
-    batch: list[Scored] = []
-    for item in sorted(items, key=_length):
-        if batch and (len(batch) + 1) * _length(item) > budget:
-            yield tuple(batch)
-            batch = []
-        batch.append(item)
-    if batch:
-        yield tuple(batch)
-
-
-def _longest(item: Scored) -> int:
-    return max(map(len, item.tails))
-
-
-def _length(item: Scored) -> int:
-    return len(item.prefix) + _longest(item)
-
-
-def _n_tokens(batch: ScoringBatch) -> int:
-    return sum(len(item.prefix) + sum(map(len, item.tails)) for item in batch.items)
+        yield ScoringBatch(tuple(batch))

@@ -107,7 +107,7 @@ class AnswerWriter:
 
     @torch.no_grad()
     def _write_batch(self, batch: list[EncodedPrompt], n_new: int, stops: Sequence[str]) -> list[str]:
-        cache = ContextCache(self.scorer.n_layers) if self.scorer.shares_contexts else None
+        cache = ContextCache(self.scorer.n_layers) if self.scorer.runs_trees else None
         ids_BT = torch.tensor([asked.ids for asked in batch], dtype=torch.long, device=self.scorer.device)
         tokens: list[list[int]] = [[] for _ in batch]
         ended = [False] * len(batch)

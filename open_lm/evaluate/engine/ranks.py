@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from open_lm.distributed import World
-from open_lm.evaluate.engine.batching import ScoringBatch, plan_batches
+from open_lm.evaluate.engine.batching import plan_batches
 from open_lm.evaluate.engine.encode import Question
 from open_lm.evaluate.engine.scoring import Score, Scorer
 from open_lm.progress import CountDone
@@ -27,13 +27,13 @@ def score_questions(
     n_shares = world.shape.n_shares
     one_by_one = scorer.scales_with_length  # a batch is one forward pass, which the ranks count
     budget = 1 if one_by_one else _budget_tokens(questions, batch_tokens, n_shares)
-    batches = plan_batches(questions, budget, share_contexts=scorer.shares_contexts)
+    batches = plan_batches(questions, budget, share_beginnings=scorer.runs_trees)
     mine = batches[world.share_rank :: n_shares]
     scores: dict[tuple[int, int], Score] = {}
     for batch in mine:
         scores.update(scorer.score(batch))
         progress(batch.n_questions)
-    scorer.idle(_most_forwards(batches, n_shares) - sum(batch.n_forwards for batch in mine))
+    scorer.idle(-(-len(batches) // n_shares) - len(mine))
     return {name: score for share in world.gather(scores) for name, score in share.items()}
 
 
@@ -43,8 +43,3 @@ def _budget_tokens(questions: Sequence[Question], batch_tokens: int, n_shares: i
         return batch_tokens
     total = sum(len(c.context) + len(c.continuation) for question in questions for c in question.choices)
     return min(batch_tokens, max(1, total // (BATCHES_PER_RANK * n_shares)))
-
-
-def _most_forwards(batches: Sequence[ScoringBatch], n_ranks: int) -> int:
-    """The forward passes of the rank that has most."""
-    return max(sum(batch.n_forwards for batch in batches[rank::n_ranks]) for rank in range(n_ranks))

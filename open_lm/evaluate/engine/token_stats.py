@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from open_lm.kernels.dense_linear import linear, runs_for
+
 CHUNK_ROWS = 512
 TILE_COLUMNS = 2048
 """A tile of 4 MiB stays near a CPU core: it is written, searched for its largest and summed there, which takes 0.65
@@ -77,10 +79,17 @@ def token_stats(hidden_MD: Tensor, weight_VD: Tensor, row_N: Tensor, target_N: T
             chunk = _empty_chunk(len(hidden_RD), row_N[begin:end] - first, target_N[begin:end])
             for number, start in enumerate(range(0, n_tokens, n_columns)):
                 weight_CD = weight_VD[start : start + n_columns].to(dtype)
-                tile_RC = memory[: len(hidden_RD) * len(weight_CD)].view(len(hidden_RD), len(weight_CD))
-                chunk.add(number, start, torch.mm(hidden_RD, weight_CD.t(), out=tile_RC).float())
+                chunk.add(number, start, _product(hidden_RD, weight_CD, memory).float())
             parts.append(chunk.stats())
     return torch.cat(parts)
+
+
+def _product(hidden_RD: Tensor, weight_CD: Tensor, memory: Tensor) -> Tensor:
+    """Logits of a tile, in `memory` unless oneDNN computes them."""
+    if runs_for(hidden_RD, weight_CD):
+        return linear(hidden_RD, weight_CD)
+    tile_RC = memory[: len(hidden_RD) * len(weight_CD)].view(len(hidden_RD), len(weight_CD))
+    return torch.mm(hidden_RD, weight_CD.t(), out=tile_RC)
 
 
 def _empty_chunk(n_rows: int, row_N: Tensor, target_N: Tensor) -> _TileStats:

@@ -79,7 +79,7 @@ class MultipleChoice(TaskType):
 
     def checked(self, row: TaskRow, task: EvalTask, where: str) -> TaskRow:
         text_of(row, task.context_key, where)
-        _require_gold(row, _texts(row, task.choices_key, where, at_least=2), where)
+        _require_gold(row, _texts(row, task.choices_key, where, at_least=1), where)
         return row
 
     def answer(self, task: EvalTask, row: TaskRow) -> str:
@@ -113,7 +113,7 @@ class Schema(TaskType):
 
     def checked(self, row: TaskRow, task: EvalTask, where: str) -> TaskRow:
         text_of(row, "continuation", where, empty=False)
-        _require_gold(row, _texts(row, task.choices_key, where, at_least=2), where)
+        _require_gold(row, _texts(row, task.choices_key, where, at_least=1), where)
         return row
 
     def shot(self, task: EvalTask, row: TaskRow, preceding: str) -> str:

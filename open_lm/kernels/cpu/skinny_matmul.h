@@ -8,6 +8,7 @@ namespace {
 
 constexpr int64_t ROWS_AT_ONCE = 8;      // of x, whose sums fit the registers
 constexpr int64_t SLAB_BYTES = 1 << 16;  // of W that stay cached until all rows of x have met them
+constexpr int64_t STEPS_AHEAD = 6;       // vectors of a row of W
 constexpr int64_t PARTS = 24;            // rows of a slab are a multiple of it, and so of every block's
 
 // How many elements a vector has.
@@ -37,26 +38,43 @@ inline __m512 multiplied(__m512i w, __m512i x, __m512 sum) {
 #endif
 }
 
+// The sums of four vectors; each is added up in the same order, wherever it stands among the four.
+inline void add_up(const __m512* from, float* sums) {
+  const auto halved = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  };
+  const __m512d first = _mm512_castps_pd(halved(from[0], from[1])), second = _mm512_castps_pd(halved(from[2], from[3]));
+  const __m512 lanes = _mm512_add_ps(
+      _mm512_castpd_ps(_mm512_unpacklo_pd(first, second)), _mm512_castpd_ps(_mm512_unpackhi_pd(first, second)));
+  const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(lanes), 1));
+  const __m256 pairs = _mm256_add_ps(_mm512_castps512_ps256(lanes), upper);
+  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+}
+
 // out[r][j] for R rows of x and J rows of W.
 template <class Element, int R, int J, class Out>
 void block(const Element* x, const Element* w, int64_t dim, Out* out, int64_t out_stride) {
-  __m512 sum[J][R];
-  for (int j = 0; j < J; j++)
-    for (int r = 0; r < R; r++) sum[j][r] = _mm512_setzero_ps();
+  constexpr int N = (J * R + 3) / 4 * 4;
+  __m512 sum[N];
+  for (int i = 0; i < N; i++) sum[i] = _mm512_setzero_ps();
   for (int64_t d = 0; d < dim; d += STEP<Element>) {
     decltype(loaded(w)) part[J];
     for (int j = 0; j < J; j++) {
       const Element* from = w + j * dim + d;
-      _mm_prefetch(reinterpret_cast<const char*>(from + 2 * J * dim), _MM_HINT_T0);  // for the block after the next
+      // Blocks ahead to the second cache: in the first, which holds x, there is room for a few steps ahead.
+      _mm_prefetch(reinterpret_cast<const char*>(from + 2 * J * dim), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(from + STEPS_AHEAD * STEP<Element>), _MM_HINT_T0);
       part[j] = loaded(from);
     }
     for (int r = 0; r < R; r++) {
       const auto factor = loaded(x + r * dim + d);
-      for (int j = 0; j < J; j++) sum[j][r] = multiplied(part[j], factor, sum[j][r]);
+      for (int j = 0; j < J; j++) sum[j * R + r] = multiplied(part[j], factor, sum[j * R + r]);
     }
   }
+  float sums[N];
+  for (int i = 0; i < N; i += 4) add_up(sum + i, sums + i);
   for (int r = 0; r < R; r++)
-    for (int j = 0; j < J; j++) out[r * out_stride + j] = _mm512_reduce_add_ps(sum[j][r]);
+    for (int j = 0; j < J; j++) out[r * out_stride + j] = sums[j * R + r];
 }
 
 template <class Element, int R, class Out>

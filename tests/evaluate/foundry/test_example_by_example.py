@@ -55,20 +55,12 @@ def tasks(folder):
         yield task_of(file, kind, label=path.stem, num_fewshot=[0, 1], **settings)
 
 
-def trained(tokenizer):
-    """A model that has read the sample files until it knows some answers."""
-    model = tiny_model(seed=1, seq_len=SEQ_LEN).train()
+def one_that_read_the_samples(tokenizer):
+    """A model that knows some answers."""
+    from foundry_examples import trained
+
     text = "\n".join(Path(sample(name)).read_text() for name in ("python_words", "python_choices", "short_answers"))
-    ids = torch.tensor(tokenizer.encode(text))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step in range(60):
-        starts = torch.randint(len(ids) - 97, (8,), generator=torch.Generator().manual_seed(step))
-        batch = torch.stack([ids[start : start + 97] for start in starts.tolist()])
-        loss = torch.nn.functional.cross_entropy(model(batch[:, :-1])[0].flatten(0, 1), batch[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model.eval()
+    return trained(tiny_model(seed=1, seq_len=SEQ_LEN), torch.tensor(tokenizer.encode(text)))
 
 
 @pytest.mark.parametrize("kind", ["random", "trained"])
@@ -77,7 +69,7 @@ def test_every_example_of_every_task_is_llm_foundrys(tokenizer, suite, kind):
 
     from open_lm.evaluate.foundry.runner import FoundryRunner
 
-    model = tiny_model(seed=3, seq_len=SEQ_LEN) if kind == "random" else trained(tokenizer)
+    model = tiny_model(seed=3, seq_len=SEQ_LEN) if kind == "random" else one_that_read_the_samples(tokenizer)
     eval_model = EvalModel(model, tokenizer, SEQ_LEN, 400, CheckpointRecords("tiny", "", "", tokenizer.name))
     native, foundry = (runner(eval_model, suite, World(), SEQ_LEN, "fp32") for runner in (NativeRunner, FoundryRunner))
     wrong, verdicts, truncated = {}, set(), 0
@@ -89,3 +81,50 @@ def test_every_example_of_every_task_is_llm_foundrys(tokenizer, suite, kind):
     assert {key: found for key, found in wrong.items() if found} == {}
     assert verdicts == {True, False}
     assert truncated > 0
+
+
+ODD = {
+    "letters": ("multiple_choice", [
+        {"query": "Ñandú — 中文 \U0001f9d1\u200d\U0001f33e e\u0301 \u202eabc", "choices": ["naïve", "日本"], "gold": 1},
+        {"query": "\U0001f600", "choices": ["\U0001f600", "\U0001f600\U0001f601"], "gold": 1},
+        {"query": "a line\nand\ta tab  two spaces ", "choices": ["  x", "x ", "x\n\ny"], "gold": 1},
+        {"query": "the same twice", "choices": ["y", "y"], "gold": 1},
+        {"query": "only", "choices": ["one"], "gold": 0},
+        {"query": "many", "choices": [f"number {n}" for n in range(12)], "gold": 11},
+        {"query": "<|endoftext|> inside", "choices": ["<|endoftext|>", "end"], "gold": 0},
+        {"query": "", "choices": ["nothing", "something"], "gold": 1},
+    ]),
+    "long": ("multiple_choice", [
+        {"query": "long " * 300, "choices": ["one two", "three " * 40], "gold": 0},
+        {"query": "short", "choices": ["word " * 30, "w"], "gold": 1},
+    ]),
+    "named groups": ("language_modeling", [
+        {"context": f"{n} and", "continuation": f"{n + 1}", "category": category}
+        for category in ("two words", "a-b (c)", "Ünï", "x") for n in range(3)
+    ]),
+    "pronouns": ("schema", [
+        {"context_options": ["Tom", "The  very old\u00a0man from Łódź"], "continuation": "sat.", "gold": 1},
+        {"context_options": ["a", "a b", "a b c"], "continuation": "a b c d", "gold": 0},
+        {"context_options": ["it"], "continuation": "rains", "gold": 0},
+    ]),
+    "answers": ("generation_task_with_answers", [
+        {"context": "Q: ¿qué?", "answer": "é", "aliases": ["é", "e\u0301", "The É!"]},
+        {"context": "x " * 200, "answer": "y", "aliases": ["y", "a y"]},
+    ]),
+}  # fmt: skip
+"""What a file may hold: letters of all kinds, one choice, many, equal ones, empty queries, categories of any name."""
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_files_are_read_as_llm_foundry_reads_them(name, tokenizer, tmp_path):
+    from foundry_examples import compare_file
+
+    kind, rows = ODD[name]
+    model = one_that_read_the_samples(tokenizer)
+    eval_model = EvalModel(model, tokenizer, SEQ_LEN, 400, CheckpointRecords("tiny", "", "", tokenizer.name))
+    path = write_rows(tmp_path / f"{name}.jsonl", rows)
+    categories = {"has_categories": True} if "category" in rows[0] else {}
+    for delimiter in (" ", "\nAnswer: "):
+        settings = {"kind": kind, "continuation_delimiter": delimiter, "prompt_string": "Now:\n", **categories}
+        n_examples, n_wrong = compare_file(eval_model, path, [0, 1], SEQ_LEN, settings)
+        assert (n_examples, n_wrong) == (2 * len(rows), 0)

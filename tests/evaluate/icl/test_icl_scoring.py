@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from icl_setup import tiny_model
 
-from open_lm.evaluate.engine.batching import plan_batches, scored_items
+from open_lm.evaluate.engine.batching import plan_batches
 from open_lm.evaluate.engine.encode import Choice, Question
 from open_lm.evaluate.engine.metrics import measure
 from open_lm.evaluate.engine.scoring import Score, Scorer
@@ -43,7 +43,7 @@ def reference(model, context, continuation):
 
 def scores_of(model, asked, budget, share=True):
     scorer = Scorer(model, torch.device("cpu"), Precision("fp32", "cpu"))
-    batches = plan_batches(asked, budget, share_contexts=share)
+    batches = plan_batches(asked, budget, share_beginnings=share)
     found = [scorer.score(batch) for batch in batches]
     assert sum(len(part) for part in found) == sum(len(question.choices) for question in asked)
     return {name: score for part in found for name, score in part.items()}
@@ -70,47 +70,76 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_prefixes_of_several_lengths_run_together_in_every_kind_of_model(kind):
+def test_sequences_that_begin_alike_run_once_in_every_kind_of_model(kind):
     model = tiny_model(**KINDS[kind])
-    same = tuple(Choice((5, 6, 7, 8), continuation) for continuation in ((8,), (9, 10, 11)))
+    same = tuple(Choice((5, 6, 7, 8), continuation) for continuation in ((8,), (9, 10, 11), (9, 10, 12, 13)))
     longer = tuple(Choice((5, 6, 7, 8, 9, *ending), (12, 13)) for ending in ((), (14,), (15, 16)))
-    asked = [Question(choices, 0, False) for choices in (same, longer)]
-    (batch,) = plan_batches(asked, 4096)
-    assert [len(item.prefix) for item in batch.items] == [4, 5] and batch.n_forwards == 2
+    apart = tuple(Choice((1, *range(n, n + 9)), (7, 7)) for n in (20, 40, 60))
+    chains = tuple(Choice((n, 3, 2), (n, *range(n % 7))) for n in range(30, 36))
+    asked = [Question(choices, 0, False) for choices in (same, longer, apart, chains)]
     scores = scores_of(model, asked, 4096)
-    for number, choices in enumerate((same, longer)):
-        for index, choice in enumerate(choices):
+    for number, question in enumerate(asked):
+        for index, choice in enumerate(question.choices):
             expected = reference(model, choice.context, choice.continuation)
             assert scores[number, index] == pytest.approx(expected, rel=2e-4)
 
 
-def test_what_the_contexts_of_a_schema_have_in_common_runs_once():
-    alike = [Choice((1, 2, 3, 4, *ending), (9, 9)) for ending in ((5,), (6, 7))]
-    apart = [Choice((n, 2, 3, 4), (9, 9)) for n in range(2)]
-    shared, *single = scored_items(
-        [Question(tuple(choices), 0, False) for choices in (alike, apart)], share_contexts=True
-    )
-    assert (shared.prefix, shared.tails, shared.n_given) == ((1, 2, 3, 4), ((5, 9, 9), (6, 7, 9, 9)), (1, 2))
-    assert shared.n_scored == [2, 2]
-    assert [(item.prefix, item.tails) for item in single] == [((n, 2, 3, 4), ((9, 9),)) for n in range(2)]
+def test_beginnings_of_all_questions_run_once():
+    choices = [Choice((1, 2, 3, 4, n), (9, 9)) for n in range(2)]
+    (batch,) = plan_batches([Question(tuple(choices), 0, False), Question((Choice((1, 2, 3), (4, 8)),), 0, False)], 100)
+    (tree,) = batch.trees
+    assert (tree.tree.tokens, tree.tree.depths) == ((1, 2, 3, 4, 0, 9, 1, 9), (0, 1, 2, 3, 4, 5, 4, 5))
+    assert tree.tree.ends == (8, 8, 8, 8, 6, 6, 8, 8)
+    places = dict(zip(tree.names, tree.places, strict=True))
+    assert places == {(1, 0): (2, 3), (0, 0): (4, 5), (0, 1): (6, 7)}
+    assert batch.n_questions == 2
 
 
-def test_a_context_runs_once_and_single_tokens_need_no_second_pass():
-    asked = [Question(tuple(Choice((1, 2, n), (c,)) for c in range(4)), 0, False) for n in range(3)]
+def test_choices_of_one_token_add_nothing_to_their_context():
+    asked = [Question(tuple(Choice((n, 1, 2), (c,)) for c in range(4)), 0, False) for n in range(3)]
     (batch,) = plan_batches(asked, 4096)
-    assert (batch.n_forwards, len(batch.items), batch.n_questions) == (1, 3, 3)
+    assert [tree.tree.tokens for tree in batch.trees] == [(n, 1, 2) for n in range(3)]
 
 
-@given(st.lists(questions, max_size=20), st.integers(1, 200))
-def test_batches_hold_every_choice_once_within_their_budget(asked, budget):
-    batches = plan_batches(asked, budget)
-    names = [name for batch in batches for item in batch.items for name in item.names]
+def test_what_shares_too_little_with_a_large_tree_stays_by_itself():
+    alike = [Choice((1, *range(1000 * n, 1000 * n + 600)), (9,)) for n in range(3)]
+    (batch,) = plan_batches([Question(tuple(alike), 0, False)], 4096)
+    assert [len(tree.tree.tokens) for tree in batch.trees] == [601] * 3
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks():
+    """Sequences of several blocks, even where there are few."""
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr("open_lm.evaluate.engine.batching.BLOCK_TOKENS", 60)
+        yield
+
+
+few_ids = st.lists(st.integers(0, 2), min_size=1, max_size=7).map(tuple)
+alike = st.lists(st.builds(Choice, few_ids, few_ids), min_size=1, max_size=4)
+
+
+@given(st.lists(alike.map(lambda choices: Question(tuple(choices), 0, False)), max_size=20), st.integers(1, 60),
+       st.booleans())  # fmt: skip
+def test_batches_hold_every_choice_once_within_their_budget(asked, budget, share):
+    batches = plan_batches(asked, budget, share_beginnings=share)
+    names = [name for batch in batches for tree in batch.trees for name in tree.names]
     assert sorted(names) == sorted((n, c) for n, q in enumerate(asked) for c in range(len(q.choices)))
     for batch in batches:
-        if len(batch.items) > 1:
-            widths = [len(i.prefix) + max(map(len, i.tails)) for i in batch.items]
-            rows = sum(len(i.tails) for i in batch.items)
-            assert rows * max(widths) <= budget
+        sizes = [len(tree.tree.tokens) for tree in batch.trees]
+        assert sizes == [tree.n_nodes for tree in batch.planned]
+        assert [tree.tree.is_chain for tree in batch.trees] == [tree.is_chain for tree in batch.planned]
+        assert len(sizes) == 1 or (sum(sizes) if share else max(sizes) * len(sizes)) <= budget
+        for tree in batch.trees:
+            ways = set()
+            for (number, index), places, targets in zip(tree.names, tree.places, tree.targets, strict=True):
+                choice = asked[number].choices[index]
+                way = tuple(n for n in range(places[-1] + 1) if tree.tree.ends[n] > places[-1])
+                assert tuple(tree.tree.tokens[n] for n in way) == choice.context + choice.continuation[:-1]
+                assert [tree.tree.depths[n] for n in way] == list(range(len(way)))
+                assert places == way[len(choice.context) - 1 :] and targets == choice.continuation
+                ways.update(way)
+            assert ways == set(range(len(tree.tree.tokens)))
 
 
 def measured(name, golds, *per_question):

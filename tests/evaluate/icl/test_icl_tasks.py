@@ -46,7 +46,7 @@ def test_a_wrong_entry_is_named(change, said):
         ("multiple_choice", {"query": "q", "choices": "ab", "gold": 0}, r"a.jsonl:2: key 'choices'"),
         ("multiple_choice", {"choices": ["a", "b"], "gold": 0}, r"a.jsonl:2: key 'query': found nothing"),
         ("language_modeling", {"context": "c", "continuation": " "}, r"a.jsonl:2: key 'continuation'"),
-        ("schema", {"context_options": ["a"], "continuation": "c", "gold": 0}, r"a.jsonl:2: key 'context_options'"),
+        ("schema", {"context_options": [], "continuation": "c", "gold": 0}, r"a.jsonl:2: key 'context_options'"),
         ("generation_task_with_answers", {"context": "c"}, r"a.jsonl:2: key 'answer'"),
         ("language_modeling", ["c"], r"a.jsonl:2: holds a list"),
     ],

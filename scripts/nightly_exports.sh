@@ -21,7 +21,7 @@ declare -A outcome
 tests() {  # NAME, then what to run
   local name=$1 log="$folder/$1.txt"
   shift
-  if "$@" >"$log" 2>&1; then outcome[$name]="passed: $(tail -n 1 "$log")"; else outcome[$name]="FAILED: $log"; failed=1; fi
+  if "$@" >"$log" 2>&1; then outcome[$name]="passed: $(grep -E "[0-9]+ (passed|skipped)" "$log" | tail -n 1)"; else outcome[$name]="FAILED: $log"; failed=1; fi
   echo "$name: ${outcome[$name]}"
 }
 failed=0
@@ -30,10 +30,10 @@ for version in current older; do
   other=$python
   [ $version = current ] || other="$folder/older/bin/python"
   tests "exports_$version" env OPENLM_TRANSFORMERS_PYTHON="$other" \
-    "$python" -m pytest -q -rs -m "" tests/hf/test_exports_in_use.py
+    "$python" -m pytest -rs -m "" tests/hf/test_exports_in_use.py
 done
-tests published_current "$python" -m pytest -q -rs -m "" tests/hf/test_published_folders.py tests/hf/test_export.py tests/hf/test_hub.py
+tests published_current "$python" -m pytest -rs -m "" tests/hf/test_published_folders.py tests/hf/test_export.py tests/hf/test_hub.py
 tests published_older env OPENLM_TRANSFORMERS_PYTHON="$folder/older/bin/python" \
-  "$python" -m pytest -q -rs -m "" tests/hf/test_other_transformers.py
-tests gguf env PYTHONPATH="$folder/llama_cpp" "$python" -m pytest -q -rs -m "" tests/weights
+  "$python" -m pytest -rs -m "" tests/hf/test_other_transformers.py
+tests gguf env PYTHONPATH="$folder/llama_cpp" "$python" -m pytest -rs -m "" tests/weights
 exit $failed

@@ -55,6 +55,7 @@ def tasks(folder):
         yield task_of(file, kind, label=path.stem, num_fewshot=[0, 1], **settings)
 
 
+@pytest.fixture(scope="module")
 def one_that_read_the_samples(tokenizer):
     """A model that knows some answers."""
     from foundry_examples import trained
@@ -64,12 +65,12 @@ def one_that_read_the_samples(tokenizer):
 
 
 @pytest.mark.parametrize("kind", ["random", "trained"])
-def test_every_example_of_every_task_is_llm_foundrys(tokenizer, suite, kind):
+def test_every_example_of_every_task_is_llm_foundrys(tokenizer, suite, kind, one_that_read_the_samples):
     from foundry_examples import differences, ours, theirs
 
     from open_lm.evaluate.foundry.runner import FoundryRunner
 
-    model = tiny_model(seed=3, seq_len=SEQ_LEN) if kind == "random" else one_that_read_the_samples(tokenizer)
+    model = tiny_model(seed=3, seq_len=SEQ_LEN) if kind == "random" else one_that_read_the_samples
     eval_model = EvalModel(model, tokenizer, SEQ_LEN, 400, CheckpointRecords("tiny", "", "", tokenizer.name))
     native, foundry = (runner(eval_model, suite, World(), SEQ_LEN, "fp32") for runner in (NativeRunner, FoundryRunner))
     wrong, verdicts, truncated = {}, set(), 0
@@ -87,12 +88,14 @@ ODD = {
     "letters": ("multiple_choice", [
         {"query": "Ñandú — 中文 \U0001f9d1\u200d\U0001f33e e\u0301 \u202eabc", "choices": ["naïve", "日本"], "gold": 1},
         {"query": "\U0001f600", "choices": ["\U0001f600", "\U0001f600\U0001f601"], "gold": 1},
-        {"query": "a line\nand\ta tab  two spaces ", "choices": ["  x", "x ", "x\n\ny"], "gold": 1},
+        {"query": "a line\nand\ta tab  two spaces ", "choices": ["x ", "x\n\ny"], "gold": 1},
         {"query": "the same twice", "choices": ["y", "y"], "gold": 1},
-        {"query": "only", "choices": ["one"], "gold": 0},
-        {"query": "many", "choices": [f"number {n}" for n in range(12)], "gold": 11},
         {"query": "<|endoftext|> inside", "choices": ["<|endoftext|>", "end"], "gold": 0},
         {"query": "", "choices": ["nothing", "something"], "gold": 1},
+    ]),
+    "one": ("multiple_choice", [{"query": f"only {n}", "choices": ["one"], "gold": 0} for n in range(3)]),
+    "many": ("multiple_choice", [
+        {"query": "many", "choices": [f"number {n}" for n in range(12)], "gold": gold} for gold in (0, 11)
     ]),
     "long": ("multiple_choice", [
         {"query": "long " * 300, "choices": ["one two", "three " * 40], "gold": 0},
@@ -104,24 +107,25 @@ ODD = {
     ]),
     "pronouns": ("schema", [
         {"context_options": ["Tom", "The  very old\u00a0man from Łódź"], "continuation": "sat.", "gold": 1},
-        {"context_options": ["a", "a b", "a b c"], "continuation": "a b c d", "gold": 0},
-        {"context_options": ["it"], "continuation": "rains", "gold": 0},
+        {"context_options": ["a", "a b"], "continuation": "a b c d", "gold": 0},
     ]),
     "answers": ("generation_task_with_answers", [
         {"context": "Q: ¿qué?", "answer": "é", "aliases": ["é", "e\u0301", "The É!"]},
         {"context": "x " * 200, "answer": "y", "aliases": ["y", "a y"]},
     ]),
 }  # fmt: skip
-"""What a file may hold: letters of all kinds, one choice, many, equal ones, empty queries, categories of any name."""
+"""What a file may hold: letters of all kinds, one choice, many, equal ones, empty queries, names with spaces. (A slash in
+a category, or rows with different numbers of choices, LLM Foundry itself does not take.)"""
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_odd_files_are_read_as_llm_foundry_reads_them(name, tokenizer, tmp_path):
+def test_odd_files_are_read_as_llm_foundry_reads_them(name, tokenizer, tmp_path, one_that_read_the_samples):
     from foundry_examples import compare_file
 
     kind, rows = ODD[name]
-    model = one_that_read_the_samples(tokenizer)
-    eval_model = EvalModel(model, tokenizer, SEQ_LEN, 400, CheckpointRecords("tiny", "", "", tokenizer.name))
+    eval_model = EvalModel(
+        one_that_read_the_samples, tokenizer, SEQ_LEN, 400, CheckpointRecords("tiny", "", "", tokenizer.name)
+    )
     path = write_rows(tmp_path / f"{name}.jsonl", rows)
     categories = {"has_categories": True} if "category" in rows[0] else {}
     for delimiter in (" ", "\nAnswer: "):

@@ -114,8 +114,8 @@ ODD = {
         {"context": "x " * 200, "answer": "y", "aliases": ["y", "a y"]},
     ]),
 }  # fmt: skip
-"""What a file may hold: letters of all kinds, one choice, many, equal ones, empty queries, names with spaces. (A slash in
-a category, or rows with different numbers of choices, LLM Foundry itself does not take.)"""
+"""What a file may hold: letters of all kinds, one choice, many, equal ones, empty queries, names with spaces. (A slash
+in a category, or rows with different numbers of choices, LLM Foundry itself does not take.)"""
 
 
 @pytest.mark.parametrize("name", ODD)

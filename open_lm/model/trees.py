@@ -48,7 +48,7 @@ class TreeGroup(NamedTuple):
 
 
 class Trees(LayerCache):
-    """Where the nodes of `trees`, laid end to end in one row, stand in their sequences, and what each of them sees.
+    """Positions and mask of the nodes of `trees`, laid end to end in one row.
 
     Linear layers get all nodes without padding. To a layer this is a cache that holds nothing.
     """

@@ -28,7 +28,7 @@ class Sequenced(NamedTuple):
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """What the model reads."""
+        """The tokens that the model reads."""
         return self.choice.context + self.choice.continuation[:-1]
 
 

@@ -26,6 +26,8 @@ LEAST_STRIPES = 16
 MOST_ERROR = 0.01
 """A source's share of the stream differs from what was asked for by less than this part of it."""
 LONGEST_PERIOD = 1 << 18
+_LOCATED_TOGETHER = 1024
+"""Samples of several small steps located at a time."""
 
 
 class Samples(NamedTuple):
@@ -109,6 +111,8 @@ class Plan:
     """Positions before any source must repeat a sample; None: there is no such end."""
     striped: StripedStreams | None = None
     """All streams as one, where all are striped."""
+    _steps: dict[int, tuple[np.ndarray, Samples]] = field(default_factory=dict, compare=False, repr=False)
+    """The latest steps located, and those that will probably be asked for next, by their first positions."""
 
     def split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The source of each position, and the position in that source's own stream."""
@@ -140,6 +144,25 @@ class Plan:
             here = source == s
             shard[here], place[here] = self.streams[s].locate(own[here])
         return Samples(source, shard, place)
+
+    def locate_step(self, positions: np.ndarray) -> Samples:
+        """As `locate`, for one step after the other: those at one distance are located together, for little more than
+        one of them costs."""
+        if not len(positions):
+            return self.locate(positions)
+        ready = self._steps.get(int(positions[0]))
+        if ready is not None and np.array_equal(ready[0], positions):
+            return ready[1]
+        last = next(reversed(self._steps.values()))[0] if self._steps else positions
+        distance = int(positions[0] - last[0]) if len(positions) == len(last) else 0
+        goes_on = distance > 0 and np.array_equal(last + distance, positions)
+        most = min(_LOCATED_TOGETHER, self.n_sequences or _LOCATED_TOGETHER)  # in two passes at most
+        steps = [positions + k * distance for k in range(max(1, most // len(positions)) if goes_on else 1)]
+        columns = (np.split(column, len(steps)) for column in self.locate(np.concatenate(steps)))
+        self._steps.clear()
+        for step, *part in zip(steps, *columns, strict=True):
+            self._steps[int(step[0])] = step, Samples(*part)
+        return self._steps[int(positions[0])][1]
 
 
 def positions_before_repeat(mixture: Mixture, n_sequences: Sequence[int]) -> int:

@@ -13,7 +13,7 @@ from open_lm import storage
 from open_lm.data.flat import FLAT_KEYS
 from open_lm.data.formats import plain_npy_header
 from open_lm.data.manifest import Shard
-from open_lm.data.mixture import Plan, Samples
+from open_lm.data.mixture import Plan
 from open_lm.data.permutations import key, mix
 from open_lm.data.rows import PROOF_BYTES, SampleRows, read_checksum, shard_ids
 from open_lm.data.sample_check import checked_sample, header_place
@@ -276,21 +276,14 @@ class PlannedSamples:
         self.plan, self.reader = plan, reader
         self.sample_tokens = reader.sample_tokens
         self.reads_remote = any(storage.is_remote(shard.url) for shard in reader.shards)
-        self._last: tuple[np.ndarray, Samples] | None = None
 
     def __call__(self, positions: np.ndarray) -> SampleRows:
-        found = self._locate(positions)
+        found = self.plan.locate_step(positions)
         return self.reader.read(found.source, found.shard, found.place, positions)
-
-    def _locate(self, positions: np.ndarray) -> Samples:
-        """Without workers a step is located once, though it is read and checked."""
-        if self._last is None or not np.array_equal(self._last[0], positions):
-            self._last = positions, self.plan.locate(positions)
-        return self._last[1]
 
     def expected_checksum(self, positions: np.ndarray) -> int:
         """The expected `read_checksum` of the samples at these positions."""
-        return self.reader.expected_checksum(*self._locate(positions))
+        return self.reader.expected_checksum(*self.plan.locate_step(positions))
 
     def describe(self, position: np.ndarray) -> str:
         """The sample at one position, for people."""

@@ -7,8 +7,16 @@ from hypothesis import strategies as st
 
 from open_lm.data.config import DataConfig
 from open_lm.data.manifest import Shard
-from open_lm.data.mixture import MOST_ERROR, SplitTree, make_mixture, make_plan, share_columns
-from open_lm.data.plan import StripedStream, choose_stripes
+from open_lm.data.mixture import (
+    MOST_ERROR,
+    Plan,
+    SplitTree,
+    make_mixture,
+    make_plan,
+    positions_before_repeat,
+    share_columns,
+)
+from open_lm.data.plan import StripedStream, choose_stripes, together
 from open_lm.data.sources import Source
 
 THOUSAND = [0.5, *[0.5 / 999] * 999]
@@ -85,3 +93,17 @@ def test_each_pass_of_a_middling_source_is_newly_shuffled(n, batch):
         len(set(one[k : k + batch].tolist()) & set(other[k : k + batch].tolist())) for k in range(0, n - batch, batch)
     ]
     assert np.mean(same) / batch < 1.5 * batch / n
+
+
+@pytest.mark.parametrize("counts", [[40], [3, 900], [20_000]])
+@pytest.mark.parametrize(("batch", "distance"), [(8, 8), (5, 20), (1, 1), (2000, 4000)])
+def test_steps_located_together_are_those_located_one_by_one(counts, batch, distance):
+    """Whatever is asked: steps that follow each other, again, from further on, of another size."""
+    streams = [StripedStream([f"{k}"], [n], seed=0, salt=k, stripes=2, shuffle_block=16) for k, n in enumerate(counts)]
+    mixture = make_mixture([1] * len(counts), 8)
+    plan = Plan(tuple(streams), mixture, positions_before_repeat(mixture, counts), together(streams))
+    steps = [np.arange(batch) + k * distance for k in (0, 1, 1, 2, 3, 3, 4, 50, 51, 52, 53, 7, 8, 9)]
+    steps += [np.arange(batch + 1) + 9 * distance, np.zeros(0, np.int64), steps[1], steps[3][::-1]]
+    for positions in steps:
+        for found, wanted in zip(plan.locate_step(positions), plan.locate(positions), strict=True):
+            assert found.tolist() == wanted.tolist()

@@ -101,6 +101,13 @@ def test_links_lead_to_files(page):
         assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_tests_that_run_a_marked_block_instead_exist(page):
+    for reason in re.findall(NOT_RUN, page.read_text()):
+        for named in re.findall(r"tests/[\w/]+(?:\.py)?", reason):
+            assert (ROOT / named).exists(), f"{page.name}: {reason}"
+
+
 SMALL = {
     "--nproc-per-node 8": "--nproc-per-node 2", "open_lm_160m": "model.json", "EleutherAI/gpt-neox-20b": "tokenizer",
     "3200000000 --num-checkpoints 10": "5120 --num-checkpoints 10", "--global-batch-size 256": "--global-batch-size 4",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from open_lm.model.cache import KeyValue, LayerCache
-from open_lm.model.mask import Mask
+from open_lm.model.mask import Mask, Reach
 
 PADDED_SHARE = 4
 """Trees whose attention is computed together are padded by at most this part of the smallest."""
@@ -61,21 +61,21 @@ class Trees(LayerCache):
         """The position of each node in its sequence, (N,)."""
         return torch.tensor([depth for tree in self.trees for depth in tree.depths], device=device)
 
-    def mask(self, n_local: int, device: torch.device, *, window: int | None, documents_BS: Tensor | None) -> TreesMask:
+    def mask(self, n_local: int, device: torch.device, *, reach: Reach, documents_BS: Tensor | None) -> TreesMask:
         """The mask of all nodes."""
         assert documents_BS is None, "trees have no documents"
-        return TreesMask(n_local, device, list(self._groups(device, window)))
+        return TreesMask(n_local, device, list(self._groups(device, reach)))
 
     def append(self, k_BTGK: Tensor, v_BTGK: Tensor) -> KeyValue:
         """The keys and values of the nodes themselves."""
         return k_BTGK, v_BTGK
 
-    def _groups(self, device: torch.device, window: int | None) -> Iterator[TreeGroup]:
+    def _groups(self, device: torch.device, reach: Reach) -> Iterator[TreeGroup]:
         start, first = 0, 0
         for end in range(1, len(self.trees) + 1):
             if end == len(self.trees) or not alike(self.trees[start], self.trees[end]):
                 group = self.trees[start:end]
-                yield _group(group, first, device, window)
+                yield _group(group, first, device, reach)
                 start, first = end, first + sum(len(tree.tokens) for tree in group)
 
 
@@ -85,13 +85,13 @@ def alike(first: TokenTree, other: TokenTree) -> bool:
     return first.is_chain == other.is_chain and sizes[1] <= sizes[0] + max(FEW_NODES, sizes[0] // PADDED_SHARE)
 
 
-def _group(trees: Sequence[TokenTree], first: int, device: torch.device, window: int | None) -> TreeGroup:
+def _group(trees: Sequence[TokenTree], first: int, device: torch.device, reach: Reach) -> TreeGroup:
     """The group of `trees`, whose first node is number `first` of all."""
     sizes = torch.tensor([len(tree.tokens) for tree in trees])
     longest, n_nodes = int(sizes.max()), int(sizes.sum())
-    mask = Mask(longest, longest, device, window=window)
+    mask = Mask(longest, longest, device, reach=reach)
     if not all(tree.is_chain for tree in trees):
-        mask = TreeMask(_padded(trees, longest, device), window)
+        mask = TreeMask(_padded(trees, longest, device), reach)
     if n_nodes == len(trees) * longest:
         return TreeGroup(slice(first, first + n_nodes), None, len(trees), mask)
     places_L = torch.arange(longest)
@@ -112,10 +112,10 @@ def _padded(trees: Sequence[TokenTree], longest: int, device: torch.device) -> t
 class TreeMask(Mask):
     """Of each node of B trees, the nodes on its way from the root: those that come before it and end after it."""
 
-    def __init__(self, ends_and_depths_BL: tuple[Tensor, Tensor], window: int | None):
+    def __init__(self, ends_and_depths_BL: tuple[Tensor, Tensor], reach: Reach):
         self.ends_BL, self.depths_BL = ends_and_depths_BL
         longest = self.ends_BL.shape[1]
-        super().__init__(longest, longest, self.ends_BL.device, window=window)
+        super().__init__(longest, longest, self.ends_BL.device, reach=reach)
 
     @property
     def is_causal(self) -> bool:
@@ -128,10 +128,9 @@ class TreeMask(Mask):
     def _part(self, queries: slice, keys: slice) -> Tensor:
         queries_T1 = torch.arange(queries.start, queries.stop, device=self.device)[:, None]
         keys_S = torch.arange(keys.start, keys.stop, device=self.device)
-        seen_BTS = (keys_S <= queries_T1) & (queries_T1 < self.ends_BL[:, None, keys])
-        if self.window is not None:
-            seen_BTS &= self.depths_BL[:, None, keys] > self.depths_BL[:, queries, None] - self.window
-        return seen_BTS[:, None]
+        above_BTS = (keys_S <= queries_T1) & (queries_T1 < self.ends_BL[:, None, keys])
+        near_BTS = self.reach.rule()(self.depths_BL[:, queries, None], self.depths_BL[:, None, keys])
+        return (above_BTS & near_BTS)[:, None]
 
     def keys_seen(self, queries: slice) -> slice:
         """All up to the last of the queries: their ways begin at the root."""

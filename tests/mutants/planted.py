@@ -227,7 +227,7 @@ PLANTED = [
         "open_lm/model/trees.py",
         "tests/evaluate/icl/test_icl_scoring.py",
         ("queries_T1 < self.ends_BL[:, None, keys]", "queries_T1 <= self.ends_BL[:, None, keys]"),
-        ("self.depths_BL[:, queries, None] - self.window", "queries_T1 - self.window"),
+        ("self.depths_BL[:, queries, None], self.depths_BL[:, None, keys]", "queries_T1, keys_S"),
     ),
     *_of(
         METRICS,

@@ -115,7 +115,9 @@ def whole_weights(model):
     orders, weights = row_orders(model), {}
     for name, tensor in model.state_dict().items():
         tensor = to_file_order(tensor, orders[name]) if name in orders else tensor
-        weights[name] = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()).clone()
+        weights[name.removeprefix("module.")] = (
+            tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        ).clone()
     return weights
 
 
@@ -161,7 +163,7 @@ def alone(families, args, folder):
     for family in families:
         expected = trained(build(World(), family, args), args, accum=1)
         torch.save(expected, folder / f"{family}.pt")
-        for name, how in ALONE.items():
+        for name, how in ALONE.items() if not args.only_meshes else ():
             so = argparse.Namespace(**{**vars(args), "dtype": how.get("dtype", args.dtype)})
             order = {key: value for key, value in how.items() if key != "dtype"}
             own[name][family] = difference(trained(build(World(), family, so), so, **{"accum": 1, **order}), expected)
@@ -171,6 +173,7 @@ def alone(families, args, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mesh", nargs="*", default=meshes())
+    parser.add_argument("--only-meshes", action="store_true", help="leave out one process beside itself")
     parser.add_argument("--family", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -186,7 +189,8 @@ def main():
     print("| mesh | " + " | ".join(args.family) + " |\n|---|" + "---|" * len(args.family))
     with tempfile.TemporaryDirectory() as folder:
         for name, found in alone(args.family, args, Path(folder)).items():
-            say(name, found, args.family)
+            if found:
+                say(name, found, args.family)
         for mesh in args.mesh:
             families = [family for family in args.family if "ep" not in mesh or family == "experts"]
             found = on_ranks(mesh, families, args, Path(folder)) if families else {}

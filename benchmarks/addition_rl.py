@@ -5,6 +5,9 @@ python benchmarks/addition_rl.py --seeds 0 1 2 [--task grpo] [--iterations 200] 
 The demonstrations forget the carry in --forgotten of the sums that have one, so that a fine-tuned model adds but mostly
 without carrying; the reward, 1 for a right sum, is to teach it what they do not show. `--recomputed` computes the old
 log-probabilities again before every step, the fault of EasyLM: the ratio is always 1, and nothing is ever clipped.
+Seen with the defaults, greedy, seeds 0 to 2: 59.7, 61.7, 60.2 % fine-tuned, 98.8, 98.9, 96.0 % after 200 iterations.
+With --epochs 8 --iterations 120 the right form goes to 93.5 % greedy (seed 2); --recomputed stands at 1.6 % when it is
+stopped after 89 iterations (seed 0). docs/post-training.md has more.
 """
 
 import argparse

@@ -13,12 +13,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
     try:
         main()
     except OpenLMError as error:
-        rank = os.environ.get("RANK", "0")
-        if rank == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        elif not isinstance(error, ConfigError | Preempted):  # those are the same on all ranks, rank 0 says them
-            print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+        sys.exit(report(error))
     except KeyboardInterrupt:
         print("interrupted.", file=sys.stderr, flush=True)
         sys.exit(130)
@@ -26,3 +21,13 @@ def run(main: Callable[[], Any]) -> NoReturn:
         sys.stderr.close()
         sys.exit(1)
     sys.exit(0)
+
+
+def report(error: OpenLMError) -> int:
+    """Print an expected error in one line: the exit code that belongs to it."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    elif not isinstance(error, ConfigError | Preempted):  # those are the same on all ranks, rank 0 says them
+        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+    return error.exit_code

@@ -275,12 +275,21 @@ def start_world(
     )
     is_lost = False
     try:
-        yield replace(world, patient=dist.new_group(backend="gloo", timeout=PATIENCE))
+        yield replace(world, patient=patient_group())
     except BaseException as error:
         is_lost = not isinstance(error, OpenLMError) or isinstance(error, DeviceError)
         raise
     finally:
         leave(world, is_lost=is_lost)
+
+
+def patient_group() -> dist.ProcessGroup:
+    """All ranks once more, over gloo with PATIENCE; those that do not join within the timeout of the default group are
+    lost. Every rank must call this."""
+    joining = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout
+    group = dist.new_group(backend="gloo", timeout=joining)
+    dist.distributed_c10d._set_pg_timeout(PATIENCE, group)
+    return group
 
 
 def leave(world: World, *, is_lost: bool) -> None:

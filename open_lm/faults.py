@@ -17,13 +17,14 @@ Injector = Callable[[str, Any], Any]
 """Called with the event and its value; what it gives back takes the value's place."""
 
 EVENTS = (
-    "data", "step", "loss", "gradients", "validation",
+    "worker", "data", "step", "loss", "gradients", "validation",
     "load", "read", "save", "upload",
     "file.open", "file.write", "file.sync", "file.rename", "file.renamed", "file.remove",
 )  # fmt: skip
-"""In the order of a run: the wait for a batch and the step after it (value: the steps taken), the loss and the model
-whose gradients are there; a restore on every rank and what rank 0 reads for it, a save (its label), a copy to a remote;
-and each operation on a local file (its path) that is written whole or not at all."""
+"""In the order of a run: the start of a data worker (in that worker), the wait for a batch and the step after it
+(value: the steps taken), the loss and the model whose gradients are there; a restore on every rank and what rank 0
+reads for it, a save (its label), a copy to a remote; and each operation on a local file (its path) that is written
+whole or not at all."""
 
 
 def _named(name: str | None) -> Injector | None:

@@ -123,7 +123,7 @@ def saved(model, config, mode, optimizer):
     averages = {spec.name: WeightAverage(spec, model) for spec in parse_averagers("ema_0.9_1")}
     for average in averages.values():
         average.update(1)
-    state = SimpleNamespace(model=model, optimizers=optimizers, companions=averages)
+    state = SimpleNamespace(model=model, optimizers=optimizers, extra_state=averages)
     tree = take(live(state), sharded=False, is_master=True, staging=None)
     held = list(tensors_of(tree))
     assert len(held) > 2 * len(list(model.parameters())) and all(t.device.type == "cpu" for t in held)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class Background:
-    """Runs one piece of work at a time in a thread. The program does not end before it has."""
+    """Runs one piece of work at a time in a thread. The program does not end before it has, but by os._exit."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
@@ -39,10 +39,11 @@ class Background:
         else:
             self._thread.run()
 
-    def wait(self) -> None:
-        """Return when nothing is being done."""
+    def wait(self, seconds: float | None = None) -> bool:
+        """Return when nothing is being done, or after `seconds`: whether nothing is."""
         if self._thread is not None and self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(seconds)
+        return self._thread is None or not self._thread.is_alive()
 
     def finish(self) -> BaseException | None:
         """Wait for the work and return what it raised, if anything."""

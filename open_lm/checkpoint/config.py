@@ -59,7 +59,7 @@ class CheckpointConfig:
 
     checkpoint_format: str = flag(
         "auto",
-        "consolidated: epoch_K.pt and its companions, gathered on rank 0; sharded: every rank writes its own part, to "
+        "consolidated: epoch_K.pt and the files beside it, gathered on rank 0; sharded: every rank writes its part, to "
         "a folder that all nodes share (`openlm consolidate` makes epoch_K.pt of it); "
         "sharded-remote: every rank sends its part straight to --remote-sync, and no disk need be shared; auto: "
         "consolidated up to 3 billion parameters.",

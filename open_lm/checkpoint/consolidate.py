@@ -15,7 +15,7 @@ from open_lm.checkpoint.resolve import Found, Name, resolve
 from open_lm.checkpoint.save_policy import SaveKind
 from open_lm.checkpoint.sharded import STATS, read_tensors
 from open_lm.checkpoint.snapshot import Snapshot
-from open_lm.checkpoint.tree import nested
+from open_lm.checkpoint.tree import EXTRA_STATE, nested
 from open_lm.errors import CheckpointError, ConfigError
 from open_lm.weights.file import clean_state_dict, load_file
 
@@ -80,7 +80,7 @@ def snapshot_of(found: Found, commit: Commit) -> tuple[Snapshot, str, dict[str, 
     """The whole state in a folder of shards, the run's name and its config."""
     with local_shards(found) as folder:
         stats, tensors = load_file(str(folder / STATS)), read_tensors(folder)
-    tree = {"weights": {}, "companions": {}, **nested(tensors | stats["values"])}
+    tree = {"weights": {}, EXTRA_STATE: {}, **nested(tensors | stats["values"])}
     kind: SaveKind = commit.facts.get("kind", "interval")
     plain = {key: value for key, value in stats.items() if key not in EXTRA}
     snapshot = Snapshot(commit.label, kind, commit.step, stats["tokens"], tree, stats["scaler"], plain)

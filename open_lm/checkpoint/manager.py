@@ -4,30 +4,39 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 
 from open_lm import faults, storage, text
 from open_lm.checkpoint import commit as commits
 from open_lm.checkpoint.background import Background
 from open_lm.checkpoint.commit import SHARDS_SIGN
 from open_lm.checkpoint.config import CONSOLIDATED_UP_TO, CheckpointConfig
-from open_lm.checkpoint.remote_shards import write_remote_shards
+from open_lm.checkpoint.remote_shards import sweep, write_remote_shards
 from open_lm.checkpoint.retention import Retention, free_label
 from open_lm.checkpoint.save_policy import SaveKind, kind_of
 from open_lm.checkpoint.snapshot import Saved, Snapshot, in_file_order, live, n_bytes, take
-from open_lm.checkpoint.tree import Staging
+from open_lm.checkpoint.tree import Staging, tensors_of
 from open_lm.checkpoint.writing import WRITE_ERRORS, Target, write_consolidated, write_sharded
-from open_lm.distributed import PATIENCE, World
+from open_lm.distributed import World, patient_group
 from open_lm.errors import StorageError
 from open_lm.train.random_state import random_state
 
 MAX_FAILED_SAVES = 3
 """Saves in a row that may fail (a full disk, say) before the run ends; training goes on meanwhile."""
+
+
+LAST_SECONDS = 10.0
+"""What a save by all ranks may still take when one of them is gone."""
 
 
 class DataOrder(Protocol):
@@ -63,6 +72,9 @@ class Checkpoints:
         self._failed_saves = 0
         self._background = Background()
         self._staging = Staging() if flags.async_save else None
+        self._copied = threading.Event()
+        self._hooks: list[RemovableHandle] = []
+        """Of the optimizers, whose steps wait for the copy of what a save writes."""
         self._group: dist.ProcessGroup | None = None
         self._world = World()
 
@@ -79,7 +91,8 @@ class Checkpoints:
         """Write one checkpoint, then drop those that retention allows to go; False when it could not be written.
 
         With --async-save the files are written while training goes on (True: it has begun) unless `wait` is set; the
-        one before is waited for, so that there is never more than one on its way.
+        one before is waited for, so that there is never more than one on its way. What is written is copied meanwhile
+        too: nothing changes it before the next step of an optimizer, and that waits for the copy.
 
         Raises:
             StorageError: the third save in a row could not be written.
@@ -91,38 +104,61 @@ class Checkpoints:
         if not label:  # it is there already
             return True
         self._label = label
-        tree = in_file_order(live(state), state.model)
-        in_shards = self._in_shards(tree)
-        if in_shards and self._group is None and state.world.size > 1:
-            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
-        shards = state.world.on_rank0(lambda: f"epoch_{label}{SHARDS_SIGN}{secrets.token_hex(4)}")
-        random = state.world.gather(random_state(state.world.device))
-        full = self._problem_with_space(n_bytes(tree))
-        snapshot = None if full else Snapshot(
-            label=label,
-            kind=kind,
-            step=state.step,
-            tokens=state.tokens,
-            tree=take(tree, sharded=in_shards, is_master=state.world.is_master, staging=self._staging),
-            scaler=state.precision.state_dict(),
-            stats={**stats, "data_state": loader.state(state.step), "random": random},
-        )  # fmt: skip
+        beside = self._staging is not None and not wait
+        work = self._work(state, loader, label=label, stats=stats, kind=kind, beside=beside)
 
-        def work() -> None:
-            if full or snapshot is None:
-                raise StorageError(full)
-            if self._world.device.type == "cuda":  # a new thread starts on GPU 0, whichever is this rank's
-                torch.cuda.set_device(self._world.device)
-            faults.at("save", label)
-            written = self._write(snapshot, shards if in_shards else None)
+        def timed() -> None:
+            written = work()
             self.seconds = max(self.seconds, time.monotonic() - began)
             if written:
                 self._thin_out(written)
 
-        self._background.begin(work, beside=self._staging is not None and not wait)
-        if wait or self._staging is None:
-            return self.wait()
-        return True
+        self._copied.clear()
+        self._hooks = [optimizer.register_step_pre_hook(self._wait_for_copy) for optimizer in state.optimizers]
+        self._background.begin(timed, beside=beside)
+        return self.wait() if wait or self._staging is None else True
+
+    def _work(
+        self, state: Saved, loader: DataOrder, *, label: str, stats: Mapping[str, Any], kind: SaveKind, beside: bool
+    ) -> Callable[[], commits.Commit | None]:
+        """What is left to do once the ranks have exchanged what a thread (if it is done `beside`) must not."""
+        tree = in_file_order(live(state), state.model)
+        in_shards = self._in_shards(tree)
+        if in_shards and self._group is None and state.world.size > 1:
+            self._group = patient_group()
+        shards = state.world.on_rank0(lambda: f"epoch_{label}{SHARDS_SIGN}{secrets.token_hex(4)}")
+        random = state.world.gather(random_state(state.world.device))
+        full = self._problem_with_space(n_bytes(tree))
+        copied = partial(take, tree, sharded=in_shards, is_master=state.world.is_master, staging=self._staging)
+        if full or not beside or not (in_shards or _is_whole(tree)):  # to gather a tensor takes all ranks, here and now
+            copied = partial(_same, {} if full else copied())
+        about = Snapshot(
+            label=label,
+            kind=kind,
+            step=state.step,
+            tokens=state.tokens,
+            tree={},
+            scaler=state.precision.state_dict(),
+            stats={**stats, "data_state": loader.state(state.step), "random": random},
+        )
+
+        def work() -> commits.Commit | None:
+            try:
+                if full:
+                    raise StorageError(full)
+                if self._world.device.type == "cuda":  # a new thread starts on GPU 0, whichever is this rank's
+                    torch.cuda.set_device(self._world.device)
+                snapshot = replace(about, tree=copied())
+            finally:
+                self._copied.set()
+            faults.at("save", label)
+            return self._write(snapshot, shards if in_shards else None)
+
+        return work
+
+    def _wait_for_copy(self, *_: object) -> None:
+        """Before an optimizer's step, while a save is on its way."""
+        self._copied.wait()
 
     def _write(self, snapshot: Snapshot, shards: str | None) -> commits.Commit | None:
         """Write `snapshot`, into the new folder `shards` if given; the commit on rank 0."""
@@ -142,6 +178,8 @@ class Checkpoints:
         if not self._background.is_open:
             return self.problem is None
         error = self._background.finish()
+        for hook in self._hooks:
+            hook.remove()
         if error is not None and not isinstance(error, WRITE_ERRORS):
             raise error
         mine = None if error is None else str(error) or type(error).__name__
@@ -162,9 +200,13 @@ class Checkpoints:
         if self._world.size == 1 and self._background.has_result:
             self.wait()
 
-    def close(self) -> None:
-        """Wait for the save on its way, however the run ended; without asking other ranks."""
-        self._background.wait()
+    def close(self, *, is_lost: bool = False) -> bool:
+        """Wait for the save on its way, however the run ended, without asking other ranks: whether it has ended.
+
+        Where another rank `is_lost`, one that all ranks write together may never end, and the others wait for this
+        one: it gets LAST_SECONDS.
+        """
+        return self._background.wait(LAST_SECONDS if is_lost and self._group is not None else None)
 
     @property
     def home(self) -> str:
@@ -184,6 +226,8 @@ class Checkpoints:
         """`label`, or another if files of that label are here: none is ever written over. "": it is there already."""
         self.require_owner()
         self.retention.sweep()
+        if self.home != self.folder:
+            sweep(self.home)
         for here in commits.committed(self.home):
             if (here.step, here.branch) == (step, self.branch) and (here.label == label or kind_of(here) == kind):
                 return ""
@@ -199,3 +243,11 @@ class Checkpoints:
     def _thin_out(self, written: commits.Commit) -> None:
         logging.info("saved checkpoint %s at step %d (%s)", written.label, written.step, text.size(written.size_bytes))
         self.retention.thin_out()
+
+
+def _is_whole(tree: Mapping[str, Any]) -> bool:
+    return not any(isinstance(tensor, DTensor) for tensor in tensors_of(tree))
+
+
+def _same(tree: dict[str, Any]) -> dict[str, Any]:
+    return tree

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -14,14 +15,16 @@ import torch.distributed as dist
 
 from open_lm import storage
 from open_lm.checkpoint import commit as commits
-from open_lm.checkpoint import sharded
+from open_lm.checkpoint import processes, sharded
 from open_lm.checkpoint.checksum import FileRecord
-from open_lm.checkpoint.commit import Commit
+from open_lm.checkpoint.commit import SHARDS_SIGN, Commit
+from open_lm.checkpoint.retention import UNFINISHED
 from open_lm.checkpoint.snapshot import Snapshot
 from open_lm.checkpoint.tree import flat
 from open_lm.checkpoint.upload import upload
 from open_lm.checkpoint.writing import Target, gathered, problem_of, require_none, shards_payload, without_zip_checksums
 from open_lm.distributed import World
+from open_lm.errors import StorageError
 
 SCRATCH = ".shards-"
 """Prefix of the folders that a rank writes its part to before it is sent."""
@@ -40,6 +43,9 @@ def write_remote_shards(
     """
     tensors, values = flat(snapshot.tree)
     url = storage.join(target.folder, shards)
+    marker = storage.join(target.folder, f"epoch_{snapshot.label}{UNFINISHED}")
+    begun = json.dumps({"label": snapshot.label, "names": [shards], "owner": processes.identity()})
+    require_none(problem_of(lambda: storage.write_text(marker, begun)) if world.is_master else None, group)
     with scratch(local, world.rank) as folder:
         with without_zip_checksums():
             mine = sharded.write(folder, tensors, group)
@@ -52,8 +58,11 @@ def write_remote_shards(
             require_none(problem_of(work) if world.is_master else None, group)
         except BaseException:
             if world.is_master:
-                _remove(url, everyone)
+                _remove(url, everyone, marker)
             raise
+    if world.is_master:
+        with contextlib.suppress(StorageError):  # a later sweep finds that it is spoken for
+            storage.remove(marker)
     return made[0] if made else None
 
 
@@ -92,8 +101,33 @@ def _commit(
     made.append(target.commit(snapshot, files, shards=shards))
 
 
-def _remove(url: str, names: Mapping[str, FileRecord]) -> None:
-    """Take back what was sent of a save that failed, as far as the store can be reached."""
+def _remove(url: str, names: Mapping[str, FileRecord], marker: str) -> None:
+    """Take back what was sent of a save that failed; what the store does not let go of now, `sweep` deletes later."""
     with contextlib.suppress(Exception):
         for name in (*names, sharded.STATS):
             storage.remove(storage.join(url, name))
+        storage.remove(marker)
+
+
+def sweep(folder: str) -> None:
+    """Delete from remote `folder` what saves sent that were killed before their commit; called by rank 0 of the run
+    that continues there, between its saves.
+
+    Such a save names what it sends in a file that it removes last. Its run may have been on another machine, where
+    nobody can look: should it live after all, its commit would name files that are missing, and not count.
+    """
+    for path in storage.glob_in(folder, f"epoch_*{UNFINISHED}"):
+        try:
+            begun = json.loads(storage.read_text(path))
+            names, owner = [str(name) for name in begun["names"]], begun["owner"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if processes.is_here(owner) and processes.is_running(owner) and owner != processes.identity():
+            continue
+        others = [other for other in storage.glob_in(folder, "*.json") if not other.endswith(UNFINISHED)]
+        spoken_for = "".join(storage.read_bytes(other).decode(errors="replace") for other in others)
+        for name in names:
+            if SHARDS_SIGN in name and name not in spoken_for:
+                for left in storage.files_within(storage.join(folder, name)):
+                    storage.remove(left)
+        storage.remove(path)

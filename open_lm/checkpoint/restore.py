@@ -27,7 +27,7 @@ from open_lm.checkpoint.state_dicts import (
     require_same_experts,
     spread_tensors,
 )
-from open_lm.checkpoint.tree import SEPARATOR, flat, nested
+from open_lm.checkpoint.tree import EXTRA_STATE, SEPARATOR, flat, nested
 from open_lm.checkpoint.verify import candidates, verified_together
 from open_lm.errors import CheckpointError
 from open_lm.model.lora import holds_nf4, is_addition
@@ -48,7 +48,7 @@ class Stored:
     names: Mapping[str, Any] = field(default_factory=dict)
     """The weights as the file names them, which may not be as we do."""
     optimizer: dict[str, Any] = field(default_factory=dict)
-    companions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    extra_state: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def restore(checkpoints: Checkpoints, state: Saved, loader: DataOrder | None) -> None:
@@ -76,7 +76,7 @@ def restore(checkpoints: Checkpoints, state: Saved, loader: DataOrder | None) ->
     else:
         _load_consolidated(stored, facts, state, whole_state=use in ("state", "resume"))
     if use == "weights":
-        for part in state.companions.values():
+        for part in state.extra_state.values():
             part.reset()
         logging.info("starting from the weights of %s", facts["path"])
         return
@@ -93,13 +93,13 @@ def restore(checkpoints: Checkpoints, state: Saved, loader: DataOrder | None) ->
 
 def _load_consolidated(stored: Stored, facts: Mapping[str, Any], state: Saved, *, whole_state: bool) -> None:
     broadcast, orders = state.world.size > 1, row_orders(state.model)
-    for part in (stored.weights, stored.optimizer, stored.companions) if orders else ():
+    for part in (stored.weights, stored.optimizer, stored.extra_state) if orders else ():
         _put_in_memory_order(part, orders)
     load_weights(state.model, stored.weights, facts["path"], broadcast=broadcast)
     if whole_state:
         load_optimizers(state.model, state.optimizers, stored.optimizer, broadcast=broadcast)
-        for name, part in _saved_companions(state, facts):
-            part.load_state_dict(spread_tensors(stored.companions.get(name), part.state_dict()))
+        for name, part in _saved_extra_state(state, facts):
+            part.load_state_dict(spread_tensors(stored.extra_state.get(name), part.state_dict()))
 
 
 def _load_sharded(facts: Mapping[str, Any], state: Saved, *, whole_state: bool) -> None:
@@ -110,9 +110,9 @@ def _load_sharded(facts: Mapping[str, Any], state: Saved, *, whole_state: bool) 
     tree = in_file_order(held_tree, state.model)
     parts: dict[str, Any] = {"weights": tree["weights"]}
     if whole_state:
-        parts |= {"optimizer": {"state": tree["optimizer"]["state"]}, "companions": {}}
-        for name, _ in _saved_companions(state, facts):
-            parts["companions"][name] = tree["companions"][name]
+        parts |= {"optimizer": {"state": tree["optimizer"]["state"]}, EXTRA_STATE: {}}
+        for name, _ in _saved_extra_state(state, facts):
+            parts[EXTRA_STATE][name] = tree[EXTRA_STATE][name]
     tensors, _ = flat(parts)
     found: Found = facts["found"]
     url = found.path if storage.is_remote(found.path) and found.checked != "nothing" else None
@@ -134,9 +134,9 @@ def _load_sharded(facts: Mapping[str, Any], state: Saved, *, whole_state: bool) 
         for name, moments in plain.items():
             tree["optimizer"]["state"][name] |= moments
         set_optimizer_state_dict(state.model, state.optimizers, tree["optimizer"])
-    for name, part in state.companions.items():
-        if name in parts["companions"]:
-            part.load_state_dict(tree["companions"][name] | values.get("companions", {}).get(name, {}))
+    for name, part in state.extra_state.items():
+        if name in parts[EXTRA_STATE]:
+            part.load_state_dict(tree[EXTRA_STATE][name] | values.get(EXTRA_STATE, {}).get(name, {}))
 
 
 def _put_in_memory_order(tree: dict[str, Any], orders: Mapping[str, RowOrder], at: str = "") -> None:
@@ -161,13 +161,13 @@ def _bare(path: str) -> str:
     return plain_name(path.removeprefix(f"weights{SEPARATOR}"))
 
 
-def _saved_companions(state: Saved, facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The companions that the checkpoint holds something of; the others start fresh."""
-    for name, part in state.companions.items():
-        if name not in facts["companions"]:
+def _saved_extra_state(state: Saved, facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The parts of the extra state that the checkpoint holds something of; the others start fresh."""
+    for name, part in state.extra_state.items():
+        if name not in facts["extra_state"]:
             logging.warning("%s holds no %s: it starts fresh.", facts["path"], name)
             part.reset()
-    return [(name, part) for name, part in state.companions.items() if name in facts["companions"]]
+    return [(name, part) for name, part in state.extra_state.items() if name in facts["extra_state"]]
 
 
 def _choose(checkpoints: Checkpoints, known: Verdicts, *, trains: bool) -> tuple[Use, tuple[Found, ...]] | None:
@@ -240,22 +240,22 @@ def _stats_of_shards(found: Found) -> dict[str, Any]:
 
 def _state_of_shards(stats: Mapping[str, Any]) -> dict[str, Any]:
     values = stats["values"]
-    companions = {path.split(SEPARATOR)[1] for path in values if path.startswith(f"companions{SEPARATOR}")}
+    extra = {path.split(SEPARATOR)[1] for path in values if path.startswith(f"{EXTRA_STATE}{SEPARATOR}")}
     kept = {name: stats[name] for name in ("scaler", "data_state", "values")}
-    return kept | {"companions": sorted(companions), "random": stats.get("random")}
+    return kept | {"extra_state": sorted(extra), "random": stats.get("random")}
 
 
 def _state_of_files(stored: Stored, path: str, state: Saved) -> dict[str, Any]:
-    optimizer, stats = (_companion(path, kind) for kind in ("optimizer", "stats"))
+    optimizer, stats = (_file_beside(path, kind) for kind in ("optimizer", "stats"))
     stored.optimizer = by_name(optimizer["optimizer"], state.model, stored.names)
-    present = [name for name in state.companions if storage.exists(_companion_path(path, name))]
-    stored.companions = {name: _companion(path, name) for name in present}
+    present = [name for name in state.extra_state if storage.exists(_path_beside(path, name))]
+    stored.extra_state = {name: _file_beside(path, name) for name in present}
     return {
         "step": int(stats["step"]),
         "scaler": optimizer.get("scaler", {}),
         "data_state": stats.get("data_state"),
         "random": stats.get("random"),
-        "companions": present,
+        "extra_state": present,
     }
 
 
@@ -292,17 +292,17 @@ def _count_in_steps_of(tokens_per_step: int, facts: dict[str, Any]) -> dict[str,
     return facts | {"tokens": tokens, "step": step, "stored_step": before}
 
 
-def _companion(path: str, kind: str) -> dict[str, Any]:
+def _file_beside(path: str, kind: str) -> dict[str, Any]:
     """The optimizer, stats or other file that belongs to weights file `path`, by name in the same folder."""
-    companion = _companion_path(path, kind)
-    if not storage.exists(companion):
+    beside = _path_beside(path, kind)
+    if not storage.exists(beside):
         raise CheckpointError(
-            f"--resume {path}: {companion} is missing. Use --pretrained to start from the weights alone."
+            f"--resume {path}: {beside} is missing. Use --pretrained to start from the weights alone."
         )
-    return load_file(companion)
+    return load_file(beside)
 
 
-def _companion_path(path: str, kind: str) -> str:
+def _path_beside(path: str, kind: str) -> str:
     folder, name = storage.parent(path), path.rpartition("/")[2]
     return storage.join(folder, name.replace("epoch_", f"{kind}_", 1))
 

@@ -12,13 +12,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from open_lm.checkpoint.save_policy import SaveKind
-from open_lm.checkpoint.tree import Staging, map_tensors, tensors_of
+from open_lm.checkpoint.tree import EXTRA_STATE, Staging, map_tensors, tensors_of
 from open_lm.distributed import World
 from open_lm.precision import Precision
 from open_lm.train.row_order import order_of, row_orders, to_file_order
 
 
-class Companion(Protocol):
+class ExtraPart(Protocol):
     """Something else that must survive a restart, such as a running average of the weights: `<name>_K.pt`.
 
     What `state_dict` gives under "state_dict", if anything, are weights: such a file loads like an epoch_K.pt.
@@ -48,7 +48,7 @@ class Saved(Protocol):
     tokens: int
 
     @property
-    def companions(self) -> Mapping[str, Companion]: ...
+    def extra_state(self) -> Mapping[str, ExtraPart]: ...
 
     @property
     def tokens_per_step(self) -> int: ...
@@ -58,7 +58,8 @@ class Saved(Protocol):
 class Snapshot:
     """The state of a run after `step` steps.
 
-    `tree` holds `weights`, `optimizer` and `companions`: whole on rank 0 and empty elsewhere, or each rank's shards.
+    `tree` holds `weights`, `optimizer` and the extra state: whole on rank 0 and empty elsewhere, or each rank's
+    shards.
     """
 
     label: str
@@ -82,7 +83,7 @@ class Snapshot:
         return {
             f"epoch_{self.label}.pt": {**weights, **about},
             f"optimizer_{self.label}.pt": {**head, "optimizer": tree["optimizer"], **scaler},
-            **{f"{part}_{self.label}.pt": {**head, **state, **about} for part, state in tree["companions"].items()},
+            **{f"{part}_{self.label}.pt": {**head, **state, **about} for part, state in tree[EXTRA_STATE].items()},
             f"stats_{self.label}.pt": {**head, **self.stats},
         }
 
@@ -110,7 +111,7 @@ def live(state: Saved) -> dict[str, Any]:
     return {
         "weights": get_model_state_dict(state.model),
         "optimizer": _optimizer_state(state),
-        "companions": {name: part.state_dict() for name, part in state.companions.items()},
+        EXTRA_STATE: {name: part.state_dict() for name, part in state.extra_state.items()},
     }
 
 

@@ -10,6 +10,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 SEPARATOR = "/"
+EXTRA_STATE = "companions"
+"""The extra state (running averages and such) in a tree: `state.extra_state`, as sharded checkpoints have always called
+it."""
 
 
 def map_tensors(tree: Any, change: Callable[[str, Tensor], Any], *, at: str = "") -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -11,6 +13,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +21,7 @@ import torch
 import webdataset as wds
 from torch.utils.data import get_worker_info
 
+from open_lm import faults
 from open_lm.data.rows import PROOF_BYTES, SampleRows
 from open_lm.errors import DataError, OpenLMError
 
@@ -209,7 +213,7 @@ def _web_loader(pipeline: wds.DataPipeline, n_workers: int) -> wds.WebLoader:
         pipeline,
         batch_size=None,
         num_workers=n_workers,
-        worker_init_fn=_start_worker if in_main_thread else _one_thread,
+        worker_init_fn=partial(_start_worker, os.getpid(), in_main_thread),
         generator=torch.Generator(),  # else the loader would draw from the generator of the training
         timeout=_HUNG_SECONDS,
     )
@@ -258,8 +262,14 @@ def _one_thread(_: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(TERM_GRACE_SECONDS))  # schedulers signal whole process groups
 
 
-def _start_worker(worker: int) -> None:
-    """One thread, and an end together with the parent, however that ends."""
+def _start_worker(parent: int, by_main_thread: bool, worker: int) -> None:
+    """One thread, and an end together with the process `parent`, however that ends: a worker that was forked has its
+    sockets, and while they are open the other ranks do not see that their peer is gone."""
+    faults.at("worker", worker)
     _one_thread(worker)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if by_main_thread:  # else the signal would come when that thread ends; torch looks every 5 s
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        is_fork = multiprocessing.get_start_method() == "fork"
+        if is_fork and os.getppid() != parent:  # it ended before that could be asked for
+            os._exit(1)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from functools import partial
 
 from open_lm import storage
 from open_lm.checkpoint.manager import Checkpoints
 from open_lm.checkpoint.remote_sync import RemoteSync
+from open_lm.command import report
 from open_lm.distributed import World, start_world
-from open_lm.errors import DeviceError, Preempted, TrainingDiverged
+from open_lm.errors import DeviceError, OpenLMError, Preempted, TrainingDiverged
 from open_lm.flags import parse_steps
 from open_lm.model.config import ModelConfig
 from open_lm.params import RunConfig
@@ -29,6 +31,8 @@ from open_lm.train.config import mesh_shape
 PEER_LEFT = (
     "Connection closed by peer",
     "Connection reset by peer",
+    "Broken pipe",
+    "Application timeout caused pair closure",
     "remote process exited",
     "Timed out waiting",
 )
@@ -62,8 +66,9 @@ class OpenRun:
             profile_steps=parse_steps(config.tracking.profile_steps, "--profile-steps"),
             trace_steps=parse_steps(config.tracking.trace_steps, "--trace-steps"),
         )
+        self.is_stuck = False
+        """Whether a save did not end although the run did."""
         self.closing = contextlib.ExitStack()
-        self.closing.callback(self.checkpoints.close)
         for sink in sinks:
             self.closing.callback(close_quietly, sink)
 
@@ -82,9 +87,20 @@ class OpenRun:
             sync = RemoteSync(self.folder, url, every, checkpoints.retention, flags.n_kept, grace)
             stack.enter_context(sync)
 
-    def close(self) -> None:
-        """Close what writes."""
+    def close(self, _kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
+        """Close what writes, as a block ends with `error`."""
         self.closing.close()
+        self.is_stuck = not self.checkpoints.close(is_lost=isinstance(error, DeviceError))
+        if self.is_stuck:
+            logging.error("the save on its way needs a rank that is gone: leaving without it.")
+
+    def end_if_stuck(self, _kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
+        """End the process where a save waits for a rank that is gone: its thread cannot be stopped, and Python would
+        wait for its group. The others see that this rank leaves when its sockets close."""
+        if self.is_stuck and isinstance(error, OpenLMError):
+            code = report(error)
+            sys.stdout.flush()
+            os._exit(code)
 
 
 @contextlib.contextmanager
@@ -110,6 +126,7 @@ def start_run(config: RunConfig, architecture: ModelConfig, command: str) -> Ite
                 mesh=partial(mesh_shape, flags),
             )
         )
+        ending = stack.enter_context(contextlib.ExitStack())  # when all else is closed, but for the ranks
         lock = FolderLock(run_folder(config))
         stack.callback(lock.release)
         folder = open_folder(config, world, architecture, lock)
@@ -119,12 +136,13 @@ def start_run(config: RunConfig, architecture: ModelConfig, command: str) -> Ite
         sinks = open_sinks(facts) if world.is_master else []
         watchdog = Watchdog(folder, world.rank, flags.hang_timeout or 0.8 * flags.dist_timeout)
         run = OpenRun(config, architecture, world, folder, sinks, watchdog)
+        ending.push(run.end_if_stuck)
         if config.trains:
             stack.enter_context(leaving_together(world))
             run.checkpoints.require_owner = lock.require if world.is_master else run.checkpoints.require_owner
             run.copy_to(remote_folder(config), stack)
         stack.enter_context(watchdog)
-        stack.callback(run.close)
+        stack.push(run.close)
         try:
             yield run
         except BaseException as error:

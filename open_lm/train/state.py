@@ -46,8 +46,8 @@ class TrainState:
         return self.run_length.tokens_per_step
 
     @property
-    def companions(self) -> dict[str, Any]:
-        """Objects saved beside weights and optimizer as `<name>_K.pt`, each a `Companion` of checkpoint.snapshot."""
+    def extra_state(self) -> dict[str, Any]:
+        """Objects saved beside weights and optimizer as `<name>_K.pt`, each an `ExtraPart` of checkpoint.snapshot."""
         guard = {"guard": self.guard} if self.guard else {}
         return {average.name: average for average in self.averages} | guard
 

@@ -33,7 +33,7 @@ class NoData:
         pass
 
 
-def make_state(world=None, *, fsdp=False, seed=0, optimizer="adamw", companions=False):
+def make_state(world=None, *, fsdp=False, seed=0, optimizer="adamw", extra_state=False):
     world = world or World()
     torch.manual_seed(seed)
     model = wrap(create_model(CONFIG), world, ParallelConfig(device="cpu", precision="fp32", fsdp=fsdp))
@@ -46,7 +46,7 @@ def make_state(world=None, *, fsdp=False, seed=0, optimizer="adamw", companions=
         task=NextToken(0.0),
         world=world,
     )
-    if companions:
+    if extra_state:
         state.averages.append(WeightAverage(parse_averagers(AVERAGE)[0], model))
         state.guard = SpikeGuard(6.0)
     return state

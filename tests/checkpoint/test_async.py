@@ -52,18 +52,18 @@ def save_while_training(folder, state, held, form):
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "lion"])
 def test_what_is_written_is_the_state_at_the_save(tmp_path, monkeypatch, form, optimizer):
-    state = make_state(optimizer=optimizer, companions=True)
+    state = make_state(optimizer=optimizer, extra_state=True)
     expected = save_while_training(tmp_path, state, Held(monkeypatch), form)
-    again = make_state(optimizer=optimizer, seed=1, companions=True)
+    again = make_state(optimizer=optimizer, seed=1, extra_state=True)
     restore(make_checkpoints(tmp_path, resume="latest"), again, NoData())
     assert_same(content(again), expected)
 
 
 def _on_ranks(world, folder, form):
     with pytest.MonkeyPatch.context() as monkeypatch:
-        state = make_state(world, fsdp=True, companions=True)
+        state = make_state(world, fsdp=True, extra_state=True)
         expected = save_while_training(folder, state, Held(monkeypatch), form)
-    again = make_state(world, fsdp=True, seed=1, companions=True)
+    again = make_state(world, fsdp=True, seed=1, extra_state=True)
     restore(make_checkpoints(folder, resume="latest"), again, NoData())
     assert_same(content(again), expected)
 

@@ -16,7 +16,7 @@ from open_lm.checkpoint.consolidate import main as consolidate
 from open_lm.checkpoint.resolve import newest_in
 from open_lm.checkpoint.restore import restore
 from open_lm.checkpoint.retention import discard
-from open_lm.checkpoint.sharded import read_tensor_index
+from open_lm.checkpoint.sharded import read_tensor_index, require_complete
 from open_lm.errors import CheckpointError, StorageError
 
 
@@ -28,7 +28,7 @@ def save(folder, state, label="1", **flags):
 
 
 def _save_on_ranks(world, folder, fsdp):
-    state = make_state(world, fsdp=fsdp, companions=True)
+    state = make_state(world, fsdp=fsdp, extra_state=True)
     take_steps(state, 3)
     assert save(folder, state)
     whole = content(state)
@@ -37,11 +37,11 @@ def _save_on_ranks(world, folder, fsdp):
 
 
 def _continue_on_ranks(world, folder, fsdp):
-    again = make_state(world, fsdp=fsdp, seed=1, companions=True)
+    again = make_state(world, fsdp=fsdp, seed=1, extra_state=True)
     restore(make_checkpoints(folder, resume="latest"), again, NoData())
     assert_same(content(again), torch.load(f"{folder}.pt", weights_only=True))
     take_steps(again, 2)
-    straight = make_state(companions=True)
+    straight = make_state(extra_state=True)
     take_steps(straight, 5)  # rounds otherwise where parameters are cut into odd pieces
     for part in (lambda tree: tree["weights"], lambda tree: tree["optimizer"]["state"]):
         torch.testing.assert_close(part(content(again)), part(content(straight)), rtol=1e-5, atol=1e-6)
@@ -82,7 +82,7 @@ def test_load_model_reads_one_and_consolidating_gives_openlms_files(saved_on_fou
 
 
 def test_consolidated_in_place_both_stay_and_the_run_goes_on(tmp_path):
-    state = make_state(companions=True)
+    state = make_state(extra_state=True)
     take_steps(state, 3)
     save(tmp_path / "shards", state)
     plain = make_checkpoints(tmp_path / "plain")
@@ -93,7 +93,7 @@ def test_consolidated_in_place_both_stay_and_the_run_goes_on(tmp_path):
         assert_same(left, right)
     (commit,) = commits.committed(str(tmp_path / "shards"))
     assert newest_in(str(tmp_path / "shards")).path.endswith("epoch_1.pt")
-    again = make_state(seed=1, companions=True)
+    again = make_state(seed=1, extra_state=True)
     restore(make_checkpoints(tmp_path / "shards", resume="latest"), again, NoData())
     assert_same(content(again), content(state))
     discard(str(tmp_path / "shards"), commit)
@@ -103,6 +103,22 @@ def test_consolidated_in_place_both_stay_and_the_run_goes_on(tmp_path):
 def files_of(folder):
     (commit,) = commits.committed(str(folder))
     return [folder / name for name in commit.files]
+
+
+def test_a_part_that_the_index_names_and_no_file_holds_fails_the_save(tmp_path):
+    """torch has been seen to report success with tensors missing."""
+    save(tmp_path, make_state())
+    (index,) = tmp_path.glob("*/.metadata")
+    require_complete(index.parent)
+    (shard,) = index.parent.glob("*.distcp")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(StorageError, match="was not written"):
+        require_complete(index.parent)
+    sizes = {shard.name: shard.stat().st_size + 1}
+    require_complete(index.parent, sizes)
+    shard.unlink()
+    with pytest.raises(StorageError, match="was not written"):
+        require_complete(index.parent)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])

@@ -1,13 +1,17 @@
 """Evaluation without training: many checkpoints, intervals, bits per byte; a line of results.jsonl for each."""
 
+import io
 import json
 import math
+import tarfile
 
+import numpy as np
 import pytest
 import torch
 from icl_setup import write_tokenizer
 from runs import SEQ_LEN, folder_of, metrics, run, run_command, write_data
 
+from open_lm import load_model
 from open_lm.errors import CheckpointError, ConfigError
 from open_lm.main import main
 
@@ -139,3 +143,31 @@ def test_what_openlm_wrote_is_found_by_its_numbers(trained, tmp_path):
 def test_what_is_not_there_is_said(trained, tmp_path, flags, error, said):
     with pytest.raises(error, match=said):
         main(arguments(trained, tmp_path, *flags))
+
+
+def masked_loss(model, samples, left, individual):
+    """What OpenLM's masks leave of the targets, in plain Python: the mean cross-entropy in fp64, and their number."""
+    total = n_targets = 0
+    for sample in samples:
+        inputs, targets = sample[:-1], sample[1:]
+        last = max((at for at, token in enumerate(targets) if token == left), default=-1)
+        with torch.no_grad():
+            logits_TV = model(torch.tensor([inputs]))[0][0].double()
+        for at, token in enumerate(targets):
+            if at > last and token != individual:
+                total -= (logits_TV[at] - logits_TV[at].logsumexp(0))[token].item()
+                n_targets += 1
+    return total / n_targets, n_targets
+
+
+def test_the_masks_of_a_re_evaluation_are_openlms_by_an_independent_reference(trained, tmp_path):
+    """As DCLM evaluates a checkpoint anew: --val-data with --target-mask-left and --target-mask-individual."""
+    with open(trained["val"], "rb") as file, tarfile.open(fileobj=file) as tar:
+        samples = [np.load(io.BytesIO(tar.extractfile(member).read())).tolist() for member in tar]
+    left, individual = samples[0][6], samples[1][9]
+    masks = ["--target-mask-left", str(left), "--target-mask-individual", str(individual)]
+    path = str(trained["run"] / "checkpoints" / "epoch_3.pt")
+    (row,) = evaluate(trained, tmp_path, "--val-checkpoints", path, *masks)
+    loss, n_targets = masked_loss(load_model(path).eval(), samples, left, individual)
+    assert row["tokens"] == n_targets <= len(samples) * SEQ_LEN - 7
+    assert row["loss"] == pytest.approx(loss, abs=1e-5)

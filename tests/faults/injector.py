@@ -83,10 +83,33 @@ def waiting(value, seconds):
     return value
 
 
+def orphaned(value, _):
+    """The process that made this one dies; goes on when it has."""
+    parent = os.getppid()
+    os.kill(parent, signal.SIGKILL)
+    while os.getppid() == parent:
+        time.sleep(0.001)
+    return value
+
+
+def killed_in(value, name):
+    """This rank dies in the next call of this name of torch.distributed, once the others wait for it."""
+    import torch.distributed
+
+    def die(*_, **__):
+        time.sleep(2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(torch.distributed, name, die)
+    return value
+
+
 ACTIONS = {
     "note": lambda value, _: value,
     "kill": signalled("SIGKILL"),
     "stop": signalled("SIGSTOP"),
+    "kill_in": killed_in,
+    "kill_parent": orphaned,
     "term": signalled("SIGTERM"),
     "usr1": signalled("SIGUSR1"),
     "full": failing(errno.ENOSPC),

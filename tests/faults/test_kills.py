@@ -101,3 +101,12 @@ def test_two_good_checkpoints_always_exist_while_saves_are_killed(scene, kind):
     scene.resume(*words)
     assert scene.steps() == [18, 24]
     scene.require_clean()
+
+
+def test_a_rank_killed_while_its_data_workers_begin_is_missed_at_once(scene):
+    """A worker has the sockets of its rank: one that outlived it kept the others waiting until --dist-timeout."""
+    fault = {"event": "worker", "rank": 1, "do": "kill_parent"}
+    codes, output = scene.run("--workers", "1", size=2, faults=[fault], timeout=30)
+    assert codes == [71, -signal.SIGKILL], output
+    scene.resume(size=2)
+    scene.require_as_straight(size=2)

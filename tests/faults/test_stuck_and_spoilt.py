@@ -5,8 +5,10 @@ import os
 import signal
 
 import pytest
+from faults.scene import Scene, log_lines
 from runs import metrics
 
+from open_lm.checkpoint import manager
 from open_lm.errors import DeviceError, TrainingDiverged
 
 
@@ -79,3 +81,27 @@ def test_a_rank_that_writes_or_reads_for_longer_than_the_timeout_is_waited_for(s
     codes, output = scene.run(*words, "--resume", "latest", size=2, faults=[{"event": "read", **slow}])
     assert codes == [0, 0], output
     scene.require_as_straight(size=2)
+
+
+def test_a_save_that_waits_for_a_dead_rank_keeps_no_other_rank_alive(scene, monkeypatch):
+    """Rank 0 still writes, rank 2 waits for it in the same save, neither can be told: each leaves all the same."""
+    scene = Scene(scene.folder, scene.manifest, {}, batch=12)
+    monkeypatch.setattr(manager, "LAST_SECONDS", 0.5)
+    log = scene.folder / "events"
+    slow = {"event": "file.open", "path": "stats.pt", "rank": 0, "do": "sleep:60"}
+    late = {"event": "step", "rank": 1, "step": 8, "do": "sleep:60"}
+    with scene.start("--checkpoint-format", "sharded", size=3, faults=[slow, late], log=log) as ranks:
+        ranks.wait_until(lambda: {line["rank"] for line in log_lines(log)} == {0, 1})
+        ranks.send(signal.SIGKILL, [1])
+        codes, output = ranks.wait(40), ranks.output()
+    assert codes == [DeviceError.exit_code, -signal.SIGKILL, DeviceError.exit_code], output
+    assert output.count("needs a rank that is gone") == 1 and output.count("lost contact") >= 2
+    assert scene.steps() == []
+
+
+def test_ranks_do_not_wait_a_day_for_one_that_dies_before_it_joins_them(scene):
+    """The group for shards is made at the first save, and waits long only once all are in it."""
+    dies = {"event": "load", "rank": 1, "do": "kill_in:new_group"}
+    words = ["--checkpoint-format", "sharded", "--resume", "latest", "--dist-timeout", "4"]
+    codes, output = scene.run(*words, size=2, faults=[dies], timeout=30)
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None), output

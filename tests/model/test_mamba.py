@@ -10,6 +10,7 @@ from open_lm.model import create_model
 from open_lm.model import selective_scan as scan
 from open_lm.model.architecture import MambaConfig
 from open_lm.model.selective_scan import CHUNK, selective_scan
+from open_lm.train.optim import decays
 
 CONFIG = MambaConfig(d_model=24, n_layer=2, vocab_size=37, seq_len=64)
 
@@ -22,6 +23,12 @@ def build(seed=0, **changes):
             if "norm" in name or name.endswith("D"):
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     return model
+
+
+def test_weight_decay_spares_the_logarithms_of_a():
+    named = dict(build().named_parameters())
+    logarithms = [name for name in named if name.endswith("A_log")]
+    assert len(logarithms) == 2 and not any(decays(name, named[name]) for name in logarithms)
 
 
 @pytest.mark.parametrize("length", [1, 5, CHUNK, 2 * CHUNK + 3])

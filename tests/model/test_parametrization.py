@@ -60,7 +60,12 @@ def test_every_matrix_of_every_feed_forward_layer_has_a_role():
 
 def test_learning_rates_follow_the_schedule_at_their_scale_and_all_weights_decay_alike():
     architecture = config("completep")
-    (optimizer,) = build_optimizers(built(architecture), OptimizerConfig(wd=0.1, eps=1e-8), 1e-3, architecture)
+    model = built(architecture)
+    (optimizer,) = build_optimizers(model, OptimizerConfig(wd=0.1, eps=1e-8), 1e-3, architecture)
+    names = {id(p): (name, p.ndim) for name, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            assert group["eps"] == pytest.approx(1e-8 * scale_of(architecture, *names[id(parameter)]).eps)
     for rate in (1e-3, 2e-4):
         set_lr([optimizer], rate)
         assert {group["lr"] for group in optimizer.param_groups} == {rate, rate / 2, rate / 4}

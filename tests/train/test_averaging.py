@@ -119,7 +119,7 @@ def test_an_average_of_openlm_says_only_its_step_and_goes_on():
 
 
 def _average_losses(world):
-    state = make_ranked_state(world, fsdp=True, companions=True)
+    state = make_ranked_state(world, fsdp=True, extra_state=True)
     generator = torch.Generator().manual_seed(world.rank)
     batch = Batch.from_samples(torch.randint(37, (2, 13), generator=generator))
     for _ in range(2):

@@ -10,7 +10,7 @@ from train.test_meshes import BATCH, MODELS, batch, make_state
 
 from open_lm.checkpoint.restore import restore
 from open_lm.checkpoint.snapshot import in_file_order, live
-from open_lm.checkpoint.tree import map_tensors
+from open_lm.checkpoint.tree import EXTRA_STATE, map_tensors
 from open_lm.distributed import World
 from open_lm.train.averagers import parse_averagers
 from open_lm.train.averaging import WeightAverage
@@ -59,7 +59,7 @@ def _resumed(world, folder, meshes, name, optimizer):
         state = state_on(world or World(), mesh, name, optimizer)
         restore(make_checkpoints(folder, resume="latest"), state, NoData())
         saved, later = torch.load(f"{folder}.pt", weights_only=True)
-        for part in ("weights", "companions"):
+        for part in ("weights", EXTRA_STATE):
             assert_same(content(state)[part], saved[part], where=f"{mesh} {part}")
         assert_same(content(state)["optimizer"]["state"], saved["optimizer"]["state"], where=f"{mesh} optimizer")
         if optimizer == "adamw":

@@ -7,6 +7,7 @@ from runs import flags, folder_of, metrics, run, run_command, weights, write_dat
 
 from open_lm.errors import ConfigError
 from open_lm.train.config import ParallelConfig
+from open_lm.train.parallel import mixed_precision
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,11 @@ def test_flags_that_shape_fsdp_need_it():
         ParallelConfig(fsdp_amp=True)
     with pytest.raises(ConfigError, match="exclude"):
         ParallelConfig(fsdp=True, fsdp_amp=True, fsdp_pure_bf16=True)
+
+
+def test_fsdp_amp_adds_gradients_in_fp32():
+    policy = mixed_precision(ParallelConfig(fsdp=True, fsdp_amp=True))
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_flags_without_a_meaning_are_accepted_with_one_warning(caplog):

@@ -3,16 +3,17 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from open_lm.data.batch import Batch
+from open_lm.data.batch import IGNORED, Batch
 from open_lm.errors import ConfigError
 from open_lm.train.activation_checkpointing import recompute_in_backward
 from open_lm.train.optim import decays
 from open_lm.train.step import train_step, with_last
-from open_lm.train.tasks import Losses, Task
+from open_lm.train.tasks import Losses, NextToken, Task
 from open_lm.train.timing import Timing
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -190,6 +191,45 @@ def test_one_adamw_step_equals_the_formula(tiny):
         g = got[name]  # at step 1 both bias-corrected moments are the gradient and its square
         expected = before[name] * (1 - 1e-2 * decay) - 1e-2 * g / (g.abs() + 1e-8)
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_two_adamw_steps_equal_torchs_with_the_flags_betas(tiny):
+    """Two: after one, both corrected moments are the gradient's, whatever the betas."""
+    make_state, make_batch, _ = tiny
+    state = make_state(dtype=torch.float64)
+    names = dict(state.model.named_parameters())
+    plain = {name: torch.nn.Parameter(p.detach().clone()) for name, p in names.items()}
+    groups = [
+        {"params": [p for n, p in plain.items() if decays(n, p) == is_decayed], "weight_decay": 0.2 * is_decayed}
+        for is_decayed in (True, False)
+    ]
+    theirs = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    ours = state.optimizers[0].step
+
+    def both():
+        for name, parameter in names.items():
+            plain[name].grad = parameter.grad.clone()
+        ours()
+        theirs.step()
+
+    state.optimizers[0].step = both
+    for k in range(2):
+        step(state, make_batch(k))
+    for name, parameter in names.items():
+        torch.testing.assert_close(parameter.detach(), plain[name].detach(), rtol=1e-9, atol=1e-12)
+
+
+def test_the_balance_loss_keeps_its_weight_whatever_the_number_of_targets():
+    """The step divides the total by the number of targets."""
+    hidden_ND, weight_VD = torch.randn(8, 4), torch.randn(6, 4)
+    routing = SimpleNamespace(balance_loss=torch.tensor(1.5), n_dropped=torch.tensor(0), load=torch.ones(2, 2) / 2)
+    for n_left_out in (0, 5):
+        targets_BT = torch.arange(8).remainder(6)[None].clone()
+        targets_BT[:, :n_left_out] = IGNORED
+        batch = Batch(torch.zeros(1, 8, dtype=torch.long), targets_BT)
+        plain = NextToken()._losses(batch, hidden_ND, weight_VD).total
+        total = NextToken(balance_loss=0.1, n_experts=2)._losses(batch, hidden_ND, weight_VD, routing).total
+        assert ((total - plain) / batch.n_targets).item() == pytest.approx(0.1 * 1.5, rel=1e-4)
 
 
 def test_with_last_marks_only_the_last():

@@ -30,42 +30,42 @@ def restored(folder, **kwargs):
     return state
 
 
-def test_a_companion_comes_back_bit_by_bit_and_loads_as_a_model(tmp_path):
-    state = make_state(companions=True)
+def test_extra_state_comes_back_bit_by_bit_and_loads_as_a_model(tmp_path):
+    state = make_state(extra_state=True)
     take_steps(state, 3)
     save(tmp_path, state)
-    assert_same(content(restored(tmp_path, companions=True)), content(state))
+    assert_same(content(restored(tmp_path, extra_state=True)), content(state))
     path = tmp_path / f"{AVERAGE}_1.pt"
     expected = state.averages[0].state_dict()["state_dict"]
     assert torch.equal(open_lm.load_model(path).output.weight, expected["output.weight"])
     assert torch.load(path, weights_only=True)["config"]["model"] == CONFIG.to_dict()
 
 
-def test_a_companion_the_checkpoint_lacks_begins_anew_from_its_weights(tmp_path, caplog):
+def test_extra_state_the_checkpoint_lacks_begins_anew_from_its_weights(tmp_path, caplog):
     state = make_state()
     take_steps(state, 3)
     save(tmp_path, state)
-    late = restored(tmp_path, companions=True).averages[0].state_dict()
+    late = restored(tmp_path, extra_state=True).averages[0].state_dict()
     assert late["n"] == 0 and f"holds no {AVERAGE}" in caplog.text
     assert torch.equal(late["state_dict"]["output.weight"], state.model.output.weight)
 
 
 def _save_sharded(world, folder, fsdp):
-    state = make_state(world, fsdp=fsdp, companions=True)
+    state = make_state(world, fsdp=fsdp, extra_state=True)
     take_steps(state, 3)
     save(folder, state)
 
 
 def _compare(world, folder, fsdp):
-    straight = make_state(world, fsdp=fsdp, companions=True)
+    straight = make_state(world, fsdp=fsdp, extra_state=True)
     take_steps(straight, 5)
-    again = restored(folder, world=world, fsdp=fsdp, companions=True)
+    again = restored(folder, world=world, fsdp=fsdp, extra_state=True)
     take_steps(again, 2)
     assert_same(content(again), content(straight))
 
 
 @pytest.mark.parametrize("fsdp", [True, False], ids=["fsdp", "ddp"])
-def test_two_ranks_save_and_continue_companions(tmp_path, fsdp):
+def test_two_ranks_save_and_continue_extra_state(tmp_path, fsdp):
     run_ranks(_save_sharded, 2, tmp_path, fsdp)
     run_ranks(_compare, 2, tmp_path, not fsdp)
 

@@ -59,6 +59,26 @@ def test_what_is_written_is_the_state_at_the_save(tmp_path, monkeypatch, form, o
     assert_same(content(again), expected)
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_save_returns_before_the_copy_and_the_next_update_waits_for_it(tmp_path, monkeypatch, form):
+    real, may_go = manager.take, threading.Event()
+    monkeypatch.setattr(manager, "take", lambda *words, **more: (may_go.wait(60), real(*words, **more))[1])
+    state, checkpoints = make_state(), make_checkpoints(tmp_path, checkpoint_format=form)
+    take_steps(state, 1)
+    expected = content(state)
+    assert checkpoints.save(state, NoData(), label="1", stats=STATS)
+    stepping = threading.Thread(target=take_steps, args=(state, 1))
+    stepping.start()
+    stepping.join(0.2)
+    assert stepping.is_alive()
+    may_go.set()
+    stepping.join(60)
+    assert checkpoints.wait() and not state.optimizers[0]._optimizer_step_pre_hooks
+    again = make_state(seed=1)
+    restore(make_checkpoints(tmp_path, resume="latest"), again, NoData())
+    assert_same(content(again), expected)
+
+
 def _on_ranks(world, folder, form):
     with pytest.MonkeyPatch.context() as monkeypatch:
         state = make_state(world, fsdp=True, extra_state=True)

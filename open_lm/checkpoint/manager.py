@@ -36,7 +36,7 @@ MAX_FAILED_SAVES = 3
 
 
 LAST_SECONDS = 10.0
-"""What a save by all ranks may still take when one of them is gone."""
+"""Time that a save by all ranks may still take when one of them is gone."""
 
 
 class DataOrder(Protocol):
@@ -121,7 +121,7 @@ class Checkpoints:
     def _work(
         self, state: Saved, loader: DataOrder, *, label: str, stats: Mapping[str, Any], kind: SaveKind, beside: bool
     ) -> Callable[[], commits.Commit | None]:
-        """What is left to do once the ranks have exchanged what a thread (if it is done `beside`) must not."""
+        """The part of a save that is left once the ranks have exchanged what a thread (if it is done `beside`) must not."""
         tree = in_file_order(live(state), state.model)
         in_shards = self._in_shards(tree)
         if in_shards and self._group is None and state.world.size > 1:

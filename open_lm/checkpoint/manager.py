@@ -121,7 +121,7 @@ class Checkpoints:
     def _work(
         self, state: Saved, loader: DataOrder, *, label: str, stats: Mapping[str, Any], kind: SaveKind, beside: bool
     ) -> Callable[[], commits.Commit | None]:
-        """The rest of a save, once the ranks have exchanged what a thread (if it is done `beside`) must not exchange."""
+        """The rest of a save, once the ranks have exchanged what a thread (if it is done `beside`) must not."""
         tree = in_file_order(live(state), state.model)
         in_shards = self._in_shards(tree)
         if in_shards and self._group is None and state.world.size > 1:

@@ -24,7 +24,7 @@ test-all:  ## All tests
 soak:  ## Kill and resume a small run 500 times in all settings (about 40 minutes on two idle cores; CYCLES=20 SEED=1 for less)
 	$(PYTHON) tests/faults/soak.py --cycles $${CYCLES:-500} --seed $${SEED:-0} --json soak.json
 
-mutants:  ## Plant 125 bugs, one at a time, and see which the tests notice (about an hour; ONLY=masking for some)
+mutants:  ## Plant 131 bugs, one at a time, and see which the tests notice (about an hour; ONLY=masking for some)
 	$(PYTHON) tests/mutants --only "$$ONLY" --json mutants.json
 
 docs:  ## Build the site of docs/ into site/ (mkdocs)

@@ -32,9 +32,7 @@ ALL = PLANTED + IN_MESHES
 SLOW = ("commands", "faults", "parallel", "ownership", "remote", "moe", "checkpoint", "icl")
 """Parts of the names of tests that start processes, or are many: their mutants come last."""
 
-SURVIVE_FOR: dict[str, str] = {
-    "context + continuation for": "one token more is read and nothing is predicted from it: the scores are the same",
-}
+SURVIVE_FOR: dict[str, str] = {}
 """Mutants that no test can notice, by their new text, and why."""
 
 

@@ -16,7 +16,7 @@ import open_lm
 from open_lm.data.tokenizer import load_tokenizer
 from open_lm.errors import CheckpointError, ConfigError
 from open_lm.generation import generate
-from open_lm.hf.export import ExportConfig, export, main
+from open_lm.hf.export import ExportConfig, export, largest_difference, main
 from open_lm.hf.tokenizer_files import with_chat_template
 from open_lm.model import create_model
 from open_lm.model.config import ModelFlags
@@ -164,6 +164,16 @@ def test_a_model_that_reloads_differently_is_refused_and_nothing_stays(tmp_path,
     with pytest.raises(CheckpointError, match="logits after reloading are off by"):
         export(ExportConfig(checkpoint=path, out=str(tmp_path / "out")))
     assert [p.name for p in tmp_path.iterdir()] == ["e.pt"]
+
+
+def test_a_difference_of_hundredths_is_refused_too(tmp_path):
+    path, out = save_checkpoint(make_model("llama"), tmp_path / "e.pt"), tmp_path / "out"
+    export(ExportConfig(checkpoint=path, out=str(out), check="none"))
+    model = open_lm.load_model(path)
+    with torch.no_grad():
+        model.output.weight[5] += 0.01
+    with pytest.raises(CheckpointError, match="logits after reloading are off by"):
+        largest_difference(model, out)
 
 
 def test_a_wrong_permutation_would_be_noticed(tmp_path, monkeypatch):

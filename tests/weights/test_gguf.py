@@ -28,6 +28,13 @@ def test_logits_of_the_file_are_ours(tmp_path, name):
     assert (gguf_reference.logits(*read_gguf(path), IDS) - ours).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("name", ["llama", "stablelm", "gpt_neox", "olmoe"])
+def test_the_epsilon_of_the_norms_is_the_models(name):
+    model = make_model(name, norm_eps=3e-4)
+    metadata, _ = to_gguf(model.config, model.state_dict(), "float32")
+    assert [value for key, value in metadata.items() if key.endswith("epsilon")] == [3e-4]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "q8_0"])
 def test_another_reader_finds_the_same_values_and_types(tmp_path, dtype):
     gguf = pytest.importorskip("gguf")

@@ -313,6 +313,10 @@ def test_models_of_transformers_learn_from_a_reward_model_of_transformers(tmp_pa
     deviations = list(metrics(tmp_path, key="train/ratio_deviation").values())
     assert max(deviations[::2]) < 1e-5 < min(deviations[1::2])
     assert all(map(math.isfinite, metrics(tmp_path, key="train/reward").values()))
+    for broken, match in (("rl_rewards:broken", "raised ZeroDivisionError"), ("rl_rewards:nan", "gave nan")):
+        flags[flags.index("--reward") + 1], flags[flags.index("--name") + 1] = broken, broken[-3:]
+        with pytest.raises(DataError, match=match):
+            main(flags)
 
 
 @pytest.fixture

@@ -36,9 +36,10 @@ def test_openais_client_lists_completes_and_streams(theirs, first):
     assert "hello" + "".join(chunk.choices[0].text for chunk in stream) == whole.choices[0].text
 
 
-def test_the_python_of_the_docs_page_runs(server, capsys):
+def test_the_python_of_the_docs_page_runs(server, theirs, capsys):
+    name = theirs.models.list().data[0].id
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.S)
-    for said, real in {"http://127.0.0.1:8000": server[0], "my_run": "first", "max_tokens=50": "max_tokens=5"}.items():
+    for said, real in {"http://127.0.0.1:8000": server[0], "my_run": name, "max_tokens=50": "max_tokens=5"}.items():
         assert said in block
         block = block.replace(said, real)
     exec(compile(block, "docs/serving.md", "exec"), {})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from open_lm import storage
 from open_lm.errors import ConfigError, DataError
 from open_lm.flags import Parser, add_group, flag, read_group
-from open_lm.preprocess.jsonl import BAD_LINE_REASONS, JSON_ENDINGS, WHOLE, Rejected, expand_inputs
+from open_lm.preprocess.jsonl import BAD_LINE_REASONS, JSON_ENDINGS, WHOLE, Rejected, expand_inputs, is_whole
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -113,6 +113,8 @@ def documents(url: str, key: str) -> Iterator[str]:
     for number, line in enumerate(read_documents(url, key, max_bytes=MAX_LINE_BYTES), 1):
         content = document_of(url, line, key) if line.content is not None else None
         if isinstance(content, Rejected) and content.reason in BAD_LINE_REASONS:
+            if is_whole(url):
+                raise DataError(f"{url}: not UTF-8. Convert it (iconv -f latin1 -t utf-8), or leave it out.")
             raise DataError(f"{url}, line {number}: {content.reason}; need a JSON object with text under {key!r}.")
         if isinstance(content, str):
             yield content

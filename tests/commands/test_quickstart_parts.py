@@ -258,3 +258,12 @@ def test_a_tokenizer_is_learned_from_a_folder_of_text_files(tmp_path, monkeypatc
     )
     assert made.decode(made.encode("five six two").ids) == "five six two"
     assert "from 2 documents" in capsys.readouterr().out
+
+
+def test_a_text_file_that_is_not_utf8_is_named_as_that(tmp_path):
+    from open_lm.commands.tokenizer import documents
+    from open_lm.errors import DataError
+
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    with pytest.raises(DataError, match="not UTF-8"):
+        list(documents(str(tmp_path / "latin.txt"), "text"))

@@ -2,8 +2,8 @@
 
 `python benchmarks/icl.py --data ../shared/data/icl --tokenizer ../shared/data/gpt-neox-20b-tokenizer.json`
 Needs `make install-eval`. The engines take turns on each file; model loading and imports are not counted. LLM Foundry
-pads every row to max_seq_len, so its time is shown twice: at 1024, as its own eval YAMLs have it (OpenLM's and DCLM's
-have 2048), and at the longest row of the file, the least that it can be set to.
+pads every row to max_seq_len, so its time is shown twice: at the longest row of the file, the least that it can be set
+to, and at 1024, half of what its own `hf_eval.yaml`, OpenLM's and DCLM's files have.
 """
 
 from __future__ import annotations

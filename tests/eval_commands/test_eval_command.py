@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -125,7 +126,9 @@ def test_an_interrupt_keeps_the_finished_tasks(files, tmp_path):
     (tmp_path / "y.yaml").write_text(json.dumps({"max_seq_len": 64, "icl_tasks": tasks}))
     flags = ["--eval-yaml", tmp_path / "y.yaml", "--checkpoint", files["checkpoint"], "--output-dir", tmp_path / "out"]
     command = [sys.executable, SCRIPT, "--device", "cpu", *map(str, flags)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell lets what it starts with & ignore it
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, preexec_fn=heeds) as process:
         deadline = time.monotonic() + 120
         while not (tmp_path / "out" / "results.json").exists() and time.monotonic() < deadline:
             time.sleep(0.1)

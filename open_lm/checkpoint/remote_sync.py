@@ -138,7 +138,10 @@ class RemoteSync:
         loose = self._loose_files()
         for name in loose:
             self._copy_loose(name)
-        storage.write_text(storage.join(self.url, LISTING), json.dumps(loose))
+        listed = sorted(
+            {*self._copied, *loose}
+        )  # also what is no longer here: it is there, and is fetched with the rest
+        storage.write_text(storage.join(self.url, LISTING), json.dumps(listed))
 
     def _copy_loose(self, name: str) -> None:
         path = Path(self.folder, name)

@@ -126,7 +126,7 @@ SMALL = {
     "--train-steps 1000": "--train-steps 2 $FEW", "--train-steps 500": "--train-steps 2 $FEW",
     "--train-steps 800": "--train-steps 4 $FEW --rollout-tokens 4",
     "--rollout-prompts 32 --group-size 16": "--rollout-prompts 2 --group-size 2",
-    "shards/train/manifest": "shards/manifest", "shards/held-out/manifest": "held-out/manifest",
+    "--manifests shards/train/manifest": "--manifests shards/manifest", "shards/held-out/manifest": "held-out/manifest",
     "--train-steps 400": "--train-steps 8", "--warmup 40": "--warmup 2", "--max-megabytes 2": "--max-megabytes 0.7",
 }  # fmt: skip
 """Parts of a page's commands, and what is run instead."""

@@ -1,8 +1,10 @@
 """A ladder whose dir is a bucket, against a real S3 server on loopback: killed, and finished by another machine."""
 
+import contextlib
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 from ladder.test_ladder_runs import SHORT, start, wait_for
@@ -19,6 +21,13 @@ ONE = {"a": SIZES["a"]}
 FLAGS = {"precision": "fp32", "multiple_data_passes": True, "workers": 0}
 
 
+def command_lines():
+    """Those of all processes."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            yield path.read_text(errors="replace")
+
+
 @pytest.mark.slow
 def test_another_machine_finishes_a_ladder_from_its_bucket(tmp_path, bucket, capfd):  # noqa: F811
     straight = ModelLadder.from_file(write_ladder(tmp_path, sizes=ONE, run=SHORT))
@@ -33,6 +42,7 @@ def test_another_machine_finishes_a_ladder_from_its_bucket(tmp_path, bucket, cap
     )
     process.send_signal(signal.SIGKILL)
     process.wait(60)
+    wait_for(lambda: not any(str(work) in line for line in command_lines()), 60)  # its trainer ends with it, and saves
     shutil.rmtree(work)  # another machine has only the ladder file and the bucket
 
     with pytest.raises(ConfigError, match="seed was 3, is now 4"):

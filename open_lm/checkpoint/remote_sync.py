@@ -138,9 +138,7 @@ class RemoteSync:
         loose = self._loose_files()
         for name in loose:
             self._copy_loose(name)
-        listed = sorted(
-            {*self._copied, *loose}
-        )  # also what is no longer here: it is there, and is fetched with the rest
+        listed = sorted({*self._copied, *loose})  # also what is gone from here: it is still there, and is fetched
         storage.write_text(storage.join(self.url, LISTING), json.dumps(listed))
 
     def _copy_loose(self, name: str) -> None:

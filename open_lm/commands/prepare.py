@@ -136,26 +136,30 @@ def main(argv: Sequence[str] | None = None) -> Any:
 
 
 def named_other(words: Sequence[str]) -> str | None:
-    """The flag among `words` that asks for other data than text, if one does.
+    """The word that asks for other data than text, if one does: a flag of OTHER_DATA, however it is spelled.
 
     Raises:
         ConfigError: two do.
     """
-    found = [word for word in OTHER_DATA if word in words]
+    found = [word for word in words if _flag_of(word) in OTHER_DATA]
     if len(found) > 1:
         raise ConfigError(f"{' and '.join(found)}: they are different data. Give one of them.")
     return found[0] if found else None
 
 
+def _flag_of(word: str) -> str:
+    return word.partition("=")[0].replace("_", "-")
+
+
 def make_other(other: str, words: list[str]) -> Any:
     """Run the command that makes what the flag `other` among `words` asks for."""
-    at = words.index(other)
-    rest = words[at + 1 :]
-    if other == "--reference-log-probs" and rest and not rest[0].startswith("-"):
+    at, spelled, file = words.index(other), _flag_of(other), other.partition("=")[2]
+    rest = [file, *words[at + 1 :]] if file else words[at + 1 :]
+    if spelled == "--reference-log-probs" and rest and not rest[0].startswith("-"):
         rest = ["--out", *rest]
-    if not sys.argv[0].endswith(other):
-        sys.argv = [f"{sys.argv[0]} {other}", *words]  # what usage and messages call the command
-    return importlib.import_module(OTHER_DATA[other]).main([*words[:at], *rest])
+    if not sys.argv[0].endswith(spelled):
+        sys.argv = [f"{sys.argv[0]} {spelled}", *words]  # what usage and messages call the command
+    return importlib.import_module(OTHER_DATA[spelled]).main([*words[:at], *rest])
 
 
 def make_job(flags: Make2048) -> tuple[Any, Any]:

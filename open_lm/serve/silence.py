@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 SILENT_SECONDS = 75.0
 """Longer than clients keep a connection that they may use again: else a request would meet one just closed."""
@@ -18,16 +17,17 @@ class Silence:
     """
 
     def __init__(self) -> None:
-        self._since: WeakKeyDictionary[Any, tuple[Any, float]] = WeakKeyDictionary()
+        self._last: dict[Any, tuple[Any, float]] = {}
 
     def end(self, connections: Iterable[Any]) -> None:
-        """Close those that have been silent for too long. Call it about once a second."""
-        now = time.monotonic()
+        """Close those of the open `connections` that have been silent for too long. Call it about once a second."""
+        now, before = time.monotonic(), self._last
+        self._last = {}  # those that are closed are let go
         for connection in list(connections):
             exchange = getattr(connection, "cycle", None)
-            last, since = self._since.get(connection, (None, now))
+            last, since = before.get(connection, (None, now))
             if exchange is not last or (exchange is not None and not exchange.response_complete):
                 since = now
-            self._since[connection] = exchange, since
+            self._last[connection] = exchange, since
             if now - since > SILENT_SECONDS:
                 connection.transport.close()

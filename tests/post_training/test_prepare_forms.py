@@ -40,10 +40,12 @@ def test_reference_log_probs_take_the_file_after_the_flag_or_as_out(tmp_path, fl
     call(["prepare", "--reference-log-probs", f"{tmp_path}/a.npz", *told])
     call(["prepare", *told, "--reference-log-probs", "--out", f"{tmp_path}/b.npz"])
     compute_reference([*told, "--out", f"{tmp_path}/c.npz"])
-    assert len({(tmp_path / f"{name}.npz").read_bytes() for name in "abc"}) == 1
+    call(["prepare", "--reference_log_probs", f"{tmp_path}/d.npz", *told])  # as OpenLM spells flags
+    call(["prepare", *told, f"--reference-log-probs={tmp_path}/e.npz"])
+    assert len({(tmp_path / f"{name}.npz").read_bytes() for name in "abcde"}) == 1
     save_checkpoint(make_model("llama", vocab_size=400, seq_len=50), tmp_path / "base.pt")
     with pytest.raises(DataError, match=r"82 ids.*make pairs with --seqlen 50"):
-        compute_reference([*told, "--out", f"{tmp_path}/d.npz"])
+        compute_reference([*told, "--out", f"{tmp_path}/f.npz"])
 
 
 def test_two_kinds_of_data_at_once_are_refused(flags):

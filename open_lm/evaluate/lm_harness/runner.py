@@ -102,6 +102,8 @@ class HarnessRunner:
         from lm_eval.evaluator import simple_evaluate
 
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else it forks for its error bars, and a fork that inherits a
+        # handler of SIGTERM (a run that trains has one) may never end
         began = time.perf_counter()
         self._model.truncated_contexts.clear()
         with _as_first_rank():

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 
 import pytest
 import torch
@@ -40,6 +41,17 @@ generation_kwargs: {until: ["\\n"], max_gen_toks: 4, do_sample: false}
 metric_list: [{metric: exact_match}]
 """
 
+WORDS = """
+task: words_here
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{context}}"
+doc_to_target: " {{continuation}}"
+metric_list: [{metric: perplexity}]
+"""
+
 
 @pytest.fixture(scope="module")
 def eval_model(tmp_path_factory):
@@ -55,7 +67,8 @@ def runner(eval_model, tmp_path_factory):
     (folder / "choices.yaml").write_text(CHOICES % (SAMPLES / "python_choices.jsonl"))
     rows = [{"context": "two plus two is", "answer": "4"}, {"context": "def f", "answer": "x"}]
     (folder / "writing.yaml").write_text(WRITING % write_rows(folder / "writing.jsonl", rows))
-    tasks = ("choices_here", "writing_here")
+    (folder / "words.yaml").write_text(WORDS % (SAMPLES / "python_words.jsonl"))
+    tasks = ("choices_here", "writing_here", "words_here")
     return HarnessRunner(eval_model, tasks, str(folder), None, World(), 128, "fp32")
 
 
@@ -80,6 +93,17 @@ def test_multiple_choice_by_sums_equals_a_plain_forward_pass(runner, eval_model)
 def test_greedy_writing_runs_offline(runner):
     (record,) = [r for r in runner.run("writing_here", lambda n: None) if r.metric == "exact_match"]
     assert record.questions == 2
+
+
+def test_error_bars_are_drawn_without_a_fork(runner, monkeypatch):
+    """A fork inherits a training run's handler of SIGTERM, with which a pool of processes waits for its end for ever."""
+
+    def fork():
+        raise AssertionError("a fork")
+
+    monkeypatch.setattr(os, "fork", fork)
+    (record,) = runner.run("words_here", lambda n: None)
+    assert record.metric == "perplexity" and record.stderr > 0
 
 
 def test_a_rolling_text_longer_than_the_context_is_summed_over_windows(eval_model):

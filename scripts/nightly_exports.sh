@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# Exports under the programs that people load them with, each in an environment of its own: `bash scripts/nightly_exports.sh [FOLDER]`.
+# Exports under the programs that people load them with, each in an environment of its own:
+# `bash scripts/nightly_exports.sh [FOLDER [PART...]]`, the parts being exports_current, exports_older, published_current,
+# published_older and gguf; without any, all of them.
 # Every family, tied and untied, under transformers 4.57 and the current one: logits, generate, Trainer, checkpointing, LoRA,
 # save and reload; the published folders under both; GGUF files under llama.cpp. Takes half an hour on two cores, downloads 100 MB.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-.nightly}
+parts=" ${*:2} "
 python=${PYTHON:-"$PWD/.venv/bin/python"}
 [ -x "$python" ] || python=python3
 older=4.57.6
@@ -21,6 +24,7 @@ declare -A outcome
 tests() {  # NAME, then what to run
   local name=$1 log="$folder/$1.txt"
   shift
+  [[ $parts == "  " || $parts == *" $name "* ]] || return 0
   if "$@" >"$log" 2>&1; then outcome[$name]="passed: $(grep -E "[0-9]+ (passed|skipped)" "$log" | tail -n 1)"; else outcome[$name]="FAILED: $log"; failed=1; fi
   echo "$name: ${outcome[$name]}"
 }

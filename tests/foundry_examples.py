@@ -1,7 +1,8 @@
 """LLM Foundry and our engine, example by example: ids, the span that is scored, its likelihood, the verdict.
 
 `python tests/foundry_examples.py FOLDER [--tokenizer T] [--trained] [--rows N] [--shots N…] [--max-seq-len N]` compares
-all task files of a folder, under random weights or those of a model that has read some of their rows.
+all task files of a folder, under random weights or those of a model that has read some of their rows. A row whose
+continuation leaves no room for a context is refused by both engines: such rows are left out, named and counted.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from open_lm.evaluate.engine.encode import Question
+from open_lm.evaluate.engine.encode import PromptEncoder, Question
 from open_lm.evaluate.engine.generation import AnswerWriter, is_right, plan_generation
 from open_lm.evaluate.engine.icl import LoglikelihoodRequest
 from open_lm.evaluate.engine.metrics import measure
@@ -79,6 +80,16 @@ def differences(mine: list[Example], other: list[Example], tolerance: float = 2e
         if a.text.strip() != b.text.strip():
             found.append(f"example {number}: wrote {a.text!r}, {b.text!r}")
     return found
+
+
+def greatest(mine: list[Example], other: list[Example]) -> float:
+    """The greatest difference of two likelihoods of one choice, relative to their size where that is above 1."""
+    both = [
+        pair
+        for a, b in zip(mine, other, strict=False)
+        for pair in zip(a.cross_entropies, b.cross_entropies, strict=False)
+    ]
+    return max((abs(a - b) / max(1.0, abs(b)) for a, b in both), default=0.0)
 
 
 @contextlib.contextmanager
@@ -176,12 +187,29 @@ def main() -> int:
         eval_model = EvalModel(model, tokenizer, args.max_seq_len, n_embeddings, about)
         for path in paths:
             lines = [line for line in path.read_text().split("\n") if line][: args.rows]
-            (Path(folder) / path.name).write_text("\n".join(lines) + "\n")
             settings = settings_of(json.loads(lines[0]))
+            kept, too_long = fitting(lines, tokenizer, args.max_seq_len)
+            if too_long:
+                print(f"{path.stem}: {len(too_long)} rows longer than the context: lines {too_long}", flush=True)
+            (Path(folder) / path.name).write_text("\n".join(kept) + "\n")
             compared = compare_file(eval_model, Path(folder) / path.name, args.shots, args.max_seq_len, settings)
             found = [a + b for a, b in zip(found, compared, strict=True)]
     print(f"{found[0]} examples, {found[1]} differences")
     return found[1]
+
+
+def fitting(lines: list[str], tokenizer: Any, max_seq_len: int) -> tuple[list[str], list[int]]:
+    """The rows whose continuations leave room for a context, and the line numbers of those that do not."""
+    encoder, kept, too_long = PromptEncoder(tokenizer), [], []
+    for number, line in enumerate(lines, 1):
+        row = json.loads(line)
+        texts = row.get("choices") or [row[key] for key in ("continuation",) if key in row]
+        longest = max((len(ids) for ids in encoder.plain([f" {text.strip()}" for text in texts])), default=0)
+        if longest < max_seq_len:
+            kept.append(line)
+        else:
+            too_long.append(number)
+    return kept, too_long
 
 
 def compare_file(
@@ -207,7 +235,7 @@ def compare_file(
         right = sum(example.right for example in mine)
         cut = sum(any(len(ids) >= max_seq_len for ids, _ in example.rows) for example in mine)
         counts = f"{len(mine)} examples, {right} right, {cut} cut, {len(wrong)} differences"
-        print(f"{key}: {counts}", *wrong[:3], sep="\n  ", flush=True)
+        print(f"{key}: {counts}, the greatest {greatest(mine, other):.1e}", *wrong[:3], sep="\n  ", flush=True)
         n_examples, n_wrong = n_examples + len(mine), n_wrong + len(wrong)
     return n_examples, n_wrong
 

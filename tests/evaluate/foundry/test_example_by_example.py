@@ -10,6 +10,7 @@ from icl_setup import sample, task_of, tiny_model, tiny_tokenizer, write_rows
 from shared import SHARED
 
 from open_lm.distributed import World
+from open_lm.errors import DataError
 from open_lm.evaluate.engine.runner import NativeRunner
 from open_lm.evaluate.eval_model import EvalModel
 from open_lm.evaluate.records import CheckpointRecords
@@ -132,3 +133,26 @@ def test_odd_files_are_read_as_llm_foundry_reads_them(name, tokenizer, tmp_path,
         settings = {"kind": kind, "continuation_delimiter": delimiter, "prompt_string": "Now:\n", **categories}
         n_examples, n_wrong = compare_file(eval_model, path, [0, 1], SEQ_LEN, settings)
         assert (n_examples, n_wrong) == (2 * len(rows), 0)
+
+
+def test_a_row_longer_than_the_context_is_refused_by_both_and_left_out_by_name(tokenizer, tmp_path):
+    from foundry_examples import compare_file, fitting
+
+    from open_lm.evaluate.foundry.runner import FoundryRunner
+
+    rows = [{"query": f"row {n}", "choices": ["a", "b" * n], "gold": 0} for n in (1, SEQ_LEN, 20, SEQ_LEN - 2)]
+    lines = [json.dumps(row) for row in rows]
+    kept, too_long = fitting(lines, tokenizer, SEQ_LEN)
+    assert too_long == [2] and len(kept) == 3
+    records = CheckpointRecords("tiny", "", "", tokenizer.name)
+    eval_model = EvalModel(tiny_model(seed=3, seq_len=SEQ_LEN), tokenizer, SEQ_LEN, 400, records)
+    path = write_rows(tmp_path / "kept.jsonl", [json.loads(line) for line in kept])
+    assert compare_file(eval_model, path, [0, 1], SEQ_LEN, {"kind": "multiple_choice"}) == (6, 0)
+    path = write_rows(tmp_path / "whole.jsonl", rows)
+    suite = Suite(tasks=(task_of(path, "multiple_choice"),), batch_size=2)
+    for runner, error, message in (
+        (NativeRunner, DataError, "whole.jsonl:2: a continuation of"),
+        (FoundryRunner, RuntimeError, "equal size"),
+    ):
+        with pytest.raises(error, match=message):
+            runner(eval_model, suite, World(), SEQ_LEN, "fp32").run("task/0-shot", lambda n: None)

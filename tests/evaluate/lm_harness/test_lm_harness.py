@@ -96,7 +96,7 @@ def test_greedy_writing_runs_offline(runner):
 
 
 def test_error_bars_are_drawn_without_a_fork(runner, monkeypatch):
-    """A fork inherits a training run's handler of SIGTERM, with which a pool of processes waits for its end for ever."""
+    """A fork inherits a training run's handler of SIGTERM: a pool of processes then waits for its end for ever."""
 
     def fork():
         raise AssertionError("a fork")

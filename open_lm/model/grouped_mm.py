@@ -1,13 +1,14 @@
 """Grouped matrix product of experts: one kernel where there is one, else a loop.
 
 Shapes: A rows, those of expert 0 first; E experts, D and F widths of inputs and outputs.
-Every back end has the signature `product(x_AD, weights_EFD, ends_E) -> out_AF`: rows `ends[e-1]` to `ends[e]` of `x`
-times matrix `e` transposed.
+Every back end has the signature `product(x_AD, weights_EFD, loads) -> out_AF`: the rows of `x` that expert `e` has, by
+`loads`, times matrix `e` transposed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,22 @@ from open_lm.errors import ConfigError
 from open_lm.model.architecture import ModelConfig
 from open_lm.model.variants import GROUPED_PRODUCTS
 
-GroupedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+class Loads:
+    """The rows of each expert, for all products of a layer: on the device, and on the host for back ends that need them
+    there. The host waits for the device then, once a layer."""
+
+    def __init__(self, counts_E: Tensor):
+        self._counts_E = counts_E
+        self.ends_E = counts_E.cumsum(0)
+
+    @cached_property
+    def on_host(self) -> list[int]:
+        """The number of rows of each."""
+        return self._counts_E.tolist()
+
+
+GroupedProduct = Callable[[Tensor, Tensor, Loads], Tensor]
 
 
 def build_grouped_product(config: ModelConfig) -> GroupedProduct:
@@ -28,9 +44,9 @@ def build_grouped_product(config: ModelConfig) -> GroupedProduct:
 def through_torch() -> GroupedProduct:
     """torch's own grouped product where it runs, else one product after the other."""
 
-    def product(x_AD: Tensor, weights_EFD: Tensor, ends_E: Tensor) -> Tensor:
+    def product(x_AD: Tensor, weights_EFD: Tensor, loads: Loads) -> Tensor:
         x_AD, weights_EFD = in_autocast_type(x_AD, weights_EFD)
-        return (torch_kernel if torch_kernel_runs_for(x_AD) else one_by_one)(x_AD, weights_EFD, ends_E)
+        return (torch_kernel if torch_kernel_runs_for(x_AD) else one_by_one)(x_AD, weights_EFD, loads)
 
     return product
 
@@ -49,11 +65,11 @@ def through_megablocks() -> GroupedProduct:
         raise ConfigError(_missing("grouped_gemm, beside megablocks,"))
     gmm, fallback = grouped_gemm_util.ops.gmm, through_torch()
 
-    def product(x_AD: Tensor, weights_EFD: Tensor, ends_E: Tensor) -> Tensor:
+    def product(x_AD: Tensor, weights_EFD: Tensor, loads: Loads) -> Tensor:
         x_AD, weights_EFD = in_autocast_type(x_AD, weights_EFD)
         if not megablocks_runs_for(x_AD):
-            return fallback(x_AD, weights_EFD, ends_E)
-        return gmm(x_AD, weights_EFD.contiguous(), sizes_of(ends_E).cpu(), trans_b=True)
+            return fallback(x_AD, weights_EFD, loads)
+        return gmm(x_AD, weights_EFD.contiguous(), torch.tensor(loads.on_host), trans_b=True)
 
     return product
 
@@ -65,15 +81,14 @@ def _missing(package: str) -> str:
     )
 
 
-def torch_kernel(x_AD: Tensor, weights_EFD: Tensor, ends_E: Tensor) -> Tensor:
+def torch_kernel(x_AD: Tensor, weights_EFD: Tensor, loads: Loads) -> Tensor:
     """torch's grouped product."""
-    return F.grouped_mm(x_AD, weights_EFD.mT, offs=ends_E.to(torch.int32))
+    return F.grouped_mm(x_AD, weights_EFD.mT, offs=loads.ends_E.to(torch.int32))
 
 
-def one_by_one(x_AD: Tensor, weights_EFD: Tensor, ends_E: Tensor) -> Tensor:
+def one_by_one(x_AD: Tensor, weights_EFD: Tensor, loads: Loads) -> Tensor:
     """One product per expert."""
-    sizes = sizes_of(ends_E).tolist()
-    return torch.cat([x @ weight.t() for x, weight in zip(x_AD.split(sizes), weights_EFD, strict=True)])
+    return torch.cat([x @ weight.t() for x, weight in zip(x_AD.split(loads.on_host), weights_EFD, strict=True)])
 
 
 def torch_kernel_runs_for(x: Tensor) -> bool:
@@ -85,11 +100,6 @@ def torch_kernel_runs_for(x: Tensor) -> bool:
 def megablocks_runs_for(x: Tensor) -> bool:
     """Whether megablocks' grouped product runs for `x`: bf16 on GPUs."""
     return x.is_cuda and x.dtype == torch.bfloat16
-
-
-def sizes_of(ends_E: Tensor) -> Tensor:
-    """Number of rows of each expert."""
-    return ends_E.diff(prepend=ends_E.new_zeros(1))
 
 
 def in_autocast_type(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from open_lm.model.config import ModelConfig
 from open_lm.model.feed_forward import default_width
-from open_lm.model.grouped_mm import build_grouped_product
+from open_lm.model.grouped_mm import Loads, build_grouped_product
 from open_lm.model.init import scaled_normal_
 from open_lm.model.split import HiddenWidth, TensorPlan, Tokens
 
@@ -85,9 +85,9 @@ class Experts(nn.Module):
 
     def of_any_loads(self, x_AD: Tensor, counts_E: Tensor) -> Tensor:
         """Each expert applied to its rows of `x_AD`, which hold those of expert 0 first, `counts_E` of each."""
-        ends_E, (w12, w3) = counts_E.cumsum(0), self.matrices()
-        hidden_AF = self._activated(self.product(x_AD, w12, ends_E))
-        return self.product(hidden_AF, w3, ends_E)
+        loads, (w12, w3) = Loads(counts_E), self.matrices()
+        hidden_AF = self._activated(self.product(x_AD, w12, loads))
+        return self.product(hidden_AF, w3, loads)
 
     def _activated(self, hidden: Tensor) -> Tensor:
         if not self.gated:

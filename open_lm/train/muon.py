@@ -1,8 +1,8 @@
 """Muon (Keller Jordan, 2024): momentum whose matrices are orthogonalised by Newton–Schulz before they are applied.
 
 A fused projection is several matrices in one parameter: modules name the rows of each in `fused_rows()`, and each is
-orthogonalised by itself. Sharded parameters are gathered in buckets, each matrix is computed on one rank and handed
-back, so the update does not depend on the number of ranks.
+orthogonalised by itself. Ranks divide the parameters among them: each update is computed on one rank and handed back,
+sharded parameters after they were gathered in buckets, so it does not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from open_lm.train.row_order import RowOrder
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration: they grow small singular values fastest and leave all of them between 0.7 and 1.2."""
 BUCKET_ELEMENTS = 32 << 20
-"""Elements of sharded updates that are gathered at the same time."""
+"""Elements of updates that ranks exchange at the same time."""
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -39,6 +39,8 @@ class Packing:
 
 Packings = Mapping[int, Packing]
 """By id of the parameter."""
+Direction = Callable[[Tensor, Tensor], Tensor]
+"""Of a parameter and its whole update."""
 
 
 class Muon(Optimizer):
@@ -56,6 +58,8 @@ class Muon(Optimizer):
     ):
         """`packings`: by id of a parameter the matrices that it holds."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "ns_steps": ns_steps})
+        self.ranks: dist.ProcessGroup | None = None
+        """Ranks that hold equal weights and gradients (DDP) and divide the computing; None: each does all of it."""
         self._dtype = ns_dtype
         self._packings = dict(packings or {})
 
@@ -70,7 +74,7 @@ class Muon(Optimizer):
             def direction(parameter: Tensor, whole: Tensor, steps: int = group["ns_steps"]) -> Tensor:
                 return self._orthogonal(whole, self._packings.get(id(parameter)), steps)
 
-            for parameter, update in whole_by_whole(parameters, updates, direction):
+            for parameter, update in whole_by_whole(parameters, updates, direction, self.ranks):
                 local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
                 local.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.to(local.dtype), alpha=-group["lr"])
         return None
@@ -115,19 +119,29 @@ def newton_schulz(matrix: Tensor, steps: int) -> Tensor:
 
 
 def whole_by_whole(
-    parameters: Sequence[Tensor], updates: Sequence[Tensor], direction: Callable[[Tensor, Tensor], Tensor]
+    parameters: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    direction: Direction,
+    replicas: dist.ProcessGroup | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each parameter with this rank's part of `direction(parameter, update)` of its whole update."""
-    bucket: list[tuple[DTensor, Tensor]] = []
+    """Each parameter with this rank's part of `direction(parameter, update)` of its whole update; `replicas` hold the
+    same whole parameters."""
+    bucket: list[tuple[Tensor, Tensor]] = []
+    plain: list[tuple[Tensor, Tensor]] = []
     for parameter, update in zip(parameters, updates, strict=True):
         if not isinstance(parameter, DTensor):
-            yield parameter, direction(parameter, update)
+            plain.append((parameter, update))
         elif _row_group(parameter) is None:
             yield parameter, _redistributed(parameter, update, direction)
         else:
             bucket.append((parameter, update))
     for full in _buckets(bucket):
         yield from _on_one_rank_each(full, direction)
+    if replicas is None or dist.get_world_size(replicas) == 1:
+        yield from ((parameter, direction(parameter, update)) for parameter, update in plain)
+    else:
+        for full in _buckets(plain):
+            yield from _divided(full, direction, replicas)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -135,15 +149,17 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _row_group(parameter: DTensor) -> dist.ProcessGroup | None:
+def _row_group(parameter: Tensor) -> dist.ProcessGroup | None:
     """The ranks that share the rows of `parameter`, where it is sharded by rows, once; else None."""
+    if not isinstance(parameter, DTensor):
+        return None
     sharded = [dim for dim, placement in enumerate(parameter.placements) if not isinstance(placement, Replicate)]
     if len(sharded) != 1 or parameter.placements[sharded[0]] != Shard(0):
         return None
     return parameter.device_mesh.get_group(sharded[0])
 
 
-def _redistributed(parameter: DTensor, update: Tensor, direction: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _redistributed(parameter: DTensor, update: Tensor, direction: Direction) -> Tensor:
     """For parameters that are sharded in other ways: gathered alone, computed on every rank."""
     mesh, placements = parameter.device_mesh, parameter.placements
     sharded = DTensor.from_local(update, mesh, placements, shape=parameter.shape, stride=parameter.stride())
@@ -151,9 +167,9 @@ def _redistributed(parameter: DTensor, update: Tensor, direction: Callable[[Tens
     return distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local()
 
 
-def _buckets(items: list[tuple[DTensor, Tensor]]) -> Iterator[list[tuple[DTensor, Tensor]]]:
-    """The parameters in order, as many together as are gathered at once; those of one group of ranks."""
-    bucket: list[tuple[DTensor, Tensor]] = []
+def _buckets(items: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """The parameters in order, as many together as are exchanged at once; those of one group of ranks."""
+    bucket: list[tuple[Tensor, Tensor]] = []
     n_elements = 0
     for parameter, update in items:
         is_other = bool(bucket) and _row_group(bucket[0][0]) is not _row_group(parameter)
@@ -166,9 +182,31 @@ def _buckets(items: list[tuple[DTensor, Tensor]]) -> Iterator[list[tuple[DTensor
         yield bucket
 
 
-def _on_one_rank_each(
-    bucket: list[tuple[DTensor, Tensor]], direction: Callable[[Tensor, Tensor], Tensor]
+def _divided(
+    bucket: list[tuple[Tensor, Tensor]], direction: Direction, group: dist.ProcessGroup
 ) -> Iterator[tuple[Tensor, Tensor]]:
+    """Compute each whole update of `bucket` on one rank, and give it to all."""
+    rank, lengths = dist.get_rank(group), [parameter.numel() for parameter, _ in bucket]
+    results = bucket[0][1].new_zeros(sum(lengths))
+    owners = rank_of_each(lengths, dist.get_world_size(group))
+    for (parameter, update), owner, out in zip(bucket, owners, results.split(lengths), strict=True):
+        if owner == rank:
+            out.copy_(direction(parameter, update).reshape(-1))
+    dist.all_reduce(results, group=group)  # the others sent zeros: nothing is rounded
+    for (parameter, update), whole in zip(bucket, results.split(lengths), strict=True):
+        yield parameter, whole.view_as(update)
+
+
+def rank_of_each(lengths: Sequence[int], n_ranks: int) -> list[int]:
+    """The rank that computes each update: the largest first, each goes to the rank that has least to do."""
+    load, owners = [0] * n_ranks, [0] * len(lengths)
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        owners[number] = load.index(min(load))
+        load[owners[number]] += lengths[number]
+    return owners
+
+
+def _on_one_rank_each(bucket: list[tuple[Tensor, Tensor]], direction: Direction) -> Iterator[tuple[Tensor, Tensor]]:
     """Gather all updates of `bucket` at once, compute each on one rank, and give every rank its rows of all of them.
 
     Shards of rows are padded to the longest, as torch cuts them: the last ranks may hold fewer, or none.
@@ -183,10 +221,9 @@ def _on_one_rank_each(
     _all_gather(everyone, mine, group=group)
     shards = everyone.view(size, -1).split(lengths, dim=1)
     results = torch.zeros_like(everyone).view(size, -1)
-    for number, ((parameter, _), shard, out) in enumerate(
-        zip(bucket, shards, results.split(lengths, dim=1), strict=True)
-    ):
-        if number % size == rank:
+    owners = rank_of_each([parameter.numel() for parameter, _ in bucket], size)
+    for (parameter, _), owner, shard, out in zip(bucket, owners, shards, results.split(lengths, dim=1), strict=True):
+        if owner == rank:
             whole = shard.reshape(-1)[: parameter.numel()].view(parameter.shape)
             made = direction(parameter, whole).reshape(-1)
             out.copy_(_padded(made, out.numel()).view_as(out))

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adafactor, AdamW, Optimizer
 
 from open_lm.errors import ConfigError
@@ -33,7 +34,11 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig, lr: float, archi
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not isinstance(architecture, ModelConfig) or architecture.parametrization == "standard":
-        return OPTIMIZERS.load(config.optimizer)(named, config, lr, packings(model))
+        optimizers = OPTIMIZERS.load(config.optimizer)(named, config, lr, packings(model))
+        for optimizer in optimizers if isinstance(model, DistributedDataParallel) else ():
+            if isinstance(optimizer, Muon):
+                optimizer.ranks = model.process_group
+        return optimizers
     if config.optimizer not in SCALABLE:
         raise ConfigError(
             f"--parametrization {architecture.parametrization} scales the steps of {' and '.join(SCALABLE)}, found "

@@ -33,3 +33,40 @@ def test_a_student_equal_to_its_teacher_has_no_divergence():
     hidden, weight = torch.randn(5, 4), torch.randn(9, 4)
     total = linear_divergence(hidden, weight, hidden, weight, torch.ones(5, dtype=torch.bool))
     assert total.item() == pytest.approx(0, abs=1e-6)
+
+
+def under_fp16(n_targets, counted=None):
+    """The gradients of hidden and weight in fp64 and under fp16 autocast with a loss scale, for a mean over
+    `n_targets` targets; most of the vocabulary has probabilities of 1e-7 in both distributions."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(512, 64), torch.randn(2000, 64) * 0.25
+    weight[1000:] *= 0.2
+    weight[1000:, 0] -= 1.0
+    hidden[:, 0] = hidden[:, 0].abs() + 4
+    teacher, teacher_weight = hidden + torch.randn(512, 64) * 0.3, weight + torch.randn(2000, 64) * 0.05
+    counted = torch.ones(512, dtype=torch.bool) if counted is None else counted
+
+    def gradients(dtype, scale):
+        a, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.float16, enabled=dtype == torch.float32):
+            total = linear_divergence(a, w, teacher.to(dtype), teacher_weight.to(dtype), counted, 2.0)
+        (total / n_targets * scale).backward()
+        return a.grad.double() / scale, w.grad.double() / scale
+
+    return gradients(torch.float64, 1.0), gradients(torch.float32, 65536.0)
+
+
+@pytest.mark.parametrize("n_targets", [8, 512, 1 << 22])
+def test_under_fp16_the_number_of_targets_takes_no_gradients_away(n_targets):
+    expected, found = under_fp16(n_targets)
+    assert all(grad.isfinite().all() for grad in found)
+    rare, rare_found = expected[1][1000:], found[1][1000:]
+    assert (rare_found - rare).norm() < 0.05 * rare.norm()
+    for e, f in zip(expected, found, strict=True):
+        assert (f - e).norm() < 0.02 * e.norm()
+
+
+def test_under_fp16_a_loss_scale_that_is_too_large_shows_in_the_gradients():
+    """So that the step is skipped and the scale falls: nothing wraps around or is cut off."""
+    _, found = under_fp16(n_targets=1e-3)
+    assert not torch.stack([grad.norm() for grad in found]).norm().isfinite()

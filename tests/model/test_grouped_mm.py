@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from open_lm.errors import ConfigError
 from open_lm.model import create_model, grouped_mm
 from open_lm.model.config import ModelConfig
-from open_lm.model.grouped_mm import one_by_one, sizes_of, torch_kernel
+from open_lm.model.grouped_mm import Loads, one_by_one, torch_kernel
 
 CONFIG = {"hidden_dim": 16, "n_layers": 1, "n_heads": 2, "seq_len": 12, "vocab_size": 19, "moe_freq": 1,
           "moe_num_experts": 4, "moe_capacity_factor": 0.0}  # fmt: skip
-ENDS = torch.tensor([3, 3, 7, 12])
+COUNTS = torch.tensor([3, 0, 4, 5])
 
 
 def operands(dtype):
@@ -28,7 +28,7 @@ def test_torchs_kernel_computes_what_the_loop_does_in_values_and_gradients(dtype
     found = []
     for product in (one_by_one, torch_kernel):
         x, weights = operands(dtype)
-        out = product(x, weights, ENDS)
+        out = product(x, weights, Loads(COUNTS))
         out.float().square().sum().backward()
         found.append((out.detach(), x.grad, weights.grad))
     for loop, kernel in zip(*found, strict=True):
@@ -41,8 +41,18 @@ def test_the_loop_is_a_product_for_each_row():
     x, weights = operands(torch.float32)
     experts = [0] * 3 + [2] * 4 + [3] * 5
     expected = torch.stack([weights[e].double() @ row.double() for e, row in zip(experts, x, strict=True)])
-    torch.testing.assert_close(one_by_one(x, weights, ENDS).double(), expected, rtol=1e-5, atol=1e-5)
-    assert sizes_of(ENDS).tolist() == [3, 0, 4, 5]
+    torch.testing.assert_close(one_by_one(x, weights, Loads(COUNTS)).double(), expected, rtol=1e-5, atol=1e-5)
+    assert Loads(COUNTS).ends_E.tolist() == [3, 3, 7, 12]
+
+
+def test_the_host_asks_for_the_loads_once_a_layer(monkeypatch):
+    """On a GPU each time is a wait for all that was queued."""
+    asked = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: asked.append(tensor) or tolist(tensor))
+    model = create_model(ModelConfig(**CONFIG | {"n_layers": 3}))
+    model(torch.randint(0, 19, (2, 12)))
+    assert len(asked) == 3
 
 
 def gmm(a, b, batch_sizes, trans_a=False, trans_b=False):

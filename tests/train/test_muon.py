@@ -120,6 +120,28 @@ def test_one_rank_and_two_fsdp_ranks_agree_to_1e_5_with_few_collectives(tmp_path
         torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-5)
 
 
+def _replicas(world, path, sizes):
+    computed, real = [], Muon._one
+    Muon._one = lambda self, matrix, steps: (computed.append(matrix.numel()), real(self, matrix, steps))[1]
+    weights = _three_steps(world, sizes, False)
+    torch.save(
+        ({name.removeprefix("module."): w for name, w in weights.items()}, sum(computed)), f"{path}/{world.rank}"
+    )
+
+
+@pytest.mark.parametrize("experts", [{}, EXPERTS])
+def test_ddp_ranks_divide_the_matrices_and_have_the_weights_of_one(tmp_path, experts):
+    sizes = SIZES | experts
+    run_ranks(_replicas, 2, tmp_path, sizes)
+    alone = _three_steps(World(), sizes, False)
+    (first, its_work), (second, others_work) = (torch.load(tmp_path / f"{rank}") for rank in (0, 1))
+    assert first.keys() == second.keys() == alone.keys()
+    for name, weight in alone.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], weight, rtol=0, atol=1e-5)
+    assert 0.75 < its_work / others_work < 1.34
+
+
 def _counted(world):
     calls = []
     for name in ("_all_gather", "_reduce_scatter"):
@@ -131,6 +153,11 @@ def _counted(world):
 
 def test_all_matrices_are_gathered_and_given_back_in_two_collectives():
     run_ranks(_counted, 2)
+
+
+def test_the_ranks_get_like_amounts_of_work():
+    assert muon.rank_of_each([5, 9, 4, 1], 2) == [1, 0, 1, 0]
+    assert muon.rank_of_each([3, 3, 3], 4) == [0, 1, 2]
 
 
 def _adafactor(world):

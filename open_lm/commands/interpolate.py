@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,8 @@ from open_lm.flags import Parser, add_group, flag, read_group
 if TYPE_CHECKING:
     from open_lm.params import RunConfig
 
+NAME_LENGTH = 30
+"""Letters of a set's name that fit above a panel."""
 PointLosses = list[tuple[float, dict[str, float]]]
 """For each share of the second checkpoint, the loss on each set."""
 
@@ -123,9 +124,11 @@ def draw(losses: PointLosses, output: str) -> None:
     for axis, name in zip(axes.flat, names, strict=False):
         values = [at[name] for _, at in losses]
         axis.plot(shares, values, "o-", markersize=4)
-        axis.plot(shares[values.index(min(values))], min(values), "*", markersize=12, label="least")
+        if finite := [(value, share) for share, value in zip(shares, values, strict=True) if math.isfinite(value)]:
+            least, at_share = min(finite)
+            axis.plot(at_share, least, "*", markersize=12, label="least")
+            axis.legend()
         axis.set(title=_short(name), xlabel="share of the second checkpoint", ylabel="loss")
-        axis.legend()
     if len(names) == 2:
         _trade_off(axes.flat[2], names, losses)
     for axis in axes.flat[n_panels:]:
@@ -149,5 +152,5 @@ def _trade_off(axis: Any, names: Sequence[str], losses: PointLosses) -> None:
 
 
 def _short(name: str) -> str:
-    """A set's name where it is short, else the end of its path."""
-    return name if len(name) <= 30 else "…/" + os.path.basename(name)
+    """A set's name where it is short, else its end."""
+    return name if len(name) <= NAME_LENGTH else "…" + name[1 - NAME_LENGTH :]

@@ -23,6 +23,9 @@ CORE = "low_variance_datasets"
 """DCLM's name of the group of tasks whose mean is Core."""
 
 
+NO_TABLE = "N/A without --dclm-metadata: give eval/eval_meta_data.csv of github.com/mlfoundations/dclm"
+
+
 @dataclass(frozen=True)
 class Metadata:
     """DCLM's tasks: the category of each, blind guessing's share of right answers, and named groups of tasks.
@@ -51,10 +54,13 @@ def read_metadata(path: str | None) -> Metadata:
         corrected = baseline | {name: percent / 100 for name, percent in known["v2"].items()}
         return Metadata(category, baseline, corrected, groups, is_whole=False)
     try:
-        rows = list(csv.DictReader(io.StringIO(storage.read_text(path))))
+        content = storage.read_text(path).removeprefix("\ufeff")  # a mark that spreadsheets put before it
+        rows = list(csv.DictReader(io.StringIO(content)))
         category |= {row["Eval Task"]: row["Task Category"] for row in rows}
         corrected = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in rows}
-    except (KeyError, TypeError, ValueError) as error:
+        if wrong := [name for name, share in corrected.items() if not 0 <= share < 1]:
+            raise ValueError(f"the baseline of {wrong[0]} is none: 0 to below 100 percent")
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise ConfigError(f"--dclm-metadata {path}: need DCLM's eval/eval_meta_data.csv ({error!r}).") from error
     return Metadata(category, baseline, corrected, groups, is_whole=True)
 
@@ -89,7 +95,7 @@ def dclm_results(run: CheckpointRecords, suite: str, known: Metadata) -> dict[st
     found["Core"] = found["Core_v1"] = _whole_mean(first, core)
     found["Extended"] = found["Extended_v1"] = _whole_mean(first, every)
     found["Core_v2"] = _whole_mean(second, core)
-    found["Extended_v2"] = _whole_mean(second, every) if known.is_whole else "N/A without --dclm-metadata"
+    found["Extended_v2"] = _whole_mean(second, every) if known.is_whole else NO_TABLE
     return found
 
 

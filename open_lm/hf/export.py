@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from open_lm import storage
 from open_lm.command import run
-from open_lm.errors import CheckpointError, ConfigError
+from open_lm.errors import CheckpointError, ConfigError, StorageError
 from open_lm.flags import Parser, add_group, flag, read_group
 from open_lm.model.config import ModelFlags
 
@@ -56,6 +58,12 @@ class ExportConfig:
             raise ConfigError("--out is missing: give the folder to write.")
         if self.push and len(self.push.split("/")) != 2:
             raise ConfigError(f"--push {self.push}: need owner/name.")
+        if storage.is_remote(self.out):
+            raise ConfigError(f"--out {self.out}: need a folder on this machine's disk. Copy it there afterwards.")
+        if self.to == "hf" and self.out.endswith(".gguf"):
+            raise ConfigError(
+                f"--out {self.out}: a folder of transformers is written. Add --to gguf, or name a folder."
+            )
         if self.to == "gguf" and (not self.out.endswith(".gguf") or self.push):
             raise ConfigError(
                 f"--to gguf writes one file: --out {self.out} must end in .gguf, and --push is for --to hf."
@@ -81,6 +89,7 @@ def export(config: ExportConfig, **architecture: Any) -> float | None:
     Raises:
         ConfigError: `out` exists, the model cannot be exported, or its tokenizer is not found.
         CheckpointError: the reloaded model differs; nothing is then left behind.
+        StorageError: it cannot be written, as on a full disk; nothing is left behind either.
     """
     from open_lm.checkpoint.load_model import load_model
     from open_lm.checkpoint.read import read_facts
@@ -102,20 +111,37 @@ def export(config: ExportConfig, **architecture: Any) -> float | None:
             f"--tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}: "
             "give the one it was trained with."
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
-        part = Path(temporary) / out.name
+    with whole(out) as part:
         if config.to == "gguf":
             difference = None
             write_gguf_file(model, tokenizer, config.dtype, part)
         else:
             difference = write_folder(config, model, facts, tokenizer, part)
-        os.rename(part, out)
     if config.push:
         from open_lm.weights.hub import push
 
         print(f"pushed to {push(out, config.push)}", flush=True)
     return difference
+
+
+@contextlib.contextmanager
+def whole(out: Path) -> Iterator[Path]:
+    """A path beside `out` that becomes `out` when the block has ended well, and is gone otherwise.
+
+    Raises:
+        StorageError: the disk is full, or nothing can be written there.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+            yield Path(temporary) / out.name
+            os.rename(Path(temporary) / out.name, out)
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) is None and "I/O error" not in str(error):
+            raise  # not the disk's: transformers raises an OSError for much else
+        raise StorageError(f"--out {out}: cannot write there ({error}). Make room, or choose another place.") from error
 
 
 def write_folder(config: ExportConfig, model: Any, facts: dict[str, Any], tokenizer: Any, folder: Path) -> float | None:

@@ -25,7 +25,7 @@ def model_card(
         *training_facts(facts),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    terms = f"license: {license}\n" if license else ""
+    terms = f"license: {json.dumps(license, ensure_ascii=False)}\n" if license else ""
     compared = (
         f"; its logits differ from OpenLM's own by at most {difference:.2g} (fp32)" if difference is not None else ""
     )

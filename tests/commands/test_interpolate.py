@@ -2,12 +2,13 @@
 
 import csv
 import json
+import math
 
 import pytest
 import torch
 from runs import flags, folder_of, run, write_data
 
-from open_lm.commands.interpolate import main
+from open_lm.commands.interpolate import draw, main
 from open_lm.errors import ConfigError
 from open_lm.main import main as train
 
@@ -65,3 +66,18 @@ def test_what_cannot_be_is_refused(trained, tmp_path):
         main([base, tuned, *flags, *more, "--output", str(tmp_path / "line.png")])
     with pytest.raises(ConfigError, match="did you mean --val-data"):
         main([base, tuned, "--val-dota", "x", "--output", str(tmp_path / "line.png")])
+
+
+def test_panels_tell_long_paths_apart_and_a_point_without_a_loss_is_not_the_least(tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    names = [f"s3://a-bucket-of-many-letters/{kind}/shard-{{000..100}}.tar" for kind in ("base", "chat")]
+    losses = [(0.0, 2.0), (0.5, math.nan), (1.0, 1.0)]
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)  # it is looked at below
+    draw([(share, dict.fromkeys(names, loss)) for share, loss in losses], str(tmp_path / "line.png"))
+    axes = pyplot.gcf().axes
+    assert [axis.get_title() for axis in axes[:2]] == [
+        "…ers/base/shard-{000..100}.tar",
+        "…ers/chat/shard-{000..100}.tar",
+    ]
+    assert [axis.lines[1].get_xydata().tolist() for axis in axes[:2]] == [[[1.0, 1.0]]] * 2

@@ -82,6 +82,7 @@ def carry_out(opened: OpenRun) -> RunResult:
     opened.checkpoints.config |= provenance(tokenizer_name(config, loader), loader.state(0) if loader else None)
     restore(opened.checkpoints, state, loader)
     run = Run(opened, state, loader, val_sets, tasks)
+    opened.begin_copying()
     if loader is not None:
         source = loader
         if isinstance(loader, Prompts):

@@ -58,7 +58,7 @@ class Checkpoints:
         """The fault of the last save, once it is known; None for a save that succeeded."""
         self.seconds = 0.0
         """Longest time of a save so far, from its start to its commit."""
-        self.retention = Retention(folder, flags.n_kept)
+        self.retention = Retention(folder, flags.n_kept, lambda: self.require_owner())
         self.branch = 0
         """Raised when the run goes back to an earlier checkpoint and leaves later ones behind."""
         self.copy: str | None = None
@@ -242,6 +242,7 @@ class Checkpoints:
 
     def _thin_out(self, written: commits.Commit) -> None:
         logging.info("saved checkpoint %s at step %d (%s)", written.label, written.step, text.size(written.size_bytes))
+        self.retention.begin()
         self.retention.thin_out()
 
 

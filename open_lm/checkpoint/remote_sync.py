@@ -12,10 +12,10 @@ from pathlib import Path
 
 from open_lm import storage, text
 from open_lm.checkpoint import commit as commits
-from open_lm.checkpoint.checksum import FileRecord
+from open_lm.checkpoint.checksum import FileRecord, matches
 from open_lm.checkpoint.commit import Commit
-from open_lm.checkpoint.retention import Retention, discard
-from open_lm.checkpoint.save_policy import kind_of, to_delete
+from open_lm.checkpoint.retention import UNFINISHED, Retention
+from open_lm.checkpoint.save_policy import kind_of
 from open_lm.checkpoint.upload import upload
 from open_lm.errors import CheckpointError, OpenLMError, StorageError
 
@@ -42,13 +42,16 @@ class RemoteSync:
     url: str
     every_seconds: float
     retention: Retention | None = None
-    n_kept: int | None = None
+    """The owner of what is deleted, here and there; None: nothing is."""
     grace_seconds: float = GRACE_SECONDS
     _copied: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Size and time of change of each loose file, as it was when it was copied last."""
     _there: set[str] = field(default_factory=set)
     """The commit files that are known to be there."""
     _stop: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self._retention = self.retention or Retention(os.path.join(self.folder, CHECKPOINTS), None)
 
     def __enter__(self) -> RemoteSync:
         self._thread = threading.Thread(target=self._run, name="remote-sync", daemon=True)
@@ -81,8 +84,10 @@ class RemoteSync:
 
         Raises:
             StorageError, OSError: something could not be copied.
-            CheckpointError: something here is damaged, which is not copied.
+            CheckpointError: something here is damaged, or would be written over another there: it is not copied.
+            FolderLocked: another run has taken over the folder: nothing more is done.
         """
+        self._retention.require_owner()
         problems: list[Exception] = []
         tried: set[str] = set()
         while commit := self._next_to_copy(tried):
@@ -117,19 +122,18 @@ class RemoteSync:
 
     def _copy_checkpoint(self, commit: Commit) -> None:
         remote = storage.join(self.url, CHECKPOINTS)
-        target = storage.join(remote, commit.commit_name)
-        if storage.exists(target) and commits.read_commit(target) == commit:  # an earlier start has copied it
+        if _is_there(remote, commit):  # an earlier start has copied it
             self._there.add(commit.commit_name)
             return
-        retention = self.retention or Retention(os.path.join(self.folder, CHECKPOINTS), None)
-        with retention.pinned(commit):
+        with self._retention.pinned(commit):
             here = Path(self.folder, CHECKPOINTS)
             commits.in_parallel(
                 partial(upload, here / name, storage.join(remote, name), record)
                 for name, record in commit.files.items()
             )
             self._copy_logs()
-            upload(here / commit.commit_name, target)
+            self._retention.require_owner()
+            upload(here / commit.commit_name, storage.join(remote, commit.commit_name))
             self._there.add(commit.commit_name)
             logging.info("copied checkpoint %s to %s", commit.label, storage.shown(self.url))
             self._thin_out()
@@ -149,11 +153,34 @@ class RemoteSync:
             self._copied[name] = (state.st_size, state.st_mtime_ns)
 
     def _thin_out(self) -> None:
-        """Delete what the policy lets go of among the checkpoints that are complete there."""
-        folder = storage.join(self.url, CHECKPOINTS)
-        complete = commits.committed(folder)
-        for commit in to_delete(complete, complete[0], self.n_kept) if complete else ():
-            discard(folder, commit)
+        self._retention.thin_out_copy(storage.join(self.url, CHECKPOINTS))
+
+
+def _is_there(remote: str, commit: Commit) -> bool:
+    """Whether `commit` is in the folder `remote` already.
+
+    Raises:
+        CheckpointError: its label is that of another one there, good, set aside or damaged, which stays.
+    """
+    for path in storage.glob_in(remote, f"epoch_{commit.label}.*json"):
+        if path.endswith(UNFINISHED):
+            continue
+        other = commits.read_commit(path)
+        if other is not None and commit.files.items() <= other.files.items():
+            if path.endswith(commit.commit_name):
+                return True
+        elif not (_has_no_other_file(remote, commit) if other is None else other.files.items() <= commit.files.items()):
+            raise CheckpointError(
+                f"{storage.shown(path)} is of another checkpoint {commit.label}, which stays: the one here is not "
+                "copied. Give a run of its own another --name."
+            )
+    return False
+
+
+def _has_no_other_file(remote: str, commit: Commit) -> bool:
+    """Whether no file there has a name of this checkpoint's and another content."""
+    paths = {storage.join(remote, name): record for name, record in commit.files.items()}
+    return all(matches(path, record) for path, record in paths.items() if storage.exists(path))
 
 
 def bring_back(url: str, folder: str, *, logs_only: bool = False) -> None:

@@ -57,10 +57,16 @@ def restore(checkpoints: Checkpoints, state: Saved, loader: DataOrder | None) ->
     Raises:
         CheckpointError: it is missing or damaged, or of another model, optimizer, batch or data; on all ranks alike.
     """
-    flags = checkpoints.flags
-    if not (flags.resume or flags.start):
-        return
-    stored = Stored()
+    copy = checkpoints.copy
+    if copy and loader is not None:
+        checkpoints.taken_labels = state.world.on_rank0(lambda: labels_in(copy))
+    if checkpoints.flags.resume or checkpoints.flags.start:
+        _restore(checkpoints, state, loader)
+    checkpoints.retention.begin()
+
+
+def _restore(checkpoints: Checkpoints, state: Saved, loader: DataOrder | None) -> None:
+    flags, stored = checkpoints.flags, Stored()
     faults.at("load", flags.resume)
     asked = (flags.resume, *flags.start)[0] or flags.start[0]
     known = verified_together(state.world, lambda: candidates(checkpoints.home, asked))
@@ -329,4 +335,3 @@ def _continue_here(checkpoints: Checkpoints, facts: Mapping[str, Any]) -> None:
     checkpoints.branch = leave_behind(folders, branch, facts["stored_step"])
     if checkpoints.branch == branch and facts["step"] != facts["stored_step"]:
         checkpoints.branch += 1
-    checkpoints.taken_labels = labels_in(checkpoints.copy) if checkpoints.copy else frozenset()

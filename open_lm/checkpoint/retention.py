@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from open_lm import storage
@@ -25,12 +25,22 @@ LEFT_BEHIND = ".left-behind.json"
 
 
 class Retention:
-    """The deletions in one local folder. `n_kept`: as --keep-last."""
+    """The deletions in one local folder, and in its remote copy. `n_kept`: as --keep-last. `require_owner` raises where
+    another run has taken over the folder: it is asked before each deletion.
 
-    def __init__(self, folder: str, n_kept: int | None):
+    Nothing goes until the run has begun: before, nobody knows which checkpoint it goes on from.
+    """
+
+    def __init__(self, folder: str, n_kept: int | None, require_owner: Callable[[], None] = lambda: None):
+        self.require_owner = require_owner
         self._folder, self._n_kept = folder, n_kept
+        self._has_begun = False
         self._pinned: set[str] = set()
         self._lock = threading.Lock()
+
+    def begin(self) -> None:
+        """From here on the policy counts: the checkpoint that the run goes on from is the newest, here and there."""
+        self._has_begun = True
 
     @contextlib.contextmanager
     def unfinished(self, label: str, names: Sequence[str]) -> Iterator[None]:
@@ -59,14 +69,23 @@ class Retention:
     def thin_out(self) -> None:
         """Delete what the policy lets go of, but for what is pinned."""
         with self._lock:
-            complete = committed(self._folder)
-            for commit in to_delete(complete, complete[0], self._n_kept) if complete else ():
-                if commit.label not in self._pinned:
-                    discard(self._folder, commit)
+            self._let_go(self._folder, self._pinned)
+
+    def thin_out_copy(self, folder: str) -> None:
+        """Delete in the remote copy of the folder what the policy lets go of there."""
+        self._let_go(folder, frozenset())
+
+    def _let_go(self, folder: str, pinned: Collection[str]) -> None:
+        complete = committed(folder) if self._has_begun else []
+        for commit in to_delete(complete, complete[0], self._n_kept) if complete else ():
+            if commit.label not in pinned:
+                self.require_owner()
+                discard(folder, commit)
 
     def sweep(self) -> None:
         """Delete the files of saves that were killed: named by a save that ended with its process, and by nothing
         else; and commit files that were only half written."""
+        self.require_owner()
         alive = set()
         for path in storage.glob_in(self._folder, f"epoch_*{UNFINISHED}"):
             try:
@@ -116,8 +135,9 @@ def _is_taken(folder: str, label: str) -> bool:
 
 
 def labels_in(folder: str) -> frozenset[str]:
-    """The labels that commit files of any state have in `folder`."""
+    """The labels that commit files of any state (good, set aside, damaged) have in `folder`."""
     names = [path.rpartition("/")[2] for path in storage.glob_in(folder, "epoch_*.json")]
+    names = [name for name in names if not name.endswith(UNFINISHED)]
     return frozenset(name.removeprefix("epoch_").rpartition(".")[0].partition(".")[0] for name in names)
 
 

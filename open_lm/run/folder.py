@@ -14,6 +14,7 @@ import yaml
 from open_lm import storage
 from open_lm.checkpoint.commit import Commit, committed
 from open_lm.checkpoint.remote_sync import bring_back
+from open_lm.checkpoint.retention import labels_in
 from open_lm.distributed import World
 from open_lm.errors import ConfigError
 from open_lm.model.config import ModelConfig
@@ -60,12 +61,13 @@ def _open(config: RunConfig, facts: dict[str, Any], lock: FolderLock) -> str:
         lock.acquire()
     if resume == "latest" and copy:
         bring_back(copy, folder, logs_only=config.checkpoint.checkpoint_format == "sharded-remote")
-    if resume is None and config.trains and copy and committed(storage.join(copy, "checkpoints")):
+    places = [place for place in (folder, copy) if place]
+    continues = resume == "latest" or (resume is not None and any(_is_inside(resume, place) for place in places))
+    if copy and config.trains and not continues and labels_in(storage.join(copy, "checkpoints")):
         raise ConfigError(
             f"--remote-sync: {storage.shown(copy)} already holds a run. Continue it with --resume latest, or choose "
             "another --name."
         )
-    continues = resume == "latest" or (resume and os.path.abspath(resume).startswith(os.path.abspath(folder) + os.sep))
     if holds_a_run(folder) and config.trains and not continues:
         raise ConfigError(
             f"--name {os.path.basename(folder)}: {folder} already holds a run. Continue it with --resume latest, "
@@ -78,6 +80,13 @@ def _open(config: RunConfig, facts: dict[str, Any], lock: FolderLock) -> str:
     if config.tracking.copy_codebase:
         copy_code(folder)
     return folder
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    """Whether `path` names something in `folder`, each local or remote."""
+    if storage.is_remote(path) or storage.is_remote(folder):
+        return path.startswith(f"{folder.rstrip('/')}/")
+    return storage.local_path(path).absolute().is_relative_to(storage.local_path(folder).absolute())
 
 
 def copy_code(folder: str) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from open_lm import storage
@@ -66,6 +66,7 @@ class OpenRun:
             profile_steps=parse_steps(config.tracking.profile_steps, "--profile-steps"),
             trace_steps=parse_steps(config.tracking.trace_steps, "--trace-steps"),
         )
+        self._copying: Callable[[], object] = lambda: None
         self.is_stuck = False
         """Whether a save did not end although the run did."""
         self.closing = contextlib.ExitStack()
@@ -77,15 +78,19 @@ class OpenRun:
         return OpenRun(config, architecture, self.world, self.folder, self.sinks, self.watchdog)
 
     def copy_to(self, url: str | None, stack: contextlib.ExitStack) -> None:
-        """Until `stack` is closed: keep a copy of the run at `url`, if there is one."""
+        """Keep a copy of the run at `url`, if there is one, from `begin_copying` until `stack` is closed."""
         if url is None:
             return
         flags, checkpoints = self.config.checkpoint, self.checkpoints
         checkpoints.copy = storage.join(url, "checkpoints")
         if self.world.is_master:
             every, grace = flags.remote_sync_frequency, flags.remote_sync_grace
-            sync = RemoteSync(self.folder, url, every, checkpoints.retention, flags.n_kept, grace)
-            stack.enter_context(sync)
+            sync = RemoteSync(self.folder, url, every, checkpoints.retention, grace)
+            self._copying = partial(stack.enter_context, sync)
+
+    def begin_copying(self) -> None:
+        """Start the copy, once it is known which checkpoint the run goes on from."""
+        self._copying()
 
     def close(self, _kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
         """Close what writes, as a block ends with `error`."""
@@ -140,7 +145,7 @@ def start_run(config: RunConfig, architecture: ModelConfig, command: str) -> Ite
         if config.trains:
             stack.enter_context(leaving_together(world))
             run.checkpoints.require_owner = lock.require if world.is_master else run.checkpoints.require_owner
-            run.copy_to(remote_folder(config), stack)
+            run.copy_to(remote_folder(config), stack.enter_context(contextlib.ExitStack()))
         stack.enter_context(watchdog)
         stack.push(run.close)
         try:

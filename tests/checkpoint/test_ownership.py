@@ -283,7 +283,7 @@ def test_with_a_remote_slower_than_the_saves_a_complete_checkpoint_is_always_the
         assert checkpoints.save(state, NoData(), label=str(state.step), stats=STATS)
 
     save()
-    sync = RemoteSync(str(run), str(remote), 300, checkpoints.retention, n_kept=1)
+    sync = RemoteSync(str(run), str(remote), 300, checkpoints.retention)
     real = remote_sync.upload
 
     def slow(path, url, expected=None):
@@ -302,6 +302,7 @@ def test_with_a_remote_slower_than_the_saves_a_complete_checkpoint_is_always_the
 def test_retention_keeps_what_is_being_copied_and_deletes_it_afterwards(tmp_path):
     state = saved(tmp_path, ("1",))
     retention = Retention(str(tmp_path), 1)
+    retention.begin()
     (commit,) = committed(str(tmp_path))
     with retention.pinned(commit):
         saved(tmp_path, ("2",), state=state)

@@ -1,5 +1,5 @@
-"""Deletions and writing over: nothing goes before the run knows where it goes on from, nor once the folder is another's,
-and nothing in the remote copy is written over."""
+"""Deletions and writing over: nothing goes before the run knows where it goes on from, nor once the folder is
+another's, and nothing in the remote copy is written over."""
 
 import hashlib
 import shutil
@@ -108,8 +108,8 @@ def test_a_new_start_writes_over_nothing_in_the_copy(tmp_path, manifest, state):
     shutil.rmtree(folder_of(tmp_path))
     with pytest.raises(ConfigError, match="already holds a run"):
         run(tmp_path, manifest, *words, "--seed", "5")
+    run(tmp_path, manifest, name="elsewhere")
     with pytest.raises(ConfigError, match="already holds a run"):
-        run(tmp_path, manifest, name="elsewhere")
         run(tmp_path, manifest, *words, "--resume", str(folder_of(tmp_path, "elsewhere") / "checkpoints/epoch_1.pt"))
     if state == "set aside":
         run(tmp_path, manifest, *words, "--resume", "latest", "--seed", "5", "--stop-at-step", "6")

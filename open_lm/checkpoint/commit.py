@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any, Literal, cast
@@ -21,9 +22,12 @@ from typing import IO, Any, Literal, cast
 from open_lm import storage
 from open_lm.checkpoint.checksum import BLOCK_BYTES, ChecksummingFile, FileRecord, checksum_of, matches
 from open_lm.errors import CheckpointError
+from open_lm.storage.remote import Stat
 
 VERSION = 2
-COMMIT_PATTERN = "epoch_*.commit.json"
+COMMITTED, LEFT_BEHIND = ".commit.json", ".left-behind.json"
+"""Endings of commit files: of a checkpoint that counts, and of one that was set aside by going back."""
+COMMIT_PATTERN = f"epoch_*{COMMITTED}"
 SHARDS_SIGN = ".sharded-"
 """The mark of a folder of shards in its name: `epoch_3.sharded-1f2e3d4c`."""
 FIRST_KEYS = {"label", "step", "files", "facts"}
@@ -78,7 +82,11 @@ class Commit:
 
     @property
     def commit_name(self) -> str:
-        return f"epoch_{self.label}.commit.json"
+        return f"epoch_{self.label}{COMMITTED}"
+
+
+_READ: dict[str, tuple[Stat, Commit]] = {}
+"""The remote commit files that were read, as they were then."""
 
 
 def save_file(folder: str, name: str, payload: Any) -> FileRecord:
@@ -136,19 +144,37 @@ def read_commit(path: str) -> Commit | None:
 
 def committed(folder: str) -> list[Commit]:
     """The checkpoints of `folder` whose files all have the right size, the one to continue from first: those of the
-    latest branch, by step."""
-    commits = [read_commit(path) for path in storage.glob_in(folder, COMMIT_PATTERN)]
-    complete = [commit for commit in commits if commit and _has_sizes(folder, commit)]
+    latest branch, by step. Of a remote folder a commit file that was read before is not read again."""
+    there = storage.remote.listing(folder) if storage.is_remote(folder) else None
+    if there is None:
+        commits = [read_commit(path) for path in storage.glob_in(folder, COMMIT_PATTERN)]
+    else:
+        names = [name for name in sorted(there) if fnmatch(name, COMMIT_PATTERN) and "/" not in name]
+        commits = [_read_once(storage.join(folder, name), there[name]) for name in names]
+    complete = [commit for commit in commits if commit and _has_sizes(folder, commit, there)]
     return sorted(complete, key=lambda commit: (-commit.branch, -commit.step))
 
 
-def _has_sizes(folder: str, commit: Commit) -> bool:
+def _read_once(path: str, stat: Stat) -> Commit | None:
+    known = _READ.get(path)
+    if known is not None and stat.etag is not None and known[0] == stat:
+        return known[1]
+    commit = read_commit(path)
+    if commit is not None:
+        _READ[path] = stat, commit
+    return commit
+
+
+def _has_sizes(folder: str, commit: Commit, there: Mapping[str, Stat] | None) -> bool:
     for name, record in commit.files.items():
         path = storage.join(folder, name)
-        found = storage.size_bytes(path) if storage.exists(path) else None
+        if there is not None:
+            found = there[name].size_bytes if name in there else None
+        else:
+            found = storage.size_bytes(path) if storage.exists(path) else None
         if found != record.size_bytes:
             what = "is missing" if found is None else f"has {found} bytes instead of {record.size_bytes}"
-            logging.warning("%s %s: checkpoint %s is skipped.", path, what, commit.commit_name)
+            logging.warning("%s %s: checkpoint %s is skipped.", storage.shown(path), what, commit.commit_name)
             return False
     return True
 
@@ -192,14 +218,29 @@ def is_sharded(path: str) -> bool:
 
 
 def commit_beside(weights_path: str) -> Commit | None:
-    """The commit file of `.../epoch_K.pt`, of another of its files, or of a folder of shards, if there is one."""
+    """The commit file of `.../epoch_K.pt`, of another of its files, or of a folder of shards, if there is one; that of
+    a checkpoint that was set aside too.
+
+    Raises:
+        CheckpointError: it is damaged, so that nothing can be said of the file.
+    """
     name = weights_path.rstrip("/").rpartition("/")[2]
     stem = name.partition(SHARDS_SIGN)[0] if SHARDS_SIGN in name else Path(name).stem
     label = stem.rpartition("_")[2]  # of epoch_3, or of an average: ema_0.999_1_3
-    path = storage.join(storage.parent(weights_path), f"epoch_{label}.commit.json")
-    commit = read_commit(path) if storage.exists(path) else None
-    is_part = commit is not None and any(file == name or file.startswith(f"{name}/") for file in commit.files)
-    return commit if is_part or stem.startswith("epoch_") else None
+    for ending in (COMMITTED, LEFT_BEHIND):
+        path = storage.join(storage.parent(weights_path), f"epoch_{label}{ending}")
+        if not storage.exists(path):
+            continue
+        commit, is_named = read_commit(path), stem.startswith("epoch_")
+        if commit is None and (is_named or name in storage.read_bytes(path).decode(errors="replace")):
+            raise CheckpointError(
+                f"{storage.shown(path)} is damaged, so {name} cannot be verified. Use another checkpoint, or copy the "
+                "file to a folder of its own to load it unverified."
+            )
+        is_part = commit is not None and any(file == name or file.startswith(f"{name}/") for file in commit.files)
+        if is_part or (commit is not None and is_named):
+            return commit
+    return None
 
 
 def copy(source: str, target: str, expected: FileRecord | None = None) -> None:

@@ -61,13 +61,17 @@ def consolidate(name: Name) -> Commit:
     """Write the consolidated files beside a folder of shards; both then belong to the checkpoint.
 
     Raises:
-        CheckpointError: the folder is damaged or has no commit file.
+        CheckpointError: the folder is damaged, has no commit file, or one of a newer program.
         StorageError: there is no space for the files.
     """
     found = resolve(name, "all")
     before = found.commit
     if before is None:
         raise CheckpointError(f"{found.name}: it has no commit file. Use another checkpoint.")
+    if before.is_newer:  # its commit file would lose what means nothing here
+        raise CheckpointError(
+            f"{found.name}: a newer OpenLM wrote it. Consolidate it with that, or take the weights alone with --out."
+        )
     snapshot, run_name, config = snapshot_of(found, before)
     payloads = snapshot.payloads(run_name, {"config": config})
     files = {file: commits.save_file(found.folder, file, payload) for file, payload in payloads.items()}

@@ -65,7 +65,9 @@ class Checkpoints:
         """The remote folder that they are copied to."""
         self.taken_labels: frozenset[str] = frozenset()
         """Labels of remote copies, which are not written over either."""
-        self.require_owner: Callable[[], None] = lambda: None
+        self.copy_logs: Callable[[], None] = _nothing
+        """Copies the logs to where `copy` is; done before a checkpoint is there."""
+        self.require_owner: Callable[[], None] = _nothing
         """Raises where another run has taken over the folder."""
         self._name = name
         self._label = ""
@@ -214,8 +216,15 @@ class Checkpoints:
         return self.copy if self.copy and self.flags.checkpoint_format == "sharded-remote" else self.folder
 
     @property
+    def places(self) -> list[str]:
+        """The places that --resume latest looks in: home first."""
+        return [self.home, *(place for place in (self.folder, self.copy) if place and place != self.home)]
+
+    @property
     def _target(self) -> Target:
-        return Target(self.home, self._name, self.config, self.retention, self.branch, self.require_owner)
+        owned = self.retention, self.branch, self.require_owner
+        logs = self.copy_logs if self.home != self.folder else _nothing
+        return Target(self.home, self._name, self.config, *owned, logs)
 
     def _in_shards(self, tree: Mapping[str, Any]) -> bool:
         if self.flags.checkpoint_format != "auto":
@@ -248,6 +257,10 @@ class Checkpoints:
 
 def _is_whole(tree: Mapping[str, Any]) -> bool:
     return not any(isinstance(tensor, DTensor) for tensor in tensors_of(tree))
+
+
+def _nothing() -> None:
+    pass
 
 
 def _same(tree: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Remote sync: copies a run folder to a remote place while the run trains, and back to another machine."""
+"""Remote sync: copies a run folder to a remote place while the run trains."""
 
 from __future__ import annotations
 
@@ -6,25 +6,33 @@ import json
 import logging
 import os
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from open_lm import storage, text
 from open_lm.checkpoint import commit as commits
-from open_lm.checkpoint.checksum import FileRecord, matches
+from open_lm.checkpoint.checksum import matches
 from open_lm.checkpoint.commit import Commit
+from open_lm.checkpoint.fetch import CHECKPOINTS, LISTING, listed
 from open_lm.checkpoint.retention import UNFINISHED, Retention
 from open_lm.checkpoint.save_policy import kind_of
 from open_lm.checkpoint.upload import upload
-from open_lm.errors import CheckpointError, OpenLMError, StorageError
+from open_lm.errors import CheckpointError, FolderLocked, OpenLMError, StorageError
 
-CHECKPOINTS = "checkpoints"
-LISTING = "mirror.json"
-"""The file that names what lies beside the checkpoints in a remote folder, so that it can be brought back."""
 NOT_COPIED = ("run.lock",)
+APPENDED = (".jsonl", ".csv", ".log")
+"""Endings of logs that only grow while a run is at work."""
 GRACE_SECONDS = 1800.0
 """Longest wait at the end of a run for the last copies."""
+FAILURES_IN_A_ROW = 3
+"""Failures of the remote after which the rest of a pass is left to the next one."""
+LAST_PASSES = 8
+"""Passes at the end of a run that may copy nothing, one after the other, before what is left is given up."""
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
+"""Pauses between those."""
 
 
 @dataclass
@@ -34,8 +42,8 @@ class RemoteSync:
     The commit file of a checkpoint goes last, so that one that is cut off does not exist there either; before it go the
     logs, and the checkpoints of earlier steps that stay for ever: whoever goes on from there lacks none of them. While
     one is copied `retention` keeps it here. There, older ones go by the same policy once a newer one is complete;
-    nothing that happens to the local files deletes anything there. Training waits for nothing: a pass that fails is
-    logged and repeated.
+    nothing that happens to the local files deletes or shortens anything there, and no checkpoint there is written over.
+    Training waits for nothing: what fails is logged and tried again, and keeps nothing else from being copied.
     """
 
     folder: str
@@ -46,12 +54,19 @@ class RemoteSync:
     grace_seconds: float = GRACE_SECONDS
     _copied: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Size and time of change of each loose file, as it was when it was copied last."""
+    _listed: set[str] | None = None
+    """What the listing there names, once it was read."""
     _there: set[str] = field(default_factory=set)
     """The commit files that are known to be there."""
+    _failed: dict[str, Exception] = field(default_factory=dict)
+    """What could not be copied when it was tried last, and why."""
+    _in_a_row: int = 0
+    _logs: threading.RLock = field(default_factory=threading.RLock)
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         self._retention = self.retention or Retention(os.path.join(self.folder, CHECKPOINTS), None)
+        self._remote = storage.join(self.url, CHECKPOINTS)
 
     def __enter__(self) -> RemoteSync:
         self._thread = threading.Thread(target=self._run, name="remote-sync", daemon=True)
@@ -60,53 +75,107 @@ class RemoteSync:
 
     def __exit__(self, *_: object) -> None:
         logging.info("copying what is left to %s", storage.shown(self.url))
+        self._deadline = time.monotonic() + self.grace_seconds
         self._stop.set()
         self._thread.join(self.grace_seconds)
         if self._thread.is_alive():
             waited = text.duration(self.grace_seconds)
             logging.error("%s is not complete after %s: left as it is.", storage.shown(self.url), waited)
+        for name, error in dict(self._failed).items():
+            logging.error("%s is not in %s: %s", name, storage.shown(self.url), error)
 
     def _run(self) -> None:
         while not self._stop.is_set():
             self._try()
             self._stop.wait(self.every_seconds)
-        self._try()
+        pause, fruitless = FIRST_PAUSE_SECONDS, 0
+        while True:
+            before = len(self._there), len(self._copied)
+            if not self._try():
+                return
+            fruitless = fruitless + 1 if before == (len(self._there), len(self._copied)) else 0
+            if fruitless == LAST_PASSES or time.monotonic() + pause > self._deadline:
+                return
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
-    def _try(self) -> None:
+    def _try(self) -> bool:
+        """A pass; whether another one may copy more."""
+        known = {str(error) for error in self._failed.values()}
         try:
-            self.sync()
-        except (OpenLMError, OSError) as error:
-            logging.warning("--remote-sync: %s It is tried again.", error)
+            problems = self._pass()
+        except FolderLocked as error:
+            logging.error("--remote-sync: %s", error)
+            return False
+        except Exception as error:  # the thread lives as long as the run
+            logging.warning("--remote-sync: %s It is tried again.", error, exc_info=not _is_expected(error))
+            return True
+        for error in problems:
+            if str(error) not in known:
+                logging.warning("--remote-sync: %s It is tried again.", error)
+        return any(not isinstance(error, CheckpointError | FileNotFoundError) for error in problems)
 
     def sync(self) -> None:
         """One pass: copy the checkpoints that stay for ever, the newest, the others and the logs; then delete there
         what the policy lets go of.
 
         Raises:
-            StorageError, OSError: something could not be copied.
+            StorageError, OSError: something could not be copied; all else was.
             CheckpointError: something here is damaged, or would be written over another there: it is not copied.
             FolderLocked: another run has taken over the folder: nothing more is done.
         """
-        self._retention.require_owner()
-        problems: list[Exception] = []
-        tried: set[str] = set()
-        while commit := self._next_to_copy(tried):
-            tried.add(commit.commit_name)
-            try:
-                self._copy_checkpoint(commit)
-            except (CheckpointError, FileNotFoundError) as error:  # damaged, or deleted before it was pinned
-                problems.append(error)
-        self._copy_logs()
-        self._thin_out()
-        if problems:
-            raise problems[0]
+        for problem in self._pass():
+            raise problem
 
-    def _next_to_copy(self, tried: set[str]) -> Commit | None:
-        """The first fixed checkpoint here that is not there, else the newest; looked up each time."""
+    def _pass(self) -> list[Exception]:
+        """The problems of one pass."""
+        self._retention.require_owner()
+        self._failed, before, self._in_a_row = {}, self._failed, 0
+        tried: set[str] = set()
+        while commit := self._next_to_copy(tried, before):
+            tried.add(commit.commit_name)
+            self._attempt(commit.commit_name, partial(self._copy_checkpoint, commit))
+        self.copy_logs()
+        self._attempt(CHECKPOINTS, partial(self._retention.thin_out_copy, self._remote))
+        return list(self._failed.values())
+
+    def _attempt(self, name: str, work: Callable[[], None]) -> None:
+        """Do `work`, unless the remote has failed a few times just now; what is wrong is noted under `name`."""
+        if self._in_a_row >= FAILURES_IN_A_ROW:
+            return
+        try:
+            work()
+            self._in_a_row = 0
+        except FolderLocked:
+            raise
+        except (OpenLMError, OSError) as error:
+            self._failed[name] = error
+            self._in_a_row += isinstance(error, StorageError)
+
+    def _next_to_copy(self, tried: set[str], failed: dict[str, Exception]) -> Commit | None:
+        """The first fixed checkpoint here that is not there, else the newest, what has failed before last; looked up
+        each time."""
         here = commits.committed(os.path.join(self.folder, CHECKPOINTS))
         missing = [commit for commit in here if commit.commit_name not in tried | self._there]
         fixed = [commit for commit in reversed(missing) if kind_of(commit) == "fixed"]
-        return next(iter([*fixed, *missing]), None)
+        return next(iter(sorted([*fixed, *missing], key=lambda commit: commit.commit_name in failed)), None)
+
+    def _copy_checkpoint(self, commit: Commit) -> None:
+        if is_there(self._remote, commit):  # an earlier start has copied it
+            self._there.add(commit.commit_name)
+            return
+        with self._retention.pinned(commit):
+            here = Path(self.folder, CHECKPOINTS)
+            commits.in_parallel(
+                partial(upload, here / name, storage.join(self._remote, name), record)
+                for name, record in commit.files.items()
+            )
+            self.copy_logs()
+            self._retention.require_owner()
+            upload(here / commit.commit_name, storage.join(self._remote, commit.commit_name))
+            self._there.add(commit.commit_name)
+            logging.info("copied checkpoint %s to %s", commit.label, storage.shown(self.url))
+            self._retention.thin_out_copy(self._remote)
 
     def _loose_files(self) -> list[str]:
         """The files that belong to no checkpoint: logs, metrics, traces."""
@@ -120,43 +189,33 @@ class RemoteSync:
             and (name.parts[0] != CHECKPOINTS or name.name == "results.jsonl")
         ]
 
-    def _copy_checkpoint(self, commit: Commit) -> None:
-        remote = storage.join(self.url, CHECKPOINTS)
-        if _is_there(remote, commit):  # an earlier start has copied it
-            self._there.add(commit.commit_name)
-            return
-        with self._retention.pinned(commit):
-            here = Path(self.folder, CHECKPOINTS)
-            commits.in_parallel(
-                partial(upload, here / name, storage.join(remote, name), record)
-                for name, record in commit.files.items()
-            )
-            self._copy_logs()
-            self._retention.require_owner()
-            upload(here / commit.commit_name, storage.join(remote, commit.commit_name))
-            self._there.add(commit.commit_name)
-            logging.info("copied checkpoint %s to %s", commit.label, storage.shown(self.url))
-            self._thin_out()
-
-    def _copy_logs(self) -> None:
-        loose = self._loose_files()
-        for name in loose:
-            self._copy_loose(name)
-        listed = sorted({*self._copied, *loose})  # also what is gone from here: it is still there, and is fetched
-        storage.write_text(storage.join(self.url, LISTING), json.dumps(listed))
+    def copy_logs(self) -> None:
+        """Copy each log that has changed, and the list of all that were ever copied: what is gone here is still there,
+        and is fetched."""
+        with self._logs:
+            for name in self._loose_files():
+                self._attempt(name, partial(self._copy_loose, name))
+            self._attempt(LISTING, self._write_listing)
 
     def _copy_loose(self, name: str) -> None:
         path = Path(self.folder, name)
         state = path.stat()
-        if self._copied.get(name) != (state.st_size, state.st_mtime_ns):
-            upload(path, storage.join(self.url, name))
-            self._copied[name] = (state.st_size, state.st_mtime_ns)
+        before = self._copied.get(name, (0, 0))
+        if before == (state.st_size, state.st_mtime_ns):
+            return
+        if state.st_size < before[0] and name.endswith(APPENDED):
+            raise CheckpointError(f"{path} was cut off: its copy, of {before[0]} bytes, stays.")
+        upload(path, storage.join(self.url, name))
+        self._copied[name] = (state.st_size, state.st_mtime_ns)
 
-    def _thin_out(self) -> None:
-        self._retention.thin_out_copy(storage.join(self.url, CHECKPOINTS))
+    def _write_listing(self) -> None:
+        known = listed(self.url) if self._listed is None else self._listed
+        if self._listed is None or not known >= set(self._copied):
+            storage.write_text(storage.join(self.url, LISTING), json.dumps(sorted({*known, *self._copied})))
+        self._listed = known | set(self._copied)
 
 
-def _is_there(remote: str, commit: Commit) -> bool:
+def is_there(remote: str, commit: Commit) -> bool:
     """Whether `commit` is in the folder `remote` already.
 
     Raises:
@@ -183,40 +242,5 @@ def _has_no_other_file(remote: str, commit: Commit) -> bool:
     return all(matches(path, record) for path, record in paths.items() if storage.exists(path))
 
 
-def bring_back(url: str, folder: str, *, logs_only: bool = False) -> None:
-    """Make `folder` what was copied to `url`, where that holds a checkpoint to be continued before those here: its
-    files, and the logs; with `logs_only` those alone.
-
-    Raises:
-        StorageError: something cannot be read.
-        CheckpointError: it arrived damaged.
-    """
-    theirs = commits.committed(storage.join(url, CHECKPOINTS))
-    ours = commits.committed(os.path.join(folder, CHECKPOINTS))
-    if not theirs or (ours and (ours[0].branch, ours[0].step) >= (theirs[0].branch, theirs[0].step)):
-        return
-    newest = theirs[0]
-    logging.info("fetching checkpoint %s (%s) from %s", newest.label, text.size(newest.size_bytes), storage.shown(url))
-    listing = storage.join(url, LISTING)
-    loose = json.loads(storage.read_text(listing)) if storage.exists(listing) else []
-    fetch = partial(_fetch, url, folder)
-    commits.in_parallel([partial(fetch, name) for name in loose])
-    if logs_only:
-        return
-    commits.in_parallel([partial(fetch, f"{CHECKPOINTS}/{name}", record) for name, record in newest.files.items()])
-    fetch(f"{CHECKPOINTS}/{newest.commit_name}")
-
-
-def _fetch(url: str, folder: str, name: str, record: FileRecord | None = None) -> None:
-    commits.copy(storage.join(url, name), os.path.join(folder, safe(name)), record)
-
-
-def safe(name: str) -> str:
-    """`name`, once it is sure that it stays inside the run folder.
-
-    Raises:
-        StorageError: it does not.
-    """
-    if os.path.isabs(name) or ".." in Path(name).parts:
-        raise StorageError(f"{name!r} leads out of the run folder: the remote copy is not one of ours.")
-    return name
+def _is_expected(error: Exception) -> bool:
+    return isinstance(error, OpenLMError | OSError)

@@ -1,7 +1,7 @@
 """Names of checkpoints resolved, once: `resolve(name)` says where a checkpoint is and of which kind.
 
-A name is a file of weights, an epoch_K.commit.json, a folder of shards, a run folder (its newest checkpoint), a folder
-of transformers, or hf://owner/name[@revision]; local or remote.
+A name is a file of weights, an epoch_K.commit.json (or epoch_K.left-behind.json), a folder of shards, a run folder (its
+newest checkpoint), a folder of transformers, or hf://owner/name[@revision]; local or remote.
 """
 
 from __future__ import annotations
@@ -15,7 +15,17 @@ from types import MappingProxyType
 from typing import Literal
 
 from open_lm import storage
-from open_lm.checkpoint.commit import Checked, Commit, Verdicts, commit_beside, committed, is_sharded, require_sound
+from open_lm.checkpoint.commit import (
+    COMMITTED,
+    LEFT_BEHIND,
+    Checked,
+    Commit,
+    Verdicts,
+    commit_beside,
+    committed,
+    is_sharded,
+    require_sound,
+)
 from open_lm.errors import CheckpointError
 from open_lm.weights.hub import SCHEME, download
 
@@ -87,8 +97,8 @@ def resolve(name: Name, check: Checked = "nothing", known: Verdicts = MappingPro
 def _file_or_shards(name: str, path: str, check: Checked, known: Verdicts) -> Found | None:
     """The checkpoint that `path` names as a file, a commit file or a folder of shards; None where it is a folder."""
     is_file, in_shards = _is_file(path), is_sharded(path)
-    if not in_shards and (path.endswith(".commit.json") or (path.endswith(".pt") and not is_file)):
-        commit = commit_beside(path.replace(".commit.json", ".pt"))
+    if not in_shards and (path.endswith((COMMITTED, LEFT_BEHIND)) or (path.endswith(".pt") and not is_file)):
+        commit = commit_beside(path.replace(COMMITTED, ".pt").replace(LEFT_BEHIND, ".pt"))
         if commit is None:
             return None
         path = storage.join(storage.parent(path), commit.weights_name)
@@ -108,9 +118,10 @@ def _is_file(path: str) -> bool:
     return storage.local_path(path).is_file()
 
 
-def _committed(name: str, folder: str, commit: Commit, checked: Checked = "nothing") -> Found:
+def found_in(folder: str, commit: Commit, checked: Checked = "nothing") -> Found:
+    """The checkpoint `commit` of `folder`."""
     path = storage.join(folder, commit.weights_name)
-    return Found(name, path, "shards" if is_sharded(path) else "file", commit, checked)
+    return Found(folder, path, "shards" if is_sharded(path) else "file", commit, checked)
 
 
 def is_hub(name: str) -> bool:
@@ -147,7 +158,7 @@ def newest_in(folder: str, check: Checked = "nothing", known: Verdicts = Mapping
     commits = committed(inside)
     for commit in commits:
         try:
-            return _committed(folder, inside, commit).checked_for(check, known)
+            return replace(found_in(inside, commit), name=folder).checked_for(check, known)
         except CheckpointError:
             continue  # the warning names the file
     if commits:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,10 +11,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
 from open_lm import faults, storage
+from open_lm.checkpoint.config import CheckpointConfig
+from open_lm.checkpoint.latest import newest_sound
 from open_lm.checkpoint.manager import Checkpoints, DataOrder
 from open_lm.checkpoint.mean import read_mean
 from open_lm.checkpoint.read import local_shards, read_checkpoint
-from open_lm.checkpoint.resolve import Found, Verdicts, newest_in, resolve
+from open_lm.checkpoint.resolve import Found, Verdicts, resolve
 from open_lm.checkpoint.retention import labels_in, leave_behind
 from open_lm.checkpoint.sharded import STATS, load_into, read_tensor_index
 from open_lm.checkpoint.snapshot import Saved, in_file_order, live
@@ -28,7 +29,7 @@ from open_lm.checkpoint.state_dicts import (
     spread_tensors,
 )
 from open_lm.checkpoint.tree import EXTRA_STATE, SEPARATOR, flat, nested
-from open_lm.checkpoint.verify import candidates, verified_together
+from open_lm.checkpoint.verify import verified_together
 from open_lm.errors import CheckpointError
 from open_lm.model.lora import holds_nf4, is_addition
 from open_lm.train.random_state import restore_random_state
@@ -68,9 +69,10 @@ def restore(checkpoints: Checkpoints, state: Saved, loader: DataOrder | None) ->
 def _restore(checkpoints: Checkpoints, state: Saved, loader: DataOrder | None) -> None:
     flags, stored = checkpoints.flags, Stored()
     faults.at("load", flags.resume)
-    asked = (flags.resume, *flags.start)[0] or flags.start[0]
-    known = verified_together(state.world, lambda: candidates(checkpoints.home, asked))
-    facts = state.world.on_rank0(lambda: _read(stored, checkpoints, state, known, trains=loader is not None))
+    latest = newest_sound(state.world, checkpoints.places) if flags.resume == "latest" else None
+    named = None if latest is not None else _named(flags)
+    known = verified_together(state.world, named) if named else {}
+    facts = state.world.on_rank0(lambda: _read(stored, checkpoints, state, latest, known, trains=loader is not None))
     if facts is None:
         if loader is None:
             raise CheckpointError(f"--resume latest: no checkpoint in {checkpoints.folder} to evaluate.")
@@ -95,6 +97,11 @@ def _restore(checkpoints: Checkpoints, state: Saved, loader: DataOrder | None) -
         state.world.on_rank0(lambda: _continue_here(checkpoints, facts))
         _restore_random(facts, checkpoints, state)
     logging.info("resumed from %s at step %d", facts["path"], state.step)
+
+
+def _named(flags: CheckpointConfig) -> str | None:
+    """The checkpoint that is asked for by its name; of several the first."""
+    return flags.resume if flags.resume not in (None, "latest") else next(iter(flags.start), None)
 
 
 def _load_consolidated(stored: Stored, facts: Mapping[str, Any], state: Saved, *, whole_state: bool) -> None:
@@ -176,33 +183,32 @@ def _saved_extra_state(state: Saved, facts: Mapping[str, Any]) -> list[tuple[str
     return [(name, part) for name, part in state.extra_state.items() if name in facts["extra_state"]]
 
 
-def _choose(checkpoints: Checkpoints, known: Verdicts, *, trains: bool) -> tuple[Use, tuple[Found, ...]] | None:
+def _choose(
+    flags: CheckpointConfig, latest: Found | None, known: Verdicts, *, trains: bool
+) -> tuple[Use, tuple[Found, ...]] | None:
     """The verified checkpoints to start from and their use; None when --resume latest finds none.
 
     Raises:
         CheckpointError: one is missing or damaged.
     """
-    flags = checkpoints.flags
     resumed: Use = "resume" if trains else "evaluate"
-    if flags.resume == "latest":
-        found = newest_in(checkpoints.home, "all", known)
-        if found is not None:
-            return resumed, (found,)
-        if not flags.start:
-            return None
-    elif flags.resume:
+    if latest is not None:
+        return resumed, (latest,)
+    if flags.resume and flags.resume != "latest":
         return resumed, (resolve(flags.resume, "all", known),)
+    if not flags.start:
+        return None
     started: Use = "state" if flags.load_pretrained_state else "weights"
     files = tuple(resolve(name, "all" if started == "state" else "weights", known) for name in flags.start)
     return started if trains else "evaluate", files
 
 
 def _read(
-    stored: Stored, checkpoints: Checkpoints, state: Saved, known: Verdicts, *, trains: bool
+    stored: Stored, checkpoints: Checkpoints, state: Saved, latest: Found | None, known: Verdicts, *, trains: bool
 ) -> dict[str, Any] | None:
     """Fill `stored` from its files; what the other ranks need to know of it, or None when there is no checkpoint."""
     faults.at("read", checkpoints.folder)
-    choice = _choose(checkpoints, known, trains=trains)
+    choice = _choose(checkpoints.flags, latest, known, trains=trains)
     if choice is None:
         return None
     use, files = choice
@@ -330,7 +336,7 @@ def _continue_here(checkpoints: Checkpoints, facts: Mapping[str, Any]) -> None:
     some behind begins a new branch, and so does one that counts in other steps. On rank 0."""
     found: Found = facts["found"]
     folders = [checkpoints.folder, *([checkpoints.copy] if checkpoints.copy else [])]
-    is_own = os.path.abspath(found.folder) == os.path.abspath(checkpoints.folder) or found.folder == checkpoints.copy
+    is_own = any(storage.is_same(found.folder, folder) for folder in folders)
     branch = found.commit.branch if found.commit and is_own else 0
     checkpoints.branch = leave_behind(folders, branch, facts["stored_step"])
     if checkpoints.branch == branch and facts["step"] != facts["stored_step"]:

@@ -16,12 +16,11 @@ from pathlib import Path
 
 from open_lm import storage
 from open_lm.checkpoint import processes
-from open_lm.checkpoint.commit import SHARDS_SIGN, Commit, committed, read_commit
+from open_lm.checkpoint.commit import COMMITTED, LEFT_BEHIND, SHARDS_SIGN, Commit, committed, read_commit
 from open_lm.checkpoint.save_policy import to_delete
 
 UNFINISHED = ".unfinished.json"
 """Ending of the file that a save writes first and removes last: it names what may be deleted if nothing commits it."""
-LEFT_BEHIND = ".left-behind.json"
 
 
 class Retention:
@@ -150,7 +149,7 @@ def leave_behind(folders: Sequence[str], branch: int, step: int) -> int:
         return branch
     known = [_branch_in(path) for folder in folders for path in storage.glob_in(folder, "epoch_*.json")]
     for folder, commit in later:
-        name = commit.commit_name.removesuffix(".commit.json") + LEFT_BEHIND
+        name = commit.commit_name.removesuffix(COMMITTED) + LEFT_BEHIND
         logging.warning(
             "going back to step %d: checkpoint %s of step %d is set aside (%s).",
             step, commit.label, commit.step, storage.shown(storage.join(folder, name)),

@@ -1,36 +1,58 @@
-"""Verification of sharded checkpoints, shared among the ranks: each computes the checksums of its part of the files."""
+"""Verification of checkpoints by all ranks together: of a sharded one each computes the checksums of its part."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
+from open_lm import storage
 from open_lm.checkpoint.checksum import FileRecord
-from open_lm.checkpoint.commit import Commit, committed, damaged_file
-from open_lm.checkpoint.resolve import checkpoint_folder, resolve
+from open_lm.checkpoint.commit import Commit, Verdicts, damaged_file
+from open_lm.checkpoint.resolve import resolve
 from open_lm.distributed import World
-
-Candidate = tuple[str, Commit]
-"""A folder, and a checkpoint in it."""
+from open_lm.errors import CheckpointError, StorageError
 
 
-def verified_together(world: World, candidates: Callable[[], Sequence[Candidate]]) -> dict[str, str | None]:
-    """Faults of the `candidates` (as rank 0 gives them, the best first) by their identity, None for a sound one, up to
-    the first that is sound. Every rank must call this.
+def verified_together(world: World, name: str) -> Verdicts:
+    """The fault of the sharded checkpoint `name`, by its identity, None if it is sound; nothing of other ones, whose
+    files not every rank may see. Every rank must call this.
 
-    Those that are not in shards are left out: not every rank may see their files.
+    Raises:
+        CheckpointError: there is none.
+        StorageError: it cannot be read.
     """
-    known: dict[str, str | None] = {}
     if world.size == 1:
-        return known
-    for folder, commit in world.on_rank0(candidates):
-        if "shards" not in commit.facts:
-            break
-        mine = shares(commit.files, world.size)[world.rank]
-        problems = world.gather(damaged_file(folder, commit, only=mine))
-        known[commit.identity] = next((problem for problem in problems if problem), None)
-        if known[commit.identity] is None:
-            break
-    return known
+        return {}
+    found = world.on_rank0(lambda: resolve(name))
+    if found.commit is None or "shards" not in found.commit.facts:
+        return {}
+    return {found.commit.identity: fault_of(world, found.folder, found.commit)}
+
+
+def fault_of(world: World, folder: str, commit: Commit) -> str | None:
+    """The fault of a checkpoint, None if every file is as it was written. Every rank must call this.
+
+    A local file that cannot be read is a damaged one.
+
+    Raises:
+        StorageError: the remote `folder` cannot be read; on all ranks alike.
+    """
+    if world.size == 1 or "shards" not in commit.facts:
+        found = [world.on_rank0(lambda: _look(folder, commit))]
+    else:
+        found = world.gather(_look(folder, commit, shares(commit.files, world.size)[world.rank]))
+    for error in (error for _, error in found if error):
+        raise StorageError(error)
+    return next((fault for fault, _ in found if fault), None)
+
+
+def _look(folder: str, commit: Commit, only: Collection[str] | None = None) -> tuple[str | None, str | None]:
+    """The fault of the files in `only`, and the error that kept them from being read."""
+    try:
+        return damaged_file(folder, commit, only), None
+    except CheckpointError as error:
+        return str(error), None
+    except (StorageError, OSError) as error:
+        return (None, str(error)) if storage.is_remote(folder) else (str(error), None)
 
 
 def shares(files: Mapping[str, FileRecord], n: int) -> list[list[str]]:
@@ -42,12 +64,3 @@ def shares(files: Mapping[str, FileRecord], n: int) -> list[list[str]]:
         parts[least].append(name)
         sizes[least] += record.size_bytes
     return parts
-
-
-def candidates(folder: str, name: str | None) -> list[Candidate]:
-    """The checkpoints that `name` may mean, the best first; None and `latest` mean all of `folder`."""
-    if name in (None, "latest"):
-        inside = checkpoint_folder(folder)
-        return [(inside, commit) for commit in committed(inside)]
-    found = resolve(str(name))
-    return [(found.folder, found.commit)] if found.commit is not None else []

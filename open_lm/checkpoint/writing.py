@@ -39,6 +39,8 @@ class Target:
     branch: int = 0
     require_owner: Callable[[], None] = lambda: None
     """Raises where this run no longer owns its folder; asked before each commit."""
+    before_commit: Callable[[], None] = lambda: None
+    """What has to be there before the checkpoint is."""
 
     def commit(self, snapshot: Snapshot, files: dict[str, FileRecord], **facts: Any) -> Commit:
         """Publish the checkpoint that `files` make."""
@@ -51,6 +53,7 @@ class Target:
             "config": self.config,
         }
         commit = Commit(snapshot.label, snapshot.step, files, {**stated, **facts})
+        self.before_commit()
         self.require_owner()
         commits.publish(self.folder, commit)
         return commit

@@ -13,7 +13,7 @@ import yaml
 
 from open_lm import storage
 from open_lm.checkpoint.commit import Commit, committed
-from open_lm.checkpoint.remote_sync import bring_back
+from open_lm.checkpoint.fetch import bring_back_logs
 from open_lm.checkpoint.retention import labels_in
 from open_lm.distributed import World
 from open_lm.errors import ConfigError
@@ -59,10 +59,12 @@ def _open(config: RunConfig, facts: dict[str, Any], lock: FolderLock) -> str:
     if config.trains:
         storage.require_writable(folder, "--logs")
         lock.acquire()
-    if resume == "latest" and copy:
-        bring_back(copy, folder, logs_only=config.checkpoint.checkpoint_format == "sharded-remote")
     places = [place for place in (folder, copy) if place]
-    continues = resume == "latest" or (resume is not None and any(_is_inside(resume, place) for place in places))
+    continues = resume == "latest" or (resume is not None and any(storage.is_inside(resume, one) for one in places))
+    if copy and storage.is_inside(copy, folder):
+        raise ConfigError(f"--remote-sync: {copy} is the run's own folder, or in it. Give another place to copy to.")
+    if copy and continues:
+        bring_back_logs(copy, folder)
     if copy and config.trains and not continues and labels_in(storage.join(copy, "checkpoints")):
         raise ConfigError(
             f"--remote-sync: {storage.shown(copy)} already holds a run. Continue it with --resume latest, or choose "
@@ -80,13 +82,6 @@ def _open(config: RunConfig, facts: dict[str, Any], lock: FolderLock) -> str:
     if config.tracking.copy_codebase:
         copy_code(folder)
     return folder
-
-
-def _is_inside(path: str, folder: str) -> bool:
-    """Whether `path` names something in `folder`, each local or remote."""
-    if storage.is_remote(path) or storage.is_remote(folder):
-        return path.startswith(f"{folder.rstrip('/')}/")
-    return storage.local_path(path).absolute().is_relative_to(storage.local_path(folder).absolute())
 
 
 def copy_code(folder: str) -> None:
@@ -122,7 +117,7 @@ def newest_commit(config: RunConfig) -> Commit | None:
     """The newest complete checkpoint of the run, here or where --remote-sync copies it."""
     folders = [folder for folder in (run_folder(config), remote_folder(config)) if folder]
     found = [commit for folder in folders for commit in committed(storage.join(folder, "checkpoints"))]
-    return max(found, key=lambda commit: commit.step, default=None)
+    return max(found, key=lambda commit: (commit.branch, commit.step), default=None)
 
 
 def holds_a_run(folder: str) -> bool:

@@ -77,15 +77,13 @@ class OpenRun:
         """A run of `config` that writes where this one does, while this one is open."""
         return OpenRun(config, architecture, self.world, self.folder, self.sinks, self.watchdog)
 
-    def copy_to(self, url: str | None, stack: contextlib.ExitStack) -> None:
-        """Keep a copy of the run at `url`, if there is one, from `begin_copying` until `stack` is closed."""
-        if url is None:
-            return
-        flags, checkpoints = self.config.checkpoint, self.checkpoints
-        checkpoints.copy = storage.join(url, "checkpoints")
+    def copy_to(self, url: str, stack: contextlib.ExitStack) -> None:
+        """Keep a copy of the run at `url` from `begin_copying` until `stack` is closed."""
         if self.world.is_master:
+            flags = self.config.checkpoint
             every, grace = flags.remote_sync_frequency, flags.remote_sync_grace
-            sync = RemoteSync(self.folder, url, every, checkpoints.retention, grace)
+            sync = RemoteSync(self.folder, url, every, self.checkpoints.retention, grace)
+            self.checkpoints.copy_logs = sync.copy_logs
             self._copying = partial(stack.enter_context, sync)
 
     def begin_copying(self) -> None:
@@ -142,10 +140,13 @@ def start_run(config: RunConfig, architecture: ModelConfig, command: str) -> Ite
         watchdog = Watchdog(folder, world.rank, flags.hang_timeout or 0.8 * flags.dist_timeout)
         run = OpenRun(config, architecture, world, folder, sinks, watchdog)
         ending.push(run.end_if_stuck)
+        copy = remote_folder(config)
+        run.checkpoints.copy = storage.join(copy, "checkpoints") if copy else None
         if config.trains:
             stack.enter_context(leaving_together(world))
             run.checkpoints.require_owner = lock.require if world.is_master else run.checkpoints.require_owner
-            run.copy_to(remote_folder(config), stack.enter_context(contextlib.ExitStack()))
+            if copy:
+                run.copy_to(copy, stack.enter_context(contextlib.ExitStack()))
         stack.enter_context(watchdog)
         stack.push(run.close)
         try:

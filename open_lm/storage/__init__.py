@@ -52,6 +52,20 @@ def join(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}" if is_remote(folder) else os.path.join(folder, name)
 
 
+def is_same(one: str, other: str) -> bool:
+    """Whether two names, each local or remote, are of the same place."""
+    if is_remote(one) or is_remote(other):
+        return one.rstrip("/") == other.rstrip("/")
+    return local_path(one).resolve() == local_path(other).resolve()
+
+
+def is_inside(path: str, folder: str) -> bool:
+    """Whether `path` is in `folder` (or that itself), each local or remote."""
+    if is_remote(path) or is_remote(folder):
+        return f"{path.rstrip('/')}/".startswith(f"{folder.rstrip('/')}/")
+    return local_path(path).resolve().is_relative_to(local_path(folder).resolve())
+
+
 def parent(url: str) -> str:
     """The folder that holds `url`."""
     return url.rstrip("/").rpartition("/")[0] if is_remote(url) else str(local_path(url).parent)

@@ -101,6 +101,30 @@ def stat(url: str) -> Stat:
     return Stat(int(info["size"]), info.get("ETag") or info.get("etag"))
 
 
+def listing(folder: str) -> dict[str, Stat] | None:
+    """Size and tag of every file below remote `folder`, by its name there, in one request for a thousand of them; None
+    where the store keeps no list of its files.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    if folder.startswith(("http://", "https://")):
+        return None
+    files = filesystem(folder)
+    root = str(files._strip_protocol(folder)).rstrip("/")
+    found = patiently("list", folder, lambda: files.find(folder, detail=True))
+    return {
+        str(path).removeprefix(root).lstrip("/"): Stat(int(info["size"] or 0), _tag(info))
+        for path, info in found.items()
+    }
+
+
+def _tag(info: dict[str, Any]) -> str | None:
+    """A text that changes with the file's content, of what a listing says of it."""
+    found = [info.get(key) for key in ("ETag", "etag", "LastModified", "last_modified", "mtime", "created", "ino")]
+    return str(found) if any(value is not None for value in found) else None
+
+
 def read_range(url: str, start: int, stop: int, etag: str | None = None) -> bytes:
     """Bytes `start` to `stop` of `url`, fewer only where the file ends; with `etag` only of the file that has it.
 

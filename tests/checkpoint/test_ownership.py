@@ -18,7 +18,7 @@ from open_lm.checkpoint import commit as commits
 from open_lm.checkpoint import sharded, writing
 from open_lm.checkpoint.checksum import checksum_of, record_of
 from open_lm.checkpoint.commit import committed
-from open_lm.checkpoint.remote_sync import RemoteSync, bring_back
+from open_lm.checkpoint.remote_sync import RemoteSync
 from open_lm.checkpoint.restore import restore
 from open_lm.checkpoint.retention import UNFINISHED, Retention
 
@@ -253,7 +253,6 @@ def test_after_going_back_latest_continues_the_new_branch_here_and_on_another_ma
     assert checkpoints.save(state, NoData(), label="1-step15", stats=STATS, kind="ephemeral")
     RemoteSync(str(run), remote, 300).sync()
     for machine in (run, tmp_path / "other"):
-        bring_back(remote, str(machine))
         assert resumed(machine / "checkpoints", "latest", copy)[1].step == 15
 
 
@@ -268,7 +267,7 @@ def test_a_machine_without_the_left_behind_files_does_not_write_over_their_copie
     assert checkpoints.save(state, NoData(), label="2", stats=STATS)
     RemoteSync(str(tmp_path / "b"), remote, 300).sync()
     assert before.items() <= files_in(copy).items()
-    bring_back(remote, str(tmp_path / "c"))
+    resumed(tmp_path / "c" / "checkpoints", "latest", copy)
     assert committed(str(tmp_path / "c" / "checkpoints"))[0].branch == 1
 
 

@@ -55,11 +55,11 @@ class RemoteSync:
     _copied: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Size and time of change of each loose file, as it was when it was copied last."""
     _listed: set[str] | None = None
-    """What the listing there names, once it was read."""
+    """Names in the listing there, once it was read."""
     _there: set[str] = field(default_factory=set)
     """The commit files that are known to be there."""
     _failed: dict[str, Exception] = field(default_factory=dict)
-    """What could not be copied when it was tried last, and why."""
+    """Errors of what could not be copied when it was tried last, by its name."""
     _in_a_row: int = 0
     _logs: threading.RLock = field(default_factory=threading.RLock)
     _stop: threading.Event = field(default_factory=threading.Event)

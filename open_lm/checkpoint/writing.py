@@ -40,7 +40,7 @@ class Target:
     require_owner: Callable[[], None] = lambda: None
     """Raises where this run no longer owns its folder; asked before each commit."""
     before_commit: Callable[[], None] = lambda: None
-    """What has to be there before the checkpoint is."""
+    """Copies the logs, which have to be there before the checkpoint is."""
 
     def commit(self, snapshot: Snapshot, files: dict[str, FileRecord], **facts: Any) -> Commit:
         """Publish the checkpoint that `files` make."""

@@ -71,10 +71,12 @@ echo "$GPUS GPUs, $CORES CPU cores; training in $PRECISION (bf16 where the hardw
 VOCAB=4096
 SEQ_LEN=512
 if [ "$GPUS" -gt 0 ]; then
-    WIDTH=512 LAYERS=8 HEADS=8 RANKS=$GPUS BATCH=$((32 * GPUS)) STEPS=$((1200 / GPUS)) LR=2e-3
+    WIDTH=512 LAYERS=8 HEADS=8 RANKS=$GPUS BATCH=$((32 * GPUS)) STEPS=$((1200 / GPUS))
+    OPTIMIZER=adamw LR=2e-3
     THREADS=$((CORES > GPUS ? CORES / GPUS : 1))
 else
-    WIDTH=256 LAYERS=4 HEADS=4 BATCH=8 STEPS=400 LR=3e-3
+    WIDTH=256 LAYERS=4 HEADS=4 BATCH=8 STEPS=400
+    OPTIMIZER=muon LR=6e-3 # the best of benchmarks/optimizers.py, which has measured on CPUs only
     RANKS=$((CORES > 1 ? 2 : 1)) # two processes outrun one with two threads, and mind busy cores less
     THREADS=$((CORES / RANKS))
 fi
@@ -107,7 +109,7 @@ train() {
         --val-data "$DIR/shards/held-out/00000000.tar" --val-names text \
         --val-num-samples $((128 * SEQ_LEN)) --val-every-steps $((STEPS / 8)) \
         --global-batch-size "$BATCH" --train-tokens $((HALF * $2)) --num-checkpoints "$2" \
-        --lr "$LR" --warmup $((STEPS / 16)) --wd 0.1 --grad-clip-norm 1 \
+        --optimizer "$OPTIMIZER" --lr "$LR" --warmup $((STEPS / 16)) --wd 0.1 --grad-clip-norm 1 \
         --precision "$PRECISION" --log-every-n-steps 5 --logs "$DIR/logs" --name quickstart --resume latest "${@:3}"
 }
 train "4. Train, first half" 1 --lr-scheduler const

@@ -37,7 +37,7 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig, lr: float, archi
         optimizers = OPTIMIZERS.load(config.optimizer)(named, config, lr, packings(model))
         for optimizer in optimizers if isinstance(model, DistributedDataParallel) else ():
             if isinstance(optimizer, Muon):
-                optimizer.ranks = model.process_group
+                optimizer.ranks = cast(Any, model).process_group
         return optimizers
     if config.optimizer not in SCALABLE:
         raise ConfigError(

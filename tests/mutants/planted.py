@@ -85,13 +85,15 @@ PLANTED = [
         ("if packing is None:", "if True:"),
         ("local_gradients, 1 - momentum)", "local_gradients, momentum)"),
         ("0.2 * max(matrix", "0.2 * min(matrix"),
-        ("if number % size == rank", "if number % size == 0"),
+        ("shard, out in zip(bucket, owners, shards, results.split(lengths, dim=1), strict=True):\n        if owner == rank", "shard, out in zip(bucket, owners, shards, results.split(lengths, dim=1), strict=True):\n        if owner == 0"),
+        ("out in zip(bucket, owners, results.split(lengths), strict=True):\n        if owner == rank", "out in zip(bucket, owners, results.split(lengths), strict=True):\n        if True"),
+        ("load[owners[number]] += lengths[number]", "load[owners[number]] += 0"),
         ('local.mul_(1 - group["lr"] * group["weight_decay"])', "local.mul_(1.0)"),
     ),
     # parallel
     *_of(
         PARALLEL,
-        "tests/train/test_parallel.py tests/train/test_meshes.py -k 'ranks_do_not_change or two_ranks_take or micro_batch'",
+        "tests/train/test_parallel.py tests/train/test_meshes.py -k 'limit or ranks_do_not_change or two_ranks_take or micro_batch'",
         ("reduce_dtype=torch.float32", "reduce_dtype=torch.bfloat16"),
         ("clip_grads_with_norm_(group, limit, norm)", "clip_grads_with_norm_(group, 2 * limit, norm)"),
         ("torch.linalg.vector_norm(torch.stack(norms))", "torch.stack(norms).sum()"),
@@ -114,7 +116,7 @@ PLANTED = [
         ("    if rest:\n", "    if False:\n"),
         ("    if before != now:\n", "    if False:\n"),
     ),
-    *_of(f"{CHECKPOINT}/restore.py", "tests/faults/test_folders.py -k flags", ('loader.check_state(facts["data_state"] | {"steps": state.step})', "pass")),
+    *_of(f"{CHECKPOINT}/restore.py", "tests/faults/test_folders.py -k flags -m slow", ('loader.check_state(facts["data_state"] | {"steps": state.step})', "pass")),
     *_of(
         f"{CHECKPOINT}/writing.py",
         OWNERSHIP,
@@ -150,7 +152,7 @@ PLANTED = [
     ),
     *_of(
         f"{CHECKPOINT}/snapshot.py",
-        "tests/checkpoint/test_async.py tests/checkpoint/test_sharded.py tests/checkpoint/test_extra_state.py",
+        "tests/commands/test_save_flags.py tests/checkpoint/test_async.py tests/checkpoint/test_sharded.py",
         ('                moments["step"].zero_()', "                pass"),
         ("return staging.copy(name, whole) if staging is not None else whole.detach().cpu()", "return whole.detach().cpu()"),
     ),

@@ -36,7 +36,7 @@ IN_MESHES = [
     # float8
     *_of(
         f"{TRAIN}/float8.py",
-        "tests/train/test_float8.py -k 'converted or stay or divided'",
+        "tests/train/test_float8.py -k 'converted or stay or divided or width'",
         (' and not name.endswith("router")', ""),
         ("(inputs, outputs // parts) if isinstance(layer, RowsOf) else (inputs // parts, outputs)", "(inputs, outputs)"),
         ("        if isinstance(layer, RowsOf | ColumnsOf):\n", "        if isinstance(layer, RowsOf):\n"),

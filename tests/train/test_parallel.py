@@ -7,7 +7,7 @@ from runs import flags, folder_of, metrics, run, run_command, weights, write_dat
 
 from open_lm.errors import ConfigError
 from open_lm.train.config import ParallelConfig
-from open_lm.train.parallel import mixed_precision
+from open_lm.train.parallel import clip_grad_norm, mixed_precision
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,16 @@ def test_flags_that_shape_fsdp_need_it():
 def test_fsdp_amp_adds_gradients_in_fp32():
     policy = mixed_precision(ParallelConfig(fsdp=True, fsdp_amp=True))
     assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize(("limit", "factor"), [(None, 1.0), (2.0, 0.4), (5.0, 1.0), (9.0, 1.0)])
+def test_gradients_are_scaled_down_to_the_limit_of_their_norm(limit, factor):
+    layer = torch.nn.Linear(2, 2)
+    gradients = torch.tensor([[0.0, 2.0], [4.0, 1.0]]), torch.tensor([2.0, 0.0])  # 4 + 16 + 1 + 4 = 5²
+    layer.weight.grad, layer.bias.grad = (gradient.clone() for gradient in gradients)
+    assert clip_grad_norm(layer, limit).item() == pytest.approx(5.0)
+    for found, gradient in zip((layer.weight.grad, layer.bias.grad), gradients, strict=True):
+        torch.testing.assert_close(found, gradient * factor)
 
 
 def test_flags_without_a_meaning_are_accepted_with_one_warning(caplog):

@@ -109,7 +109,7 @@ def run(folder, seed, options):
          "--clip-low", str(options.clip), "--clip-high", str(options.clip),
          "--lr", str(options.lr), *decay_of(options), "--warmup", "10", "--grad-clip-norm", "1",
          "--log-every-n-steps", str(10 * steps), "--name", name_of(options, seed), "--resume", "latest",
-         *common]
+         *(["--stop-at-step", str(steps * options.stop_at)] if options.stop_at else []), *common]
     )  # fmt: skip
     rows = [json.loads(line) for line in Path(rl.folder, "metrics.jsonl").read_text().splitlines()]
     shares = [row["train/clip_share"] for row in rows if "train/clip_share" in row]
@@ -131,7 +131,8 @@ def decay_of(options):
 
 def name_of(options, seed):
     """The name of a run of these settings: one that was stopped goes on where its --folder is kept."""
-    told = [f"{name}{value:g}" for name, value in vars(options).items() if isinstance(value, int | float)]
+    settings = {name: value for name, value in vars(options).items() if name != "stop_at"}
+    told = [f"{name}{value:g}" for name, value in settings.items() if isinstance(value, int | float)]
     return "-".join([f"rl{seed}", options.task, *told])
 
 
@@ -148,6 +149,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--task", default="grpo", choices=["grpo", "rloo", "ppo"])
     parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--stop-at", type=int, help="leave after this iteration of them; the same command goes on")
     parser.add_argument("--sft-steps", type=int, default=600)
     parser.add_argument("--forgotten", type=float, default=0.6, help="share of carries that demonstrations forget")
     parser.add_argument("--padded", action="store_true", help="write numbers with leading zeros")

@@ -18,6 +18,7 @@ from open_lm.evaluate.config import ValidationConfig
 from open_lm.flags import Parser, late_names
 from open_lm.model.config import ModelFlags
 from open_lm.post_training.config import AdapterConfig, PreferenceConfig, RLConfig, TaskConfig
+from open_lm.post_training.task_flags import check_task_flags
 from open_lm.tracking.config import TrackingConfig
 from open_lm.train.config import DistillationConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, TrainConfig
 
@@ -121,6 +122,7 @@ def read_config(args: Namespace) -> RunConfig:
 def check(config: RunConfig) -> None:
     """Refuse flags of different groups that cannot be honoured together."""
     check_evaluation(config)
+    check_task_flags(config)
     if config.parallel.ddp_static_graph and config.train.accum_freq > 1:
         raise ConfigError(
             "--ddp-static-graph and --accum-freq above 1: torch's DDP cannot combine them. Leave one out."

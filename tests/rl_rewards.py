@@ -1,5 +1,10 @@
 """Rewards for tests of reinforcement learning."""
 
+import os
+import signal
+
+_scored = []
+
 
 def digits(answer, row):
     """The share of short answers' characters that are digits or letters."""
@@ -13,3 +18,11 @@ def broken(answer, row):
 
 def nan(answer, row):
     return float("nan")
+
+
+def killing(answer, row):
+    """digits; the process dies at answer number KILL_AT_ANSWER."""
+    _scored.append(answer)
+    if len(_scored) == int(os.environ["KILL_AT_ANSWER"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return digits(answer, row)

@@ -145,12 +145,10 @@ def build(parts: TaskParts) -> Preferences:
     """The objective of a preference task.
 
     Raises:
-        ConfigError: a reference is given to a loss without one, or none to one that needs it.
+        ConfigError: none is named for a loss that needs a reference, or a file of it for kto.
     """
     name, config = parts.flags.task.task, parts.flags.preferences
     if name in WITHOUT_REFERENCE:
-        if config.reference or config.reference_log_probs:
-            raise ConfigError(f"--task {name} has no reference model: leave out --reference.")
         return Preferences(name, config, None)
     cached = config.reference_log_probs is not None
     if name == "kto":

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_lm.data.batch import IGNORED, Batch
-from open_lm.errors import CheckpointError
+from open_lm.errors import CheckpointError, ConfigError
 from open_lm.model.lora import VALUE_HEAD
 from open_lm.post_training.config import PreferenceConfig
 from open_lm.post_training.preferences import complete_pairs
@@ -29,7 +29,12 @@ def add_value_head(model: nn.Module, *, alone: bool = False) -> None:
     """Give `model` a linear layer from its last hidden state to one number, 0 at the start.
 
     `alone`: its output layer is not used beside it, and frozen where it is not the embedding too.
+
+    Raises:
+        ConfigError: `alone`, and the model's table of positions ends with its context.
     """
+    if alone:
+        _require_position_behind(model)
     like: Any = next(model.parameters())
     output = output_of(model)
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
@@ -38,6 +43,21 @@ def add_value_head(model: nn.Module, *, alone: bool = False) -> None:
     head = nn.Linear(output.shape[1], 1, bias=False, device=like.device, dtype=like.dtype)
     nn.init.zeros_(head.weight)
     model.add_module("value_head", head)
+
+
+def _require_position_behind(model: nn.Module) -> None:
+    """Rewards are read at the last of seq_len + 1 tokens, for which a learned position must be there too."""
+    if not hasattr(model, "model"):
+        return
+    theirs: Any = model.model
+    longest = getattr(theirs.config, "max_position_embeddings", None)
+    tables = [m for m in theirs.modules() if isinstance(m, nn.Embedding) and m is not theirs.get_input_embeddings()]
+    seq_len: int = model.config.seq_len  # type: ignore[union-attr,assignment]
+    if longest is not None and tables and seq_len >= longest:
+        raise ConfigError(
+            f"--hf-seq-len {seq_len}: a reward is read at the token behind the context, and the model's table of "
+            f"positions ends with it. Give --hf-seq-len {longest - 1}, and data made with --seqlen {longest - 1}."
+        )
 
 
 def output_of(model: nn.Module) -> nn.Parameter:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from open_lm.checkpoint.read import read_facts
 from open_lm.data.loader import Loader, validation_batches
-from open_lm.data.sources import named_tokenizer, open_source
+from open_lm.data.sources import Source, named_tokenizer, open_source
 from open_lm.data.token_bytes import token_bytes
 from open_lm.data.tokenizer import load_tokenizer, tokenizer_near
 from open_lm.distributed import World
@@ -20,6 +20,7 @@ from open_lm.evaluate.in_loop import InLoopEvaluator, prepare_suite
 from open_lm.evaluate.validation import ValidationSet
 from open_lm.model.config import ModelConfig
 from open_lm.params import RunConfig
+from open_lm.post_training.config import TASKS
 from open_lm.run.build import refuse_doc_mask, tokenizer_name
 from open_lm.train.run_length import global_batch_size
 from open_lm.train.state import TrainState
@@ -31,7 +32,8 @@ def build_validation_sets(
     """The sets of --val-data, opened, each readable any number of times.
 
     Raises:
-        ConfigError: their batch does not divide, or --tokenizer cannot be loaded or is not the model's.
+        ConfigError: their batch does not divide, --tokenizer cannot be loaded or is not the model's, or a set or the
+            task has no loss over tokens.
         DataError: a set is damaged.
         StorageError: it is not there.
     """
@@ -43,7 +45,9 @@ def build_validation_sets(
     sets = []
     for index, url in enumerate(data.val_data):
         key = data.val_data_key[index] if data.val_data_key else "auto"
-        named = data.tokenizer or named_tokenizer([world.on_rank0(partial(open_source, url, key))]) or of_run
+        source = world.on_rank0(partial(open_source, url, key))
+        _require_samples(config, source)
+        named = data.tokenizer or named_tokenizer([source]) or of_run
         batches = partial(
             validation_batches,
             url,
@@ -59,6 +63,15 @@ def build_validation_sets(
         bytes_of_V = _bytes_of_tokens(named, architecture.vocab_size, world, required=data.tokenizer is not None)
         sets.append(ValidationSet((flags.val_names or data.val_data)[index], url, batches, bytes_of_V))
     return sets
+
+
+def _require_samples(config: RunConfig, source: Source) -> None:
+    """Raise ConfigError where the loss over tokens of --val-data would mean nothing."""
+    held_out = "Score held-out pairs with openlm evaluate --reward."
+    if config.trains and TASKS.load(config.task.task).value_head == "alone":
+        raise ConfigError(f"--val-data {source.name}: a reward model predicts no tokens. {held_out}")
+    if any(shard.form != "samples" for shard in source.shards):
+        raise ConfigError(f"--val-data {source.name} holds pairs, its loss is over tokens. {held_out}")
 
 
 def validation_batch_size(config: RunConfig, world: World) -> int:

@@ -120,7 +120,7 @@ def test_losses_without_a_reference_learn_the_preference(tmp_path, pairs, task):
     pairs("--task", task, steps=6)
     margins = list(metrics(tmp_path, key="train/reward_margin").values())
     assert margins[-1] > margins[0]
-    with pytest.raises(ConfigError, match=f"--task {task} has no reference"):
+    with pytest.raises(ConfigError, match="--reference belongs to"):
         pairs("--task", task, "--reference", pairs.base, name="x")
 
 
@@ -215,3 +215,23 @@ def test_the_reward_loss_is_the_formula(tmp_path):
 def test_a_task_on_data_of_another_form_is_refused(tmp_path, pairs):
     with pytest.raises(ConfigError, match="holds pairs, --task needs samples"):
         pairs("--task", "sft")
+
+
+def test_a_reward_model_with_a_table_of_positions_needs_one_behind_its_context(tmp_path, make_chat):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 400, "n_positions": 60, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path / "gpt2")
+    rows = [{"prompt": f"{a}?", "chosen": "1", "rejected": "b b"} for a in range(4)]
+    for seq_len in (60, 59):
+        _, pairs = make_chat(rows, "--form", "pairs", "--seqlen", str(seq_len), name=f"pairs{seq_len}")
+        flags = ["--task", "reward", "--dataset-manifest", f"{pairs}/manifest.jsonl", "--hf-model",
+                 str(tmp_path / "gpt2"), "--hf-seq-len", str(seq_len), "--train-steps", "1", "--global-batch-size", "2",
+                 "--device", "cpu", "--precision", "fp32", "--workers", "0", "--logs-dir", str(tmp_path / "logs"),
+                 "--name", f"rm{seq_len}", "--warmup", "0", "--log-every-n-steps", "1"]  # fmt: skip
+        if seq_len == 60:
+            with pytest.raises(ConfigError, match="--hf-seq-len 60: a reward is read at the token behind the context"):
+                main(flags)
+        else:
+            main(flags)
+    assert metrics(tmp_path, "rm59")[1] == pytest.approx(math.log(2), abs=1e-6)

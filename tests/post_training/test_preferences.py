@@ -12,6 +12,7 @@ from runs import metrics, weights
 from open_lm.checkpoint.load_model import load_model
 from open_lm.data.batch import IGNORED, Batch
 from open_lm.errors import CheckpointError, ConfigError
+from open_lm.main import main
 from open_lm.model import create_model
 from open_lm.model.config import ModelConfig
 from open_lm.post_training.config import PREFERENCE_LOSSES, PreferenceConfig

@@ -251,10 +251,8 @@ def test_lengths_and_settings_that_cannot_be_honoured_are_refused(learn, tmp_pat
 def test_ranks_that_hold_only_shares_of_the_model_are_refused(learn, flags, asked):
     architecture, shape = ModelConfig(**MODEL), parse_mesh(flags[1]) if flags[1:] else {"fsdp": 2}
     nf4 = ["--lora-base", "nf4", "--lora-rank", "2"]
-    for given, match in (
-        (learn.flags(), "--task grpo writes answers"),
-        (["--task", "sft", "--dataset-manifest", "manifest.jsonl"], "--lora-base nf4: each rank holds"),
-    ):
+    sft = ["--task", "sft", "--dataset-manifest", "manifest.jsonl"]
+    for given, match in ((learn.flags(), "--task grpo writes answers"), (sft, "--lora-base nf4: each rank holds")):
         config = read_config(parse_args([*given, *flags, *nf4]))
         with pytest.raises(ConfigError, match=f"{match}.*leave out {asked}"):
             check_mesh(config, architecture, MeshShape(**shape))

@@ -67,7 +67,7 @@ def carry_out(opened: OpenRun) -> RunResult:
     from open_lm.checkpoint.provenance import provenance
     from open_lm.checkpoint.restore import restore
     from open_lm.post_training.prompts import Prompts
-    from open_lm.run.build import build_loader_and_length, build_state, tokenizer_name
+    from open_lm.run.build import build_loader_and_length, build_state, chat_template_of, tokenizer_name
     from open_lm.run.evaluation_setup import build_tasks, build_validation_sets
     from open_lm.run.rollout_setup import build_rollouts
     from open_lm.run.run import Run
@@ -80,6 +80,7 @@ def carry_out(opened: OpenRun) -> RunResult:
     state = build_state(config, architecture, world, steps)
     tasks = build_tasks(config, architecture, state, loader)
     opened.checkpoints.config |= provenance(tokenizer_name(config, loader), loader.state(0) if loader else None)
+    opened.checkpoints.config["chat_template"] = chat_template_of(config, loader, world)
     restore(opened.checkpoints, state, loader)
     run = Run(opened, state, loader, val_sets, tasks)
     opened.begin_copying()

@@ -73,6 +73,11 @@ def stored_tokenizer(name: Name) -> str:
     return tokenizer_near(named, found.path)
 
 
+def stored_chat_template(name: Name) -> str | None:
+    """The source of the chat template that a checkpoint says its data were made with; None where it says none."""
+    return (read_facts(resolve(name)).get("config") or {}).get("chat_template")
+
+
 def config_in(content: dict[str, Any], path: str) -> ModelConfig | None:
     """The architecture that a checkpoint states, if it does."""
     stored = (content.get("config") or {}).get("model")

@@ -37,7 +37,7 @@ class ExportConfig:
     chat_template: str | None = flag(
         None,
         "Template to put into the tokenizer's files, for a model fine-tuned with it: a jinja file, or one of tulu, "
-        "chatml, plain. None: the tokenizer's own.",
+        "chatml, plain. None: that of the checkpoint's data, else the tokenizer's own.",
     )
     dtype: str | None = flag(
         None, "Type of the written weights; q8_0 (8 bits) with --to gguf. None: the checkpoint's.", choices=DTYPES
@@ -101,9 +101,8 @@ def export(config: ExportConfig, **architecture: Any) -> float | None:
         raise ConfigError(f"--out {config.out} exists: choose another one, or remove it.")
     found = resolve(config.checkpoint, "weights")
     facts = read_facts(found)
-    tokenizer = with_chat_template(
-        tokenizer_of(config.tokenizer, facts, config.checkpoint), config.chat_template, marked=config.to == "hf"
-    )
+    plain, stored = tokenizer_of(config.tokenizer, facts, config.checkpoint), (facts.get("config") or {})
+    tokenizer = with_chat_template(plain, config.chat_template, stored.get("chat_template"), marked=config.to == "hf")
     dtype = None if config.dtype == "q8_0" else config.dtype
     model = load_model(found, dtype=dtype, **architecture)
     if tokenizer and tokenizer.vocab_size > model.config.vocab_size:

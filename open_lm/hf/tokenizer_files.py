@@ -36,8 +36,11 @@ def tokenizer_of(named: str | None, facts: Mapping[str, Any], checkpoint: str) -
         ) from error
 
 
-def with_chat_template(tokenizer: Tokenizer | None, named: str | None, *, marked: bool) -> Tokenizer | None:
-    """The tokenizer with the template that --chat-template names, else its own; `marked`: with marks of answers.
+def with_chat_template(
+    tokenizer: Tokenizer | None, named: str | None, stored: str | None = None, *, marked: bool
+) -> Tokenizer | None:
+    """The tokenizer with the template that --chat-template names, else the `stored` one of the checkpoint's data, else
+    its own; `marked`: with marks of answers.
 
     Raises:
         ConfigError: there is no such template, or no tokenizer whose files it would go into.
@@ -46,7 +49,7 @@ def with_chat_template(tokenizer: Tokenizer | None, named: str | None, *, marked
         if named:
             raise ConfigError("--chat-template goes into the tokenizer's files: leave out --tokenizer none.")
         return None
-    source = load_template(named, tokenizer).source if named else tokenizer.chat_template
+    source = load_template(named, tokenizer).source if named else stored or tokenizer.chat_template
     found = copy.copy(tokenizer)
     found.chat_template = source if marked or source is None else unmarked(source)
     return found

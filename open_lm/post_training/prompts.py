@@ -31,7 +31,7 @@ class Prompts:
         self._digest = hashlib.blake2b(content, digest_size=16).hexdigest()
         if not self._lines:
             raise DataError(f"--prompts {storage.shown(url)}: holds no prompts.")
-        self.ledger = _ledger_beside(url)
+        self.ledger = ledger_beside(url)
         self._shuffled: tuple[int, np.ndarray] = -1, np.zeros(0, int)
 
     def __len__(self) -> int:
@@ -98,6 +98,7 @@ class Prompts:
         return sorted({end_of_text, *self.ledger.get("stop_ids", [])})
 
 
-def _ledger_beside(url: str) -> dict[str, Any]:
+def ledger_beside(url: str) -> dict[str, Any]:
+    """The ledger.json in the folder of prompts or of a manifest; empty where there is none."""
     ledger = storage.join(storage.parent(url), LEDGER)
     return orjson.loads(storage.read_bytes(ledger)) if storage.exists(ledger) else {}

@@ -29,7 +29,8 @@ class RewardScoring:
     answer_tokens: int = flag(128, "With --prompts: tokens of an answer, at most.", least=1)
     answer_temperature: float = flag(0.0, "With --prompts: temperature of the sampling; 0: the likeliest.", least=0)
     chat_template: str | None = flag(
-        None, "With --input-files: the template that the reward model was trained with, as for openlm prepare-chat."
+        None,
+        "With --input-files: the template, as for openlm prepare-chat. None: that of the data of the reward model.",
     )
     on_bad_line: str = flag(
         "stop", "With --input-files: a row of no known form: stop, or skip and count it.", choices=("stop", "skip")

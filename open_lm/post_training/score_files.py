@@ -12,7 +12,7 @@ import numpy as np
 import orjson
 
 from open_lm import storage
-from open_lm.checkpoint.load_model import stored_tokenizer
+from open_lm.checkpoint.load_model import stored_chat_template, stored_tokenizer
 from open_lm.data.marks import IDS
 from open_lm.data.tokenizer import Tokenizer, load_tokenizer
 from open_lm.distributed import pick_device
@@ -121,7 +121,8 @@ def score_files(config: RewardScoring, tokenizer: str | None, folder: str, devic
     storage.require_writable(folder, "--output-dir")
     loaded = load_tokenizer(tokenizer or stored_tokenizer(reward))
     model = load_reward_model(reward, str(pick_device(device, 0)))
-    scorer = FileScorer(model, loaded, load_template(config.chat_template, loaded), config.on_bad_line == "skip")
+    template = load_template(config.chat_template, loaded, stored_chat_template(reward))
+    scorer = FileScorer(model, loaded, template, config.on_bad_line == "skip")
     rows = chain.from_iterable(map(rows_in, files))
     path = storage.join(folder, "rewards.jsonl")
     with storage.open_atomic(path) as file:

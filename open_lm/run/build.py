@@ -22,7 +22,7 @@ from open_lm.params import RunConfig
 from open_lm.post_training.chat.prepare import MARGINS
 from open_lm.post_training.config import TASKS
 from open_lm.post_training.peft_format import load_adapter
-from open_lm.post_training.prompts import Prompts
+from open_lm.post_training.prompts import Prompts, ledger_beside
 from open_lm.post_training.reference import COLUMN, read_log_probs, reference_path, start_weights
 from open_lm.post_training.reward_model import MARGIN, add_value_head
 from open_lm.post_training.tasks import TaskKind, TaskParts
@@ -133,8 +133,21 @@ def refuse_packed(loader: Loader, architecture: ModelConfig) -> None:
 
 
 def tokenizer_name(config: RunConfig, loader: Loader | Prompts | None) -> str | None:
-    """The tokenizer of the run: --tokenizer, or the one that the manifests of its training data name, or None."""
-    return config.data.tokenizer or (named_tokenizer(loader.sources) if loader is not None else None)
+    """The tokenizer of the run: --tokenizer, or the one that its prompts or the manifests of its data name, or None."""
+    if config.data.tokenizer or loader is None:
+        return config.data.tokenizer
+    return loader.ledger.get("tokenizer") if isinstance(loader, Prompts) else named_tokenizer(loader.sources)
+
+
+def chat_template_of(config: RunConfig, loader: Loader | Prompts | None, world: World) -> str | None:
+    """The source of the template that the chat data of the run were made with; None where ledgers name no one."""
+    if loader is None or config.task.task == "pretrain":
+        return None
+    if isinstance(loader, Prompts):
+        return loader.ledger.get("chat_template")
+    manifests = config.data.dataset_manifest or ()
+    found = world.on_rank0(lambda: {ledger_beside(url).get("chat_template") for url in manifests})
+    return found.pop() if len(found) == 1 else None
 
 
 def build_task(

@@ -111,7 +111,7 @@ def _served(
 ) -> Served:
     import torch
 
-    from open_lm.checkpoint.load_model import load_model, stored_tokenizer
+    from open_lm.checkpoint.load_model import load_model, stored_chat_template, stored_tokenizer
     from open_lm.checkpoint.resolve import resolve
     from open_lm.data.tokenizer import load_tokenizer
     from open_lm.post_training.chat.template import load_template
@@ -120,7 +120,7 @@ def _served(
 
     found = resolve(path)
     tokenizer = load_tokenizer(config.tokenizer or stored_tokenizer(found))
-    template = load_template(config.chat_template, tokenizer)
+    template = load_template(config.chat_template, tokenizer, stored_chat_template(found))
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     require_device(device)
     given = {key: value for key, value in vars(flags).items() if value != getattr(ModelFlags(), key)}

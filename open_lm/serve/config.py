@@ -33,7 +33,9 @@ class ServeConfig:
         None, "Hub id, local folder or tokenizer.json. None: the one each checkpoint names, if it names one."
     )
     chat_template: str | None = flag(
-        None, "Jinja file, or the name of a built-in one (tulu, chatml, plain). None: the tokenizer's own, else tulu."
+        None,
+        "Jinja file, or the name of a built-in one (tulu, chatml, plain). None: the one that "
+        "the checkpoint's data were made with, else the tokenizer's own, else tulu.",
     )
     device: str | None = flag(None, "Where to compute, such as cpu or cuda:0. None: the GPU if there is one.")
     dtype: str | None = flag(

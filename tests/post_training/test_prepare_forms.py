@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import os
+import subprocess
 import sys
 
 import pytest
+from hub_server import serve
 from tiny_models import make_model, save_checkpoint
 
 from open_lm.__main__ import call
@@ -67,3 +70,30 @@ def test_help_names_the_form_and_lists_its_flags(flags, capsys, other, its_flag)
 def test_a_message_names_the_command_as_it_was_typed(flags):
     with pytest.raises(ConfigError, match=r"unknown '--foo'.*See openlm prepare --chat --help"):
         call(["prepare", "--chat", "--foo", *flags])
+
+
+def test_a_data_set_of_the_hub_by_name_gives_what_its_file_gives(tmp_path, make_chat, tokenizer_of):
+    """A split of UltraFeedback's form, in parquet, from a Hub on this machine."""
+    pytest.importorskip("pyarrow", reason="parquet needs pyarrow")
+    from pyarrow import Table, parquet
+
+    said = lambda text: [{"content": "Ça va? 🦊", "role": "user"}, {"content": text, "role": "assistant"}]  # noqa: E731
+    rows = [{"prompt": "Ça va? 🦊", "chosen": said(f"oui {k}"), "rejected": said("non")} for k in range(6)]
+    rows = [{**row, "score_chosen": 2.0 + k, "score_rejected": 1.0} for k, row in enumerate(rows)]
+    folder = tmp_path / "hub/datasets/lab/prefs/data"
+    folder.mkdir(parents=True)
+    parquet.write_table(Table.from_pylist(rows), folder / "train_prefs-00000-of-00001.parquet")
+    parquet.write_table(Table.from_pylist(rows[:1]), folder / "test_prefs-00000-of-00001.parquet")
+    expected, local = make_chat(rows, "--form", "pairs", name="local")
+    with serve(tmp_path / "hub") as (_, endpoint):
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        env = {**clean, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+        command = ["prepare-chat", "--form", "pairs", "--dataset", "lab/prefs", "--split", "train_prefs"]
+        command += ["--seqlen", "120", "--tokenizer", str(tokenizer_of("neox")), "--output-dir", f"{tmp_path}/named"]
+        done = subprocess.run(
+            [sys.executable, "-m", "open_lm", *command], capture_output=True, text=True, timeout=120, env=env
+        )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "named/ledger.json").read_text())
+    assert found["pairs"] == expected["pairs"] and found["tokens"] == expected["tokens"]
+    assert (tmp_path / "named/00000000.tar").read_bytes() == (local / "00000000.tar").read_bytes()

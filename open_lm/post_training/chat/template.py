@@ -122,8 +122,9 @@ class ChatTemplate:
         return texts[0], [(start, end) for start, end in spans[0]] if mark and spans else []
 
 
-def load_template(named: str | None, tokenizer: Tokenizer) -> ChatTemplate:
-    """The template that `--chat-template` names: a built-in one, a file, or (None) the tokenizer's own, else tulu.
+def load_template(named: str | None, tokenizer: Tokenizer, stored: str | None = None) -> ChatTemplate:
+    """The template that `--chat-template` names: a built-in one, a file, or (None) the source that a checkpoint has
+    `stored`, else the tokenizer's own, else tulu.
 
     Raises:
         ConfigError: there is no such file.
@@ -131,7 +132,7 @@ def load_template(named: str | None, tokenizer: Tokenizer) -> ChatTemplate:
     tokens = {**tokenizer.special_tokens}
     tokens.setdefault("eos_token", tokenizer.token_of(tokenizer.eot_id) or "")
     if named is None:
-        return ChatTemplate(tokenizer.chat_template or BUILT_IN["tulu"], tokens)
+        return ChatTemplate(stored or tokenizer.chat_template or BUILT_IN["tulu"], tokens)
     if named in BUILT_IN:
         return ChatTemplate(BUILT_IN[named], tokens)
     path = Path(named).expanduser()

@@ -99,6 +99,16 @@ class Prompts:
 
 
 def ledger_beside(url: str) -> dict[str, Any]:
-    """The ledger.json in the folder of prompts or of a manifest; empty where there is none."""
+    """The ledger.json in the folder of prompts or of a manifest; empty where there is none.
+
+    Raises:
+        DataError: it is no JSON object.
+    """
     ledger = storage.join(storage.parent(url), LEDGER)
-    return orjson.loads(storage.read_bytes(ledger)) if storage.exists(ledger) else {}
+    try:
+        found = orjson.loads(storage.read_bytes(ledger)) if storage.exists(ledger) else {}
+    except orjson.JSONDecodeError as error:
+        raise DataError(f"{storage.shown(ledger)}: is no JSON ({error}). Make the data again, or remove it.") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{storage.shown(ledger)}: holds no ledger. Make the data again, or remove it.")
+    return found

@@ -140,13 +140,13 @@ def tokenizer_name(config: RunConfig, loader: Loader | Prompts | None) -> str | 
 
 
 def chat_template_of(config: RunConfig, loader: Loader | Prompts | None, world: World) -> str | None:
-    """The source of the template that the chat data of the run were made with; None where ledgers name no one."""
+    """The source of the template that the chat data of the run were made with; None where ledgers name none, or two."""
     if loader is None or config.task.task == "pretrain":
         return None
     if isinstance(loader, Prompts):
         return loader.ledger.get("chat_template")
     manifests = config.data.dataset_manifest or ()
-    found = world.on_rank0(lambda: {ledger_beside(url).get("chat_template") for url in manifests})
+    found = world.on_rank0(lambda: {ledger_beside(url).get("chat_template") for url in manifests}) - {None}
     return found.pop() if len(found) == 1 else None
 
 

@@ -7,11 +7,13 @@ import torch
 
 from open_lm.checkpoint.load_model import stored_chat_template, stored_tokenizer
 from open_lm.data.tokenizer import load_tokenizer
+from open_lm.errors import DataError
 from open_lm.hf.tokenizer_files import with_chat_template
 from open_lm.main import main
 from open_lm.model import create_model
 from open_lm.model.config import ModelConfig
 from open_lm.post_training.chat.template import BUILT_IN, load_template
+from open_lm.post_training.prompts import ledger_beside
 
 MODEL = {"hidden_dim": 16, "n_layers": 1, "n_heads": 2, "seq_len": 60, "vocab_size": 400, "model_norm": "rms_norm"}
 ROWS = [{"question": f"{k}?", "answer": f"{k}", "prompt": f"{k}?", "chosen": "1", "rejected": "2 2"} for k in range(4)]
@@ -45,3 +47,11 @@ def test_a_checkpoint_names_its_template_and_tokenizer(tmp_path, make_chat, toke
     assert load_template(None, tokenizer, stored).prompt([{"role": "user", "content": "a"}]).startswith("<|im_start|>")
     assert load_template("plain", tokenizer, stored).source == BUILT_IN["plain"]
     assert with_chat_template(tokenizer, None, stored, marked=True).chat_template == stored
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_ledger_is_named(tmp_path, content):
+    (tmp_path / "ledger.json").write_text(content)
+    with pytest.raises(DataError, match=r"ledger.json: .* Make the data again"):
+        ledger_beside(f"{tmp_path}/manifest.jsonl")
+    assert ledger_beside(f"{tmp_path}/elsewhere/manifest.jsonl") == {}

@@ -15,7 +15,7 @@ from open_lm.data.columns import Column, column_beside
 from open_lm.data.loader import Loader, build_loader
 from open_lm.data.sources import Source, named_tokenizer
 from open_lm.distributed import World
-from open_lm.errors import ConfigError
+from open_lm.errors import ConfigError, StorageError
 from open_lm.model.config import ModelConfig, resolve_architecture
 from open_lm.model.lora import adapt, hold_in_nf4
 from open_lm.params import RunConfig
@@ -146,8 +146,15 @@ def chat_template_of(config: RunConfig, loader: Loader | Prompts | None, world: 
     if isinstance(loader, Prompts):
         return loader.ledger.get("chat_template")
     manifests = config.data.dataset_manifest or ()
-    found = world.on_rank0(lambda: {ledger_beside(url).get("chat_template") for url in manifests}) - {None}
+    found = world.on_rank0(lambda: set(map(_template_beside, manifests))) - {None}
     return found.pop() if len(found) == 1 else None
+
+
+def _template_beside(manifest: str) -> str | None:
+    try:
+        return ledger_beside(manifest).get("chat_template")
+    except StorageError:  # a bucket that forbids to ask for what is not there
+        return None
 
 
 def build_task(

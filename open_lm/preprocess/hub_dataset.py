@@ -174,7 +174,8 @@ def _regex(pattern: str) -> str:
 
 def _named(path: str, config: str | None, split: str) -> bool:
     words = set(re.split(r"[^a-z0-9]+", path.lower()))
-    is_split = split in words or (split == "train" and not words & _SPLITS)
+    names_it = re.search(rf"(?<![a-z0-9]){re.escape(split.lower())}(?![a-z0-9])", path.lower())  # also train_prefs
+    is_split = names_it is not None or (split == "train" and not words & _SPLITS)
     return is_split and (config is None or config in path.split("/"))
 
 

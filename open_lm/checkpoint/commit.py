@@ -21,7 +21,7 @@ from typing import IO, Any, Literal, cast
 
 from open_lm import storage
 from open_lm.checkpoint.checksum import BLOCK_BYTES, ChecksummingFile, FileRecord, checksum_of, matches
-from open_lm.errors import CheckpointError
+from open_lm.errors import CheckpointError, StorageError
 from open_lm.storage.remote import Stat
 
 VERSION = 2
@@ -134,12 +134,15 @@ def from_text(content: str) -> Commit:
 
 
 def read_commit(path: str) -> Commit | None:
-    """The commit file at `path`; None when it is damaged (a warning names it)."""
+    """The commit file at `path`; None when it is damaged (a warning names it), or was deleted just now."""
     try:
         return from_text(storage.read_bytes(path).decode())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        logging.warning("%s is damaged (%s): the checkpoint is skipped.", path, error)
-        return None
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        logging.warning("%s is damaged (%s): the checkpoint is skipped.", storage.shown(path), error)
+    except StorageError:
+        if storage.exists(path):
+            raise
+    return None
 
 
 def committed(folder: str) -> list[Commit]:
@@ -171,12 +174,21 @@ def _has_sizes(folder: str, commit: Commit, there: Mapping[str, Stat] | None) ->
         if there is not None:
             found = there[name].size_bytes if name in there else None
         else:
-            found = storage.size_bytes(path) if storage.exists(path) else None
+            found = _size_of(path)
         if found != record.size_bytes:
             what = "is missing" if found is None else f"has {found} bytes instead of {record.size_bytes}"
             logging.warning("%s %s: checkpoint %s is skipped.", storage.shown(path), what, commit.commit_name)
             return False
     return True
+
+
+def _size_of(path: str) -> int | None:
+    try:
+        return storage.size_bytes(path) if storage.exists(path) else None
+    except StorageError:
+        if storage.exists(path):
+            raise
+        return None  # it was deleted just now
 
 
 def damaged_file(folder: str, commit: Commit, only: Collection[str] | None = None) -> str | None:

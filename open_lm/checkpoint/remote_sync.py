@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from open_lm import storage, text
 from open_lm.checkpoint import commit as commits
+from open_lm.checkpoint import processes
 from open_lm.checkpoint.checksum import matches
 from open_lm.checkpoint.commit import Commit
 from open_lm.checkpoint.fetch import CHECKPOINTS, LISTING, listed
@@ -23,6 +25,8 @@ from open_lm.checkpoint.upload import upload
 from open_lm.errors import CheckpointError, FolderLocked, OpenLMError, StorageError
 
 NOT_COPIED = ("run.lock",)
+OWNER = "owner.json"
+"""The file there that names the run that copies to it: of two, on machines that do not see each other, the last."""
 APPENDED = (".jsonl", ".csv", ".log")
 """Endings of logs that only grow while a run is at work."""
 GRACE_SECONDS = 1800.0
@@ -61,7 +65,10 @@ class RemoteSync:
     _failed: dict[str, Exception] = field(default_factory=dict)
     """Errors of what could not be copied when it was tried last, by its name."""
     _in_a_row: int = 0
-    _logs: threading.RLock = field(default_factory=threading.RLock)
+    _token: str = field(default_factory=partial(secrets.token_hex, 8))
+    """This run's name in OWNER."""
+    _has_place: bool = False
+    _one_at_a_time: threading.RLock = field(default_factory=threading.RLock)
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
@@ -127,9 +134,31 @@ class RemoteSync:
         for problem in self._pass():
             raise problem
 
+    def require_place(self) -> None:
+        """Check that the place there is still this run's; it becomes its own at the first call.
+
+        Raises:
+            FolderLocked: another run has begun to copy to it.
+            StorageError: it cannot be asked.
+        """
+        path = storage.join(self.url, OWNER)
+        with self._one_at_a_time:
+            if not self._has_place:
+                storage.write_text(path, json.dumps({**processes.identity(), "token": self._token}))
+                self._has_place = True
+            elif storage.exists(path) and self._token not in storage.read_text(path):
+                raise FolderLocked(
+                    f"{storage.shown(path)}: another run copies to this place, so this one copies nothing more. "
+                    "Let the other go on, or end it and start with --resume latest."
+                )
+
+    def _require_owner(self) -> None:
+        self._retention.require_owner()
+        self.require_place()
+
     def _pass(self) -> list[Exception]:
         """The problems of one pass."""
-        self._retention.require_owner()
+        self._require_owner()
         self._failed, before, self._in_a_row = {}, self._failed, 0
         tried: set[str] = set()
         while commit := self._next_to_copy(tried, before):
@@ -171,7 +200,7 @@ class RemoteSync:
                 for name, record in commit.files.items()
             )
             self.copy_logs()
-            self._retention.require_owner()
+            self._require_owner()
             upload(here / commit.commit_name, storage.join(self._remote, commit.commit_name))
             self._there.add(commit.commit_name)
             logging.info("copied checkpoint %s to %s", commit.label, storage.shown(self.url))
@@ -192,7 +221,7 @@ class RemoteSync:
     def copy_logs(self) -> None:
         """Copy each log that has changed, and the list of all that were ever copied: what is gone here is still there,
         and is fetched."""
-        with self._logs:
+        with self._one_at_a_time:
             for name in self._loose_files():
                 self._attempt(name, partial(self._copy_loose, name))
             self._attempt(LISTING, self._write_listing)

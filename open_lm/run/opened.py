@@ -84,6 +84,8 @@ class OpenRun:
             every, grace = flags.remote_sync_frequency, flags.remote_sync_grace
             sync = RemoteSync(self.folder, url, every, self.checkpoints.retention, grace)
             self.checkpoints.copy_logs = sync.copy_logs
+            if self.checkpoints.home == self.checkpoints.copy:
+                self.checkpoints.require_owner = partial(_each, self.checkpoints.require_owner, sync.require_place)
             self._copying = partial(stack.enter_context, sync)
 
     def begin_copying(self) -> None:
@@ -178,6 +180,11 @@ def _wait_for_all(world: World) -> None:
         world.wait_for_all()
     except RuntimeError as error:
         logging.warning("another rank left early: %s", error)
+
+
+def _each(*checks: Callable[[], None]) -> None:
+    for check in checks:
+        check()
 
 
 def lost_contact(error: BaseException) -> bool:

@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from open_lm import storage
 from open_lm.checkpoint import commit as commits
 from open_lm.checkpoint.commit import Commit
 from open_lm.checkpoint.resolve import newest_in
@@ -83,6 +84,15 @@ def test_a_cut_commit_file_does_not_count(tmp_path, caplog):
     commit.write_text(commit.read_text()[:40])
     assert newest_in(str(tmp_path), "all").commit.label == "1"
     assert "epoch_2.commit.json is damaged" in caplog.text
+
+
+def test_a_checkpoint_that_is_deleted_while_the_folder_is_read_does_not_count(tmp_path, monkeypatch):
+    write(tmp_path, "1", 10)
+    write(tmp_path, "2", 20)
+    listed = storage.glob_in(str(tmp_path), commits.COMMIT_PATTERN)
+    discard(str(tmp_path), commits.committed(str(tmp_path))[0])
+    monkeypatch.setattr(storage, "glob_in", lambda *_: listed)
+    assert [commit.label for commit in commits.committed(str(tmp_path))] == ["1"]
 
 
 def test_files_without_a_commit_do_not_count(tmp_path):

@@ -96,6 +96,19 @@ def test_who_has_lost_the_folder_copies_and_deletes_nothing_more(tmp_path):
     assert labels(copy) == ["4", "3", "2", "1"]
 
 
+def test_of_two_machines_that_do_not_see_each_other_the_one_that_started_last_has_the_copy(tmp_path):
+    copy = tmp_path / "copy" / "checkpoints"
+    state, mine = saved(tmp_path / "a" / "checkpoints", "1", keep_last=1)
+    zombie = RemoteSync(str(tmp_path / "a"), str(tmp_path / "copy"), 300, mine.retention)
+    zombie.sync()
+    shutil.copytree(tmp_path / "a" / "checkpoints", tmp_path / "b" / "checkpoints")
+    saved(tmp_path / "b" / "checkpoints", "234", state=state)
+    RemoteSync(str(tmp_path / "b"), str(tmp_path / "copy"), 300).sync()
+    with pytest.raises(FolderLocked, match="another run copies to this place"):
+        zombie.sync()
+    assert labels(copy) == ["4", "3", "2", "1"]
+
+
 @pytest.mark.parametrize("state", ["set aside", "damaged"])
 def test_a_new_start_writes_over_nothing_in_the_copy(tmp_path, manifest, state):
     """Whatever the commit files there are worth: their labels are taken, and without --resume the start is refused."""

@@ -130,7 +130,7 @@ PLANTED = [
         ("    storage.remove(storage.join(folder, commit.commit_name))\n    for name in commit.files:\n        storage.remove(storage.join(folder, name))\n",
          "    for name in commit.files:\n        storage.remove(storage.join(folder, name))\n    storage.remove(storage.join(folder, commit.commit_name))\n"),
         ("if processes.is_here(owner) and processes.is_running(owner):", "if False:"),
-        ("if commit.label not in self._pinned:", "if True:"),
+        ("if commit.label not in pinned:", "if True:"),
         ("(c.branch, c.step) > (branch, step)", "c.branch > branch"),
         ("if name not in spoken_for:", "if True:"),
     ),
@@ -171,11 +171,24 @@ PLANTED = [
     # the remote copy
     *_of(
         f"{CHECKPOINT}/remote_sync.py",
-        f"{OWNERSHIP} tests/checkpoint/test_remote_sync.py",
-        ("        with retention.pinned(commit):\n", "        if True:\n"),
-        ("(ours[0].branch, ours[0].step) >= (theirs[0].branch, theirs[0].step)", "ours[0].step >= theirs[0].step"),
-        ('partial(fetch, f"{CHECKPOINTS}/{name}", record)', 'partial(fetch, f"{CHECKPOINTS}/{name}")'),
+        f"{OWNERSHIP} tests/checkpoint/test_mirror.py",
+        ("        with self._retention.pinned(commit):\n", "        if True:\n"),
+        ("if state.st_size < before[0] and", "if False and"),
+        ("except (OpenLMError, OSError) as error:\n            self._failed", "except CheckpointError as error:\n            self._failed"),
+    ),
+    *_of(
+        f"{CHECKPOINT}/fetch.py",
+        "tests/checkpoint/test_latest.py tests/checkpoint/test_mirror.py tests/checkpoint/test_remote_sync.py",
+        ("here[name], commit.files[name])", "here[name])"),
+        ("(n_there > n_here if", "(theirs_are_ahead if"),
         ('if os.path.isabs(name) or ".." in Path(name).parts:', "if False:"),
+    ),
+    *_of(f"{CHECKPOINT}/latest.py", OWNERSHIP, ("(-one.commit.branch, -one.commit.step)", "(-one.commit.step, -one.commit.branch)")),
+    *_of(
+        f"{CHECKPOINT}/retention.py",
+        "tests/checkpoint/test_deletion.py",
+        ("committed(folder) if self._has_begun else []", "committed(folder)"),
+        ("                self.require_owner()\n                discard", "                discard"),
     ),
     *_of(f"{CHECKPOINT}/upload.py", OWNERSHIP, ("            _require(summing.record(), expected, path)", "            pass")),
     # the run

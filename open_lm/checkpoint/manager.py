@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -14,7 +13,6 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torch.utils.hooks import RemovableHandle
 
 from open_lm import faults, storage, text
 from open_lm.checkpoint import commit as commits
@@ -74,9 +72,6 @@ class Checkpoints:
         self._failed_saves = 0
         self._background = Background()
         self._staging = Staging() if flags.async_save else None
-        self._copied = threading.Event()
-        self._hooks: list[RemovableHandle] = []
-        """Of the optimizers, whose steps wait for the copy of what a save writes."""
         self._group: dist.ProcessGroup | None = None
         self._world = World()
 
@@ -94,7 +89,7 @@ class Checkpoints:
 
         With --async-save the files are written while training goes on (True: it has begun) unless `wait` is set; the
         one before is waited for, so that there is never more than one on its way. What is written is copied meanwhile
-        too: nothing changes it before the next step of an optimizer, and that waits for the copy.
+        too: nothing changes it before the end of the next step, and that waits for `state.copied`.
 
         Raises:
             StorageError: the third save in a row could not be written.
@@ -115,8 +110,7 @@ class Checkpoints:
             if written:
                 self._thin_out(written)
 
-        self._copied.clear()
-        self._hooks = [optimizer.register_step_pre_hook(self._wait_for_copy) for optimizer in state.optimizers]
+        state.copied.clear()
         self._background.begin(timed, beside=beside)
         return self.wait() if wait or self._staging is None else True
 
@@ -152,15 +146,11 @@ class Checkpoints:
                     torch.cuda.set_device(self._world.device)
                 snapshot = replace(about, tree=copied())
             finally:
-                self._copied.set()
+                state.copied.set()
             faults.at("save", label)
             return self._write(snapshot, shards if in_shards else None)
 
         return work
-
-    def _wait_for_copy(self, *_: object) -> None:
-        """Before an optimizer's step, while a save is on its way."""
-        self._copied.wait()
 
     def _write(self, snapshot: Snapshot, shards: str | None) -> commits.Commit | None:
         """Write `snapshot`, into the new folder `shards` if given; the commit on rank 0."""
@@ -180,8 +170,6 @@ class Checkpoints:
         if not self._background.is_open:
             return self.problem is None
         error = self._background.finish()
-        for hook in self._hooks:
-            hook.remove()
         if error is not None and not isinstance(error, WRITE_ERRORS):
             raise error
         mine = None if error is None else str(error) or type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -46,6 +47,7 @@ class Saved(Protocol):
     world: World
     step: int
     tokens: int
+    copied: threading.Event
 
     @property
     def extra_state(self) -> Mapping[str, ExtraPart]: ...

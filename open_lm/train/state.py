@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +41,11 @@ class TrainState:
     """Optimizer steps taken so far; the data follow from it too."""
     tokens: int = 0
     """Tokens trained on so far."""
+    copied: threading.Event = field(default_factory=threading.Event)
+    """Set unless a save is still copying all this: whoever changes any of it waits first."""
+
+    def __post_init__(self) -> None:
+        self.copied.set()
 
     @property
     def tokens_per_step(self) -> int:

@@ -64,6 +64,7 @@ def train_step(
         parts += losses.parts
     with timing("optim_step"):
         faults.at("gradients", state.model)
+        state.copied.wait()  # for a save beside the training; before here nothing that it copies has changed
         grad_norm, taken = state.precision.step(
             state.model,
             state.optimizers,

@@ -62,6 +62,7 @@ def take_steps(state, n):
 
                 full = distribute_tensor(full, p.device_mesh, p.placements)
             p.grad = full
+        state.copied.wait()
         for optimizer in state.optimizers:
             optimizer.step()
         state.step += 1

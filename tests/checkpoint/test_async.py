@@ -4,13 +4,17 @@ import threading
 
 import pytest
 import torch
-from checkpoint.states import STATS, NoData, assert_same, content, make_checkpoints, make_state, take_steps
+from checkpoint.states import CONFIG, STATS, NoData, assert_same, content, make_checkpoints, make_state, take_steps
 from gloo import run_ranks
 
 from open_lm.checkpoint import manager
 from open_lm.checkpoint.commit import committed
 from open_lm.checkpoint.restore import restore
+from open_lm.data.batch import Batch
 from open_lm.errors import StorageError
+from open_lm.precision import Precision
+from open_lm.train.step import average_losses, train_step
+from open_lm.train.timing import Timing
 
 FORMATS = ["consolidated", "sharded"]
 
@@ -59,22 +63,52 @@ def test_what_is_written_is_the_state_at_the_save(tmp_path, monkeypatch, form, o
     assert_same(content(again), expected)
 
 
+def one_step(state):
+    """A step of the training itself, and then the loss of each average on its batch."""
+    rows = torch.randint(0, CONFIG.vocab_size, (8, CONFIG.seq_len + 1), generator=torch.Generator().manual_seed(1))
+    batch = Batch.from_samples(rows)
+    taken = train_step(state, batch, accum=1, clip=1.0, timing=Timing(state.world.device)).taken
+    average_losses(state, batch, accum=1)
+    return taken
+
+
+def spike(state):
+    state.accept = lambda *_: False
+
+
+def overflow(state):
+    state.precision = Precision("fp16", "cpu")
+    scaled = state.precision.backward
+    state.precision.backward = lambda loss: scaled(loss * float("inf"))
+
+
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_save_returns_before_the_copy_and_the_next_update_waits_for_it(tmp_path, monkeypatch, form):
+@pytest.mark.parametrize(
+    ("optimizer", "skipped"),
+    [("adamw", None), ("adamw", spike), ("lion", overflow)],
+    ids=["taken", "left out as a spike", "left out as an overflow"],
+)
+def test_a_save_returns_before_the_copy_and_no_step_changes_anything_until_it_is_made(
+    tmp_path, monkeypatch, form, optimizer, skipped
+):
+    """Weights, moments and averages: also a step that is left out changes some of them."""
     real, may_go = manager.take, threading.Event()
     monkeypatch.setattr(manager, "take", lambda *words, **more: (may_go.wait(60), real(*words, **more))[1])
-    state, checkpoints = make_state(), make_checkpoints(tmp_path, checkpoint_format=form)
+    state = make_state(optimizer=optimizer, extra_state=True)
+    checkpoints = make_checkpoints(tmp_path, checkpoint_format=form)
     take_steps(state, 1)
     expected = content(state)
     assert checkpoints.save(state, NoData(), label="1", stats=STATS)
-    stepping = threading.Thread(target=take_steps, args=(state, 1))
+    if skipped:
+        skipped(state)
+    stepping = threading.Thread(target=one_step, args=(state,))
     stepping.start()
     stepping.join(0.2)
     assert stepping.is_alive()
     may_go.set()
     stepping.join(60)
-    assert checkpoints.wait() and not state.optimizers[0]._optimizer_step_pre_hooks
-    again = make_state(seed=1)
+    assert checkpoints.wait() and state.step == 2
+    again = make_state(seed=1, optimizer=optimizer, extra_state=True)
     restore(make_checkpoints(tmp_path, resume="latest"), again, NoData())
     assert_same(content(again), expected)
 

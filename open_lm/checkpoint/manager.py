@@ -23,8 +23,9 @@ from open_lm.checkpoint.remote_shards import sweep, write_remote_shards
 from open_lm.checkpoint.retention import Retention, free_label
 from open_lm.checkpoint.save_policy import SaveKind, kind_of
 from open_lm.checkpoint.snapshot import Saved, Snapshot, in_file_order, live, n_bytes, take
+from open_lm.checkpoint.together import WRITE_ERRORS, outcome_of, problem_of, require_none
 from open_lm.checkpoint.tree import Staging, tensors_of
-from open_lm.checkpoint.writing import WRITE_ERRORS, Target, write_consolidated, write_sharded
+from open_lm.checkpoint.writing import Target, write_consolidated, write_sharded
 from open_lm.distributed import World, patient_group
 from open_lm.errors import StorageError
 from open_lm.train.random_state import random_state
@@ -125,9 +126,10 @@ class Checkpoints:
         shards = state.world.on_rank0(lambda: f"epoch_{label}{SHARDS_SIGN}{secrets.token_hex(4)}")
         random = state.world.gather(random_state(state.world.device))
         full = self._problem_with_space(n_bytes(tree))
-        copied = partial(take, tree, sharded=in_shards, is_master=state.world.is_master, staging=self._staging)
-        if full or not beside or not (in_shards or _is_whole(tree)):  # to gather a tensor takes all ranks, here and now
-            copied = partial(_same, {} if full else copied())
+        copy = partial(take, tree, sharded=in_shards, is_master=state.world.is_master, staging=self._staging)
+        copied: tuple[dict[str, Any] | None, str | None] | None = (None, full) if full else None
+        if not full and not (beside and (in_shards or _is_whole(tree))):
+            copied = outcome_of(copy)  # to gather a tensor takes all ranks, here and now
         about = Snapshot(
             label=label,
             kind=kind,
@@ -139,16 +141,16 @@ class Checkpoints:
         )
 
         def work() -> commits.Commit | None:
+            tree: dict[str, Any] | None
             try:
-                if full:
-                    raise StorageError(full)
                 if self._world.device.type == "cuda":  # a new thread starts on GPU 0, whichever is this rank's
                     torch.cuda.set_device(self._world.device)
-                snapshot = replace(about, tree=copied())
+                tree, problem = copied or outcome_of(copy)
             finally:
                 state.copied.set()
-            faults.at("save", label)
-            return self._write(snapshot, shards if in_shards else None)
+            problem = problem or problem_of(lambda: faults.at("save", label))
+            require_none(problem, self._group if in_shards else None)
+            return self._write(replace(about, tree=tree or {}), shards if in_shards else None)
 
         return work
 
@@ -249,7 +251,3 @@ def _is_whole(tree: Mapping[str, Any]) -> bool:
 
 def _nothing() -> None:
     pass
-
-
-def _same(tree: dict[str, Any]) -> dict[str, Any]:
-    return tree

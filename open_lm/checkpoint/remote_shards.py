@@ -20,9 +20,10 @@ from open_lm.checkpoint.checksum import FileRecord
 from open_lm.checkpoint.commit import SHARDS_SIGN, Commit
 from open_lm.checkpoint.retention import UNFINISHED
 from open_lm.checkpoint.snapshot import Snapshot
+from open_lm.checkpoint.together import gathered, outcome_of, problem_of, require_none
 from open_lm.checkpoint.tree import flat
 from open_lm.checkpoint.upload import upload
-from open_lm.checkpoint.writing import Target, gathered, problem_of, require_none, shards_payload, without_zip_checksums
+from open_lm.checkpoint.writing import Target, shards_payload, without_zip_checksums
 from open_lm.distributed import World
 from open_lm.errors import StorageError
 
@@ -45,19 +46,24 @@ def write_remote_shards(
     url = storage.join(target.folder, shards)
     marker = storage.join(target.folder, f"epoch_{snapshot.label}{UNFINISHED}")
     begun = json.dumps({"label": snapshot.label, "names": [shards], "owner": processes.identity()})
-    require_none(problem_of(lambda: storage.write_text(marker, begun)) if world.is_master else None, group)
-    with scratch(local, world.rank) as folder:
-        with without_zip_checksums():
-            mine = sharded.write(folder, tensors, group)
-        sent = problem_of(lambda: _send(folder, url, mine))
-        everyone = {name: record for named in gathered(mine, group) for name, record in named.items()}
-        made: list[Commit] = []
+    everyone: dict[str, FileRecord] = {}
+    made: list[Commit] = []
+    with contextlib.ExitStack() as stack:
+        folder, problem = outcome_of(lambda: stack.enter_context(scratch(local, world.rank)))
+        if world.is_master:
+            problem = problem or problem_of(lambda: storage.write_text(marker, begun))
         try:
+            require_none(problem, group)
+            assert folder is not None
+            with without_zip_checksums():
+                mine = sharded.write(folder, tensors, group)
+            sent = problem_of(lambda: _send(folder, url, mine))
+            everyone |= {name: record for named in gathered(mine, group) for name, record in named.items()}
             require_none(sent, group)
             work = partial(_commit, target, snapshot, folder, url, values, everyone, made)
             require_none(problem_of(work) if world.is_master else None, group)
         except BaseException:
-            if world.is_master:
+            if world.is_master and not made:
                 _remove(url, everyone, marker)
             raise
     if world.is_master:
@@ -73,7 +79,7 @@ def scratch(local: str, rank: int) -> Iterator[Path]:
     parent.mkdir(parents=True, exist_ok=True)
     for left in parent.glob(f"{SCRATCH}{rank}-*"):
         shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=f"{SCRATCH}{rank}-") as folder:
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f"{SCRATCH}{rank}-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
 

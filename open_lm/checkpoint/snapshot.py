@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -13,8 +14,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from open_lm.checkpoint.save_policy import SaveKind
+from open_lm.checkpoint.together import problem_of
 from open_lm.checkpoint.tree import EXTRA_STATE, Staging, map_tensors, tensors_of
 from open_lm.distributed import World
+from open_lm.errors import StorageError
 from open_lm.precision import Precision
 from open_lm.train.row_order import order_of, row_orders, to_file_order
 
@@ -138,17 +141,29 @@ def take(tree: dict[str, Any], *, sharded: bool, is_master: bool, staging: Stagi
 
     With `staging` nothing in it changes when training goes on; without, it holds the live tensors where those are on
     the host already.
+
+    Raises:
+        StorageError, RuntimeError: there is no memory left for it here; other ranks may not know.
     """
     if sharded:
         return tree if staging is None else staging.copied(tree)
+    problems: list[str | None] = []
 
     def kept(name: str, tensor: Tensor) -> Tensor | None:
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # one by one, each freed at once
-        if not is_master:
-            return None
-        return staging.copy(name, whole) if staging is not None else whole.detach().cpu()
+        copies: list[Tensor] = []
+        if is_master and not any(problems):  # with a problem too: the others wait for this rank in the next gather
+            copy = partial(staging.copy, name) if staging is not None else _on_cpu
+            problems.append(problem_of(lambda: copies.append(copy(whole))))
+        return copies[0] if copies else None
 
     tree = map_tensors(tree, kept)
     if staging is not None:
         staging.finish()
+    if problem := next(filter(None, problems), None):
+        raise StorageError(problem)
     return tree if is_master else {}
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu()

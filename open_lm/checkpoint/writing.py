@@ -20,12 +20,10 @@ from open_lm.checkpoint.checksum import FileRecord
 from open_lm.checkpoint.commit import Commit
 from open_lm.checkpoint.retention import Retention
 from open_lm.checkpoint.snapshot import Snapshot
+from open_lm.checkpoint.together import gathered, problem_of, require_none
 from open_lm.checkpoint.tree import flat
 from open_lm.distributed import World
-from open_lm.errors import FolderLocked, OpenLMError, StorageError
-
-WRITE_ERRORS = (OpenLMError, OSError, RuntimeError)
-"""Errors by which a full or broken disk is reported: torch.save raises a RuntimeError."""
+from open_lm.errors import FolderLocked, StorageError
 
 
 @dataclass(frozen=True)
@@ -128,32 +126,35 @@ def _write_shards(
 ) -> Commit | None:
     """Write into `folder`, which exists, and commit on rank 0; the folder goes where that fails."""
     tensors, values = flat(snapshot.tree)
+    made: list[Commit] = []
     try:
         with without_zip_checksums():
             everyone = gathered(sharded.write(folder, tensors, group), group)
-        commits_made: list[Commit] = []
-        if world.is_master:
-            records = {name: record for named in everyone for name, record in named.items()}
-            problem = problem_of(lambda: commits_made.append(_commit_shards(target, snapshot, folder, values, records)))
-        else:
-            problem = None
-        require_none(problem, group)
-        return commits_made[0] if commits_made else None
+        records = {name: record for named in everyone for name, record in named.items()}
+        work = partial(_commit_shards, target, snapshot, folder, values, records, made)
+        require_none(problem_of(work) if world.is_master else None, group)
+        return made[0] if made else None
     except BaseException:
-        if world.is_master:
+        if world.is_master and not made:
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
 def _commit_shards(
-    target: Target, snapshot: Snapshot, folder: Path, values: dict[str, Any], records: dict[str, FileRecord]
-) -> Commit:
+    target: Target,
+    snapshot: Snapshot,
+    folder: Path,
+    values: dict[str, Any],
+    records: dict[str, FileRecord],
+    made: list[Commit],
+) -> None:
+    """Write what rank 0 adds, and publish."""
     sharded.require_complete(folder)
     payload = shards_payload(target, snapshot, values)
     files = {sharded.STATS: commits.save_file(str(folder), sharded.STATS, payload), **records}
     named = {f"{folder.name}/{name}": record for name, record in files.items()}
     require_sizes(target.folder, named)
-    return target.commit(snapshot, named, shards=folder.name)
+    made.append(target.commit(snapshot, named, shards=folder.name))
 
 
 def shards_payload(target: Target, snapshot: Snapshot, values: dict[str, Any]) -> dict[str, Any]:
@@ -174,32 +175,3 @@ def require_sizes(folder: str, files: dict[str, FileRecord]) -> None:
             raise StorageError(
                 f"{path}: is not there on rank 0. Sharded checkpoints need a --logs that all nodes share."
             )
-
-
-def problem_of(work: Callable[[], Any]) -> str | None:
-    """The message of the error that `work` raises; None when it raises none."""
-    try:
-        work()
-    except WRITE_ERRORS as error:
-        return str(error) or type(error).__name__
-    return None
-
-
-def gathered(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """The value of every rank of `group`, on every rank."""
-    if group is None:
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
-def require_none(problem: str | None, group: dist.ProcessGroup | None) -> None:
-    """Raise on every rank what went wrong on any.
-
-    Raises:
-        StorageError: there was a problem.
-    """
-    found = next((why for why in gathered(problem, group) if why), None)
-    if found:
-        raise StorageError(found)

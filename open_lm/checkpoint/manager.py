@@ -22,7 +22,8 @@ from open_lm.checkpoint.config import CONSOLIDATED_UP_TO, CheckpointConfig
 from open_lm.checkpoint.remote_shards import sweep, write_remote_shards
 from open_lm.checkpoint.retention import Retention, free_label
 from open_lm.checkpoint.save_policy import SaveKind, kind_of
-from open_lm.checkpoint.snapshot import Saved, Snapshot, in_file_order, live, n_bytes, take
+from open_lm.checkpoint.snapshot import Saved, Snapshot, in_file_order, live, take
+from open_lm.checkpoint.space import lack_of_space
 from open_lm.checkpoint.together import WRITE_ERRORS, outcome_of, problem_of, require_none
 from open_lm.checkpoint.tree import Staging, tensors_of
 from open_lm.checkpoint.writing import Target, write_consolidated, write_sharded
@@ -96,12 +97,14 @@ class Checkpoints:
             StorageError: the third save in a row could not be written.
         """
         self.wait()
-        self._world = state.world
+        self._world, self._label = state.world, label
         began = time.monotonic()
-        label = state.world.on_rank0(lambda: self._free_label(label, state.step, kind))
-        if not label:  # it is there already
+        found, problem = state.world.on_rank0(lambda: self._begin(label, state.step, kind))
+        if problem:
+            return self._note(problem)
+        if not found:  # it is there already
             return True
-        self._label = label
+        self._label = label = found
         beside = self._staging is not None and not wait
         work = self._work(state, loader, label=label, stats=stats, kind=kind, beside=beside)
 
@@ -125,7 +128,7 @@ class Checkpoints:
             self._group = patient_group()
         shards = state.world.on_rank0(lambda: f"epoch_{label}{SHARDS_SIGN}{secrets.token_hex(4)}")
         random = state.world.gather(random_state(state.world.device))
-        full = self._problem_with_space(n_bytes(tree))
+        full = lack_of_space(state.world, self.folder, tree, own_disks=self.home != self.folder)
         copy = partial(take, tree, sharded=in_shards, is_master=state.world.is_master, staging=self._staging)
         copied: tuple[dict[str, Any] | None, str | None] | None = (None, full) if full else None
         if not full and not (beside and (in_shards or _is_whole(tree))):
@@ -174,12 +177,15 @@ class Checkpoints:
         error = self._background.finish()
         if error is not None and not isinstance(error, WRITE_ERRORS):
             raise error
-        mine = None if error is None else str(error) or type(error).__name__
+        return self._note(None if error is None else str(error) or type(error).__name__)
+
+    def _note(self, mine: str | None) -> bool:
+        """Take notice of how a save ended on this rank and the others, None: well; whether it succeeded."""
         self.problem = next((problem for problem in self._world.gather(mine) if problem), None)
         self._failed_saves = self._failed_saves + 1 if self.problem else 0
         if self._failed_saves >= MAX_FAILED_SAVES:
             raise StorageError(
-                f"checkpoint {self._label} could not be written to {self.folder}, nor those before: "
+                f"checkpoint {self._label} could not be written to {storage.shown(self.home)}, nor those before: "
                 f"{self.problem} Make room, then use --resume latest."
             )
         if self.problem:
@@ -221,9 +227,17 @@ class Checkpoints:
             return self.flags.checkpoint_format.startswith("sharded")
         return sum(tensor.numel() for tensor in tree["weights"].values()) > CONSOLIDATED_UP_TO
 
+    def _begin(self, label: str, step: int, kind: SaveKind) -> tuple[str | None, str | None]:
+        """`_free_label`, or the problem that this save fails with before it has begun.
+
+        Raises:
+            FolderLocked: another run has taken over the folder.
+        """
+        self.require_owner()
+        return outcome_of(lambda: self._free_label(label, step, kind))
+
     def _free_label(self, label: str, step: int, kind: SaveKind) -> str:
         """`label`, or another if files of that label are here: none is ever written over. "": it is there already."""
-        self.require_owner()
         self.retention.sweep()
         if self.home != self.folder:
             sweep(self.home)
@@ -232,17 +246,11 @@ class Checkpoints:
                 return ""
         return free_label(self.home, label, step, self.taken_labels)
 
-    def _problem_with_space(self, needed: int) -> str:
-        """The message when rank 0 lacks space; the same on every rank."""
-        free = self._world.on_rank0(lambda: storage.free_bytes(self.folder))
-        if free is None or free >= 1.02 * needed:
-            return ""
-        return f"no space left: {text.size(needed)} are needed, {text.size(free)} free."
-
     def _thin_out(self, written: commits.Commit) -> None:
         logging.info("saved checkpoint %s at step %d (%s)", written.label, written.step, text.size(written.size_bytes))
         self.retention.begin()
-        self.retention.thin_out()
+        if problem := problem_of(self.retention.thin_out):
+            logging.warning("older checkpoints were not deleted: %s It is tried again after the next save.", problem)
 
 
 def _is_whole(tree: Mapping[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from open_lm.checkpoint.save_policy import SaveKind
 from open_lm.checkpoint.together import problem_of
-from open_lm.checkpoint.tree import EXTRA_STATE, Staging, map_tensors, tensors_of
+from open_lm.checkpoint.tree import EXTRA_STATE, Staging, map_tensors
 from open_lm.distributed import World
 from open_lm.errors import StorageError
 from open_lm.precision import Precision
@@ -129,11 +129,6 @@ def _optimizer_state(state: Saved) -> dict[str, Any]:
             if isinstance(moments.get("step"), Tensor):
                 moments["step"].zero_()
     return found
-
-
-def n_bytes(tree: Mapping[str, Any]) -> int:
-    """The bytes of all tensors of `tree` over all ranks."""
-    return sum(t.numel() * t.element_size() for t in tensors_of(tree))
 
 
 def take(tree: dict[str, Any], *, sharded: bool, is_master: bool, staging: Staging | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from open_lm.errors import DeviceError, OpenLMError
+from open_lm.errors import DeviceError, OpenLMError, everywhere
 from open_lm.flags import late_names
 from open_lm.mesh import AXES, MeshShape
 
@@ -132,7 +132,7 @@ class World:
                 outcome = error
         outcome = self.broadcast(outcome)
         if isinstance(outcome, OpenLMError):
-            raise outcome
+            raise everywhere(outcome)
         return outcome
 
 

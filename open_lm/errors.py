@@ -1,5 +1,7 @@
 """Error types: every error OpenLM raises on purpose is one of these."""
 
+from typing import TypeVar
+
 
 class OpenLMError(Exception):
     """Base of all errors raised at OpenLM's borders: flags, files, shards, checkpoints, the network.
@@ -9,6 +11,8 @@ class OpenLMError(Exception):
     """
 
     exit_code = 1
+    on_all_ranks = False
+    """Whether every rank raises it, so that they can wait for each other before they leave."""
 
 
 class ConfigError(OpenLMError, ValueError):
@@ -51,9 +55,20 @@ class TrainingDiverged(OpenLMError):
     """The loss or the gradients are no longer finite; the last good checkpoint is kept."""
 
     exit_code = 77
+    on_all_ranks = True
 
 
 class Preempted(OpenLMError):
     """The run was told to stop, and did so after saving; start it again with `--resume latest`."""
 
     exit_code = 85
+    on_all_ranks = True
+
+
+Raised = TypeVar("Raised", bound=OpenLMError)
+
+
+def everywhere(error: Raised) -> Raised:
+    """`error`, which every rank raises at this point."""
+    error.on_all_ranks = True
+    return error

@@ -89,7 +89,7 @@ def carry_out(opened: OpenRun) -> RunResult:
         if isinstance(loader, Prompts):
             source = build_rollouts(config, architecture, state, loader, run.folder, run.recorder.log_table)
         batches = source.batches(state.step, steps.last_step)
-        with run.stop_requests:
+        with run.stop_requests.while_training():
             train(state, batches, run, accum=config.train.accum_freq, clip=config.optimizer.grad_clip_norm)
     return run.finish(state)
 

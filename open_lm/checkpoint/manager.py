@@ -28,7 +28,7 @@ from open_lm.checkpoint.together import WRITE_ERRORS, outcome_of, problem_of, re
 from open_lm.checkpoint.tree import Staging, tensors_of
 from open_lm.checkpoint.writing import Target, write_consolidated, write_sharded
 from open_lm.distributed import World, patient_group
-from open_lm.errors import StorageError
+from open_lm.errors import StorageError, everywhere
 from open_lm.train.random_state import random_state
 
 MAX_FAILED_SAVES = 3
@@ -184,9 +184,11 @@ class Checkpoints:
         self.problem = next((problem for problem in self._world.gather(mine) if problem), None)
         self._failed_saves = self._failed_saves + 1 if self.problem else 0
         if self._failed_saves >= MAX_FAILED_SAVES:
-            raise StorageError(
-                f"checkpoint {self._label} could not be written to {storage.shown(self.home)}, nor those before: "
-                f"{self.problem} Make room, then use --resume latest."
+            raise everywhere(
+                StorageError(
+                    f"checkpoint {self._label} could not be written to {storage.shown(self.home)}, nor those before: "
+                    f"{self.problem} Make room, then use --resume latest."
+                )
             )
         if self.problem:
             message = "checkpoint %s was not written: %s Training goes on; the next is tried again."
@@ -204,7 +206,11 @@ class Checkpoints:
         Where another rank `is_lost`, one that all ranks write together may never end, and the others wait for this
         one: it gets LAST_SECONDS.
         """
-        return self._background.wait(LAST_SECONDS if is_lost and self._group is not None else None)
+        has_ended = self._background.wait(LAST_SECONDS if is_lost and self._group is not None else None)
+        if has_ended and (error := self._background.finish()):
+            self.problem = str(error) or type(error).__name__
+            logging.error("checkpoint %s was not written: %s", self._label, self.problem)
+        return has_ended
 
     @property
     def home(self) -> str:

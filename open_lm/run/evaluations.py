@@ -56,6 +56,11 @@ class Evaluations:
             self.validate(state)
             self.score(state)
 
+    def are_done(self, state: TrainState) -> bool:
+        """Whether this step has been measured and scored, as far as there is anything to evaluate on."""
+        validated = not self._val_sets or self._validated_at == state.step
+        return validated and (self._tasks is None or self._scored_at == state.step)
+
     def validate(self, state: TrainState) -> None:
         """Measure and record the validation loss, unless this step has been measured."""
         if not self._val_sets or self._validated_at == state.step:

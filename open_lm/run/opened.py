@@ -14,7 +14,7 @@ from open_lm.checkpoint.manager import Checkpoints
 from open_lm.checkpoint.remote_sync import RemoteSync
 from open_lm.command import report
 from open_lm.distributed import World, start_world
-from open_lm.errors import DeviceError, OpenLMError, Preempted, TrainingDiverged
+from open_lm.errors import DeviceError, OpenLMError
 from open_lm.flags import parse_steps
 from open_lm.model.config import ModelConfig
 from open_lm.params import RunConfig
@@ -23,7 +23,7 @@ from open_lm.run.lock import FolderLock
 from open_lm.run.profiling import Observer
 from open_lm.run.recorder import close_quietly
 from open_lm.run.signals import StopRequests, end_with_launcher
-from open_lm.run.watchdog import Watchdog, record_collectives
+from open_lm.run.watchdog import LEEWAY, Watchdog, record_collectives
 from open_lm.tracking.log import text_log
 from open_lm.tracking.sink import RunFacts, Sink, open_sinks
 from open_lm.train.config import mesh_shape
@@ -94,6 +94,7 @@ class OpenRun:
 
     def close(self, _kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
         """Close what writes, as a block ends with `error`."""
+        self.watchdog.beat(LEEWAY)
         self.closing.close()
         self.is_stuck = not self.checkpoints.close(is_lost=isinstance(error, DeviceError))
         if self.is_stuck:
@@ -145,10 +146,12 @@ def start_run(config: RunConfig, architecture: ModelConfig, command: str) -> Ite
         copy = remote_folder(config)
         run.checkpoints.copy = storage.join(copy, "checkpoints") if copy else None
         if config.trains:
+            stack.callback(run.stop_requests.forget)
             stack.enter_context(leaving_together(world))
             run.checkpoints.require_owner = lock.require if world.is_master else run.checkpoints.require_owner
             if copy:
                 run.copy_to(copy, stack.enter_context(contextlib.ExitStack()))
+            stack.callback(run.stop_requests.note)  # as the run leaves: a signal ends no copy of what is left
         stack.enter_context(watchdog)
         stack.push(run.close)
         try:
@@ -165,12 +168,13 @@ def start_run(config: RunConfig, architecture: ModelConfig, command: str) -> Ite
 
 @contextlib.contextmanager
 def leaving_together(world: World) -> Iterator[None]:
-    """At a regular end no rank leaves before all can: torchrun ends the others when the first is gone, and rank 0 may
-    still copy checkpoints."""
+    """At an end that all ranks come to, none leaves before all can: torchrun ends the others when the first is gone,
+    and rank 0 may still copy checkpoints."""
     try:
         yield
-    except (Preempted, TrainingDiverged):
-        _wait_for_all(world)
+    except OpenLMError as error:
+        if error.on_all_ranks:
+            _wait_for_all(world)
         raise
     _wait_for_all(world)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from open_lm.checkpoint.manager import DataOrder
 from open_lm.checkpoint.save_policy import SaveClock, SaveKind, SaveSteps
 from open_lm.data.batch import Batch
-from open_lm.errors import Preempted, StorageError
+from open_lm.errors import Preempted, StorageError, everywhere
 from open_lm.evaluate.in_loop import InLoopEvaluator
 from open_lm.evaluate.validation import ValidationResult, ValidationSet
 from open_lm.model.describe import model_size
@@ -165,7 +165,8 @@ class Run:
             lambda: self.checkpoints.save(state, loader, label=label, stats=stats, kind=kind, wait=wait)
         )
         if is_last and not saved:
-            raise StorageError(f"checkpoint {label} was not written: {self.checkpoints.problem} Then --resume latest.")
+            why = f"checkpoint {label} was not written: {self.checkpoints.problem} Then --resume latest."
+            raise everywhere(StorageError(why))
         self._save_clock.restart()
         self._agreement.forget_save()
         self._saved_at = state.step if saved else self._saved_at
@@ -188,16 +189,21 @@ class Run:
             return
         self.recorder.write(state, state.lr_at(state.step - 1))
         reason = next((why for why in self.world.gather(asked) if why), "a time limit")
-        is_saved = self._saved_at == state.step and self.checkpoints.wait()
-        if not is_saved and not self._save(state, "ephemeral", wait=True):
-            raise StorageError(
-                f"stopped by {reason} after step {state.step}; not saved, see the log. Earlier ones are good."
-            )
+        is_saved = self._saved_at == state.step and self.recorder.untimed(self.checkpoints.wait)
+        if not is_saved and not self._save(state, self._save_due(state) or "ephemeral", wait=True):
+            why = f"stopped by {reason} after step {state.step}; not saved, see the log. Earlier ones are good."
+            raise everywhere(StorageError(why))
         raise Preempted(f"stopped by {reason} after step {state.step}, saved. Continue with --resume latest.")
 
     def finish(self, state: TrainState) -> RunResult:
-        """The last validation and scores, where there is anything to evaluate on, and what the run came to."""
-        self.evaluations.validate(state)
-        self.evaluations.score(state)
+        """The last validation and scores, where there is anything to evaluate on, and what the run came to.
+
+        Raises:
+            Preempted: a signal came meanwhile, so that some of it is left out; the checkpoints are complete.
+        """
+        for evaluate in (self.evaluations.validate, self.evaluations.score):
+            if not self.evaluations.are_done(state) and self.world.any(self.stop_requests.received is not None):
+                raise Preempted("stopped by a signal before the last evaluation. Continue with --resume latest.")
+            evaluate(state)
         logging.info("done: %s", self.folder)
         return RunResult(self.folder, state.step, self.evaluations.results, self.evaluations.scores)

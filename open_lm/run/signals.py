@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import time
 import types
+from collections.abc import Iterator
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequests:
-    """While the block runs, the first stop signal is only noted; a second Ctrl-C interrupts at once.
+    """Stop signals, from `note` on until `forget` only noted; but Ctrl-C interrupts at once when it is the second, or
+    comes when the training is over.
 
     A time limit asks too, counted from the making of this object.
     """
@@ -24,6 +27,7 @@ class StopRequests:
         self._limit_minutes = time_limit_minutes
         self._began = time.monotonic()
         self._previous: dict[signal.Signals, Any] = {}
+        self._trains = False
 
     def asked(self, seconds_needed: float = 0.0) -> str | None:
         """The reason to stop now: a signal's name, or the time limit when less than `seconds_needed` are left of it."""
@@ -32,16 +36,28 @@ class StopRequests:
         left = 60 * self._limit_minutes - (time.monotonic() - self._began)
         return f"--time-limit-minutes {self._limit_minutes:g}" if left <= seconds_needed else None
 
-    def __enter__(self) -> StopRequests:
-        self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
-        return self
+    @contextlib.contextmanager
+    def while_training(self) -> Iterator[None]:
+        """Within the block they are asked for after each step; they stay noted after it."""
+        self.note()
+        self._trains = True
+        try:
+            yield
+        finally:
+            self._trains = False
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    def note(self) -> None:
+        """Note the signals from here on."""
+        if not self._previous:
+            self._previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
 
-    def _note(self, number: int, _frame: types.FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
+    def forget(self) -> None:
+        """Let the signals do again what they did."""
+        while self._previous:
+            signal.signal(*self._previous.popitem())
+
+    def _on_signal(self, number: int, _frame: types.FrameType | None) -> None:
+        if number == signal.SIGINT and (self.received or not self._trains):
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
 

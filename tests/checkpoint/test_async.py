@@ -142,7 +142,8 @@ def test_the_next_save_waits_for_the_one_on_its_way_and_reuses_its_memory(tmp_pa
         assert_same(dict(stored), dict(wanted["weights"]))
 
 
-def test_a_save_that_fails_beside_the_training_is_noticed_at_the_next_step(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("then", ["the next step", "the end by another error"])
+def test_a_save_that_fails_beside_the_training_is_noticed(tmp_path, monkeypatch, caplog, then):
     def full(*arguments):
         raise StorageError("no space left.")
 
@@ -150,7 +151,11 @@ def test_a_save_that_fails_beside_the_training_is_noticed_at_the_next_step(tmp_p
     state, checkpoints = make_state(), make_checkpoints(tmp_path)
     take_steps(state, 1)
     assert checkpoints.save(state, NoData(), label="1", stats=STATS)
-    checkpoints.close()
-    checkpoints.wait_if_done()
+    checkpoints._background.wait()
+    assert "was not written" not in caplog.text
+    if then == "the next step":
+        checkpoints.wait_if_done()
+    else:
+        assert checkpoints.close()
     assert checkpoints.problem == "no space left." and "was not written" in caplog.text
     assert not committed(str(tmp_path))

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from faults.scene import log_lines
 from runs import ROOT
 
 from open_lm.checkpoint.commit import committed, damaged_file
@@ -83,6 +84,61 @@ def ranks_left(scene, seconds):
             return left
         time.sleep(0.1)
     return []
+
+
+def test_signals_while_the_last_copies_go_end_none_of_them(scene):
+    """As SLURM sends SIGUSR1 ten minutes before its limit, and SIGTERM at it."""
+    there = scene.folder / "remote"
+    slow = {"event": "upload", "path": "epoch_4.pt", "do": "sleep:1"}
+    log = scene.folder / "log"
+    words = ["--remote-sync", there, "--remote-sync-frequency", "3600"]
+    with scene.start(*words, faults=[slow], log=log) as ranks:
+        ranks.wait_until(lambda: log_lines(log))
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            ranks.send(number)
+        assert ranks.wait() == [0], ranks.output()
+    assert [commit.step for commit in committed(str(there / "run" / "checkpoints"))] == [24, 18, 12, 6]
+
+
+def test_ranks_that_end_by_the_third_failed_save_wait_for_the_last_copy(scene):
+    there = scene.folder / "remote" / "run" / "checkpoints"
+    full = {"event": "file.sync", "path": "optimizer", "nth": 2, "always": True, "do": "full"}
+    slow = {"event": "upload", "path": "epoch_1.pt", "do": "sleep:1"}
+    words = ["--remote-sync", scene.folder / "remote", "--remote-sync-frequency", "3600", "--no-async-save"]
+    with scene.start(*words, size=2, faults=[full, slow]) as ranks:
+        ranks.wait_until(lambda: os.waitid(os.P_PID, ranks.pids[1], os.WEXITED | os.WNOHANG | os.WNOWAIT))
+        assert [commit.step for commit in committed(str(there))] == [6]
+        assert ranks.wait() == [74, 74]
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"), [({"do": "term", "step": 5}, PREEMPTED), ({"do": "times:nan", "step": 6}, 77)]
+)
+def test_a_run_that_ends_while_a_long_save_is_on_its_way_waits_for_it(scene, fault, code):
+    """Longer than a step may take, and less than what is granted to a save."""
+    slow = {"event": "file.sync", "path": "epoch_1.pt", "do": "sleep:3"}
+    codes, output = scene.run("--hang-timeout", "1", faults=[slow, {"event": "loss", **fault}])
+    assert codes == [code], output
+    assert scene.steps() == [6]
+
+
+def test_a_save_that_failed_once_is_made_again_as_what_it_was_when_the_run_stops_there(scene):
+    """Not as one that goes when the next is there."""
+    faults = [{"event": "file.write", "step": 5, "do": "full"}, {"event": "loss", "step": 5, "do": "term"}]
+    codes, output = scene.run(faults=faults)
+    assert codes == [PREEMPTED] and "was not written" in output
+    scene.resume()
+    assert scene.steps() == [6, 12, 18, 24]
+
+
+def test_a_signal_in_the_last_validation_leaves_out_what_else_is_due_and_exits_as_stopped(scene):
+    """The run is trained and saved; what is left is done when it starts again."""
+    held_out = ["--val-data", str(scene.manifest).replace("manifest.jsonl", "00000000.tar"), "--val-batch-size", "8"]
+    last = ["--val-frequency", "0"]
+    codes, output = scene.run(*held_out, *last, faults=[{"event": "step", "step": 23, "do": "term"}])
+    assert codes == [PREEMPTED], output
+    assert scene.steps() == [6, 12, 18, 24]
+    assert "validation" in scene.resume(*held_out, *last)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 import types
 from collections.abc import Iterator
@@ -47,8 +48,8 @@ class StopRequests:
             self._trains = False
 
     def note(self) -> None:
-        """Note the signals from here on."""
-        if not self._previous:
+        """Note the signals from here on; only the main thread of a process gets any."""
+        if not self._previous and threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
 
     def forget(self) -> None:

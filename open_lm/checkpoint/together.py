@@ -20,7 +20,7 @@ WRITE_ERRORS = (OpenLMError, OSError, RuntimeError, MemoryError)
 
 
 def outcome_of(work: Callable[[], T]) -> tuple[T | None, str | None]:
-    """What `work` returns, or the message of the error that it raises."""
+    """The result of `work`, or the message of the error that it raises."""
     try:
         return work(), None
     except WRITE_ERRORS as error:

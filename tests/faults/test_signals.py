@@ -102,7 +102,7 @@ def test_signals_while_the_last_copies_go_end_none_of_them(scene):
 
 def test_ranks_that_end_by_the_third_failed_save_wait_for_the_last_copy(scene):
     there = scene.folder / "remote" / "run" / "checkpoints"
-    full = {"event": "file.sync", "path": "optimizer", "nth": 2, "always": True, "do": "full"}
+    full = {"event": "save", "nth": 2, "always": True, "do": "full"}
     slow = {"event": "upload", "path": "epoch_1.pt", "do": "sleep:1"}
     words = ["--remote-sync", scene.folder / "remote", "--remote-sync-frequency", "3600", "--no-async-save"]
     with scene.start(*words, size=2, faults=[full, slow]) as ranks:
@@ -131,7 +131,7 @@ def test_a_save_that_failed_once_is_made_again_as_what_it_was_when_the_run_stops
     assert scene.steps() == [6, 12, 18, 24]
 
 
-def test_a_signal_in_the_last_validation_leaves_out_what_else_is_due_and_exits_as_stopped(scene):
+def test_a_signal_in_the_last_step_leaves_out_the_evaluation_that_is_due_and_exits_as_stopped(scene):
     """The run is trained and saved; what is left is done when it starts again."""
     held_out = ["--val-data", str(scene.manifest).replace("manifest.jsonl", "00000000.tar"), "--val-batch-size", "8"]
     last = ["--val-frequency", "0"]

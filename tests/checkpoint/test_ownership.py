@@ -15,7 +15,7 @@ from checkpoint.states import STATS, NoData, make_checkpoints, make_state, take_
 
 from open_lm import storage
 from open_lm.checkpoint import commit as commits
-from open_lm.checkpoint import sharded, writing
+from open_lm.checkpoint import processes, sharded, writing
 from open_lm.checkpoint.checksum import checksum_of, record_of
 from open_lm.checkpoint.commit import committed
 from open_lm.checkpoint.remote_sync import RemoteSync
@@ -151,6 +151,18 @@ def test_only_files_of_saves_that_were_killed_are_swept(tmp_path, kind, alive):
     else:
         assert commit.label == "1" and set(files_in(tmp_path)) == {*commit.files, commit.commit_name, "epoch_9.pt"}
     assert (tmp_path / "epoch_9.pt").exists()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_save_that_was_killed_right_after_its_commit_keeps_all_its_files(tmp_path, kind):
+    saved(tmp_path, ("1",), checkpoint_format=kind)
+    before = files_in(tmp_path)
+    (commit,) = committed(str(tmp_path))
+    names = [path.name for path in tmp_path.iterdir() if path.name != commit.commit_name]
+    begun = {"label": "1", "names": names, "owner": {**processes.identity(), "started": "before the last boot"}}
+    (tmp_path / f"epoch_1{UNFINISHED}").write_text(json.dumps(begun))
+    Retention(str(tmp_path), None).sweep()
+    assert files_in(tmp_path) == before
 
 
 def test_two_saves_in_one_folder_leave_each_others_shards_alone(tmp_path, monkeypatch):

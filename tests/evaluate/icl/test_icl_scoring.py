@@ -13,6 +13,8 @@ from open_lm.evaluate.engine.metrics import measure
 from open_lm.evaluate.engine.scoring import Score, Scorer
 from open_lm.evaluate.engine.token_stats import token_stats
 from open_lm.evaluate.tasks.task import LM_ACCURACY, LM_CALIBRATION, MC_ACCURACY, MC_CALIBRATION
+from open_lm.model import create_model
+from open_lm.model.architecture import MambaConfig
 from open_lm.precision import Precision
 
 ids = st.lists(st.integers(0, 399), min_size=1, max_size=9).map(tuple)
@@ -82,6 +84,18 @@ def test_sequences_that_begin_alike_run_once_in_every_kind_of_model(kind):
         for index, choice in enumerate(question.choices):
             expected = reference(model, choice.context, choice.continuation)
             assert scores[number, index] == pytest.approx(expected, rel=2e-4)
+
+
+def test_rows_of_several_lengths_score_as_each_alone_where_a_model_takes_whole_rows():
+    torch.manual_seed(0)
+    model = create_model(MambaConfig(d_model=24, n_layer=2, vocab_size=53, seq_len=40)).eval()
+    choices = Choice((5, 6, 7), (8,)), Choice((9, 6), (9, 10, 11, 12)), Choice((3,), (4, 5, 6, 7, 8, 9, 10))
+    asked = [Question((choice,), 0, False) for choice in choices]
+    assert [len(batch.trees) for batch in plan_batches(asked, 4096, share_beginnings=False)] == [3]
+    scores = scores_of(model, asked, 4096, share=False)
+    for number, choice in enumerate(choices):
+        expected = reference(model, choice.context, choice.continuation)
+        assert scores[number, 0] == pytest.approx(expected, rel=2e-4)
 
 
 def test_beginnings_of_all_questions_run_once():

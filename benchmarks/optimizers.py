@@ -131,7 +131,12 @@ def plot(found: dict[str, list[dict]], path: Path) -> None:
         for curve in losses:
             axes.plot(steps, curve, color=color, alpha=0.35, linewidth=1)
         means = [statistics.mean(column) for column in zip(*losses, strict=True)]
-        axes.plot(steps, means, color=color, label=f"{name}: {means[-1]:.3f} ({len(losses)} seeds)")
+        axes.plot(
+            steps,
+            means,
+            color=color,
+            label=f"{name}: {means[-1]:.3f} ({len(losses)} {'seed' if len(losses) == 1 else 'seeds'})",
+        )
     axes.set(xlabel="step", ylabel="validation loss")
     axes.legend()
     figure.savefig(path, dpi=110)

@@ -119,7 +119,7 @@ def markdown(runs: Sequence[CheckpointRecords]) -> str:
     group counts there as one task, its parts do not.
     """
     rows = list(dict.fromkeys((_task_of(r), r.metric) for run in runs for r in run.records))
-    lines = ["| task | " + " | ".join(run.name for run in runs) + " |", "|---|" + "---|" * len(runs)]
+    lines = ["| task | " + " | ".join(_headings(runs)) + " |", "|---|" + "---|" * len(runs)]
     for key, metric in rows:
         lines.append(f"| {key} ({short(metric)}) | " + " | ".join(_cell(run, key, metric) for run in runs) + " |")
     parts = {_task_of(r) for run in runs for r in run.records if r.part_of}
@@ -131,6 +131,14 @@ def markdown(runs: Sequence[CheckpointRecords]) -> str:
         cells = (f"{run.averages[name]:.4f}" if name in run.averages else "" for run in runs)
         lines.append(f"| **{name}** | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _headings(runs: Sequence[CheckpointRecords]) -> list[str]:
+    """The name of each column; with the beginning of the weights' hash where several share a name."""
+    names = [run.name for run in runs]
+    return [
+        name if names.count(name) == 1 else f"{name} ({run.weights[:9]})" for name, run in zip(names, runs, strict=True)
+    ]
 
 
 def _task_of(record: Record) -> str:
@@ -170,12 +178,12 @@ def short(metric: str) -> str:
 
 def _csv(runs: Iterable[CheckpointRecords]) -> str:
     out = io.StringIO()
-    names = ["name", "checkpoint", "step", "tokens", *(f.name for f in fields(Record))]
+    names = ["name", "checkpoint", "step", "tokens", *(f.name for f in fields(Record)), "weights"]
     writer = csv.DictWriter(out, names, lineterminator="\n")
     writer.writeheader()
     for run in runs:
         about = {"name": run.name, "checkpoint": run.checkpoint, "step": run.step, "tokens": run.tokens}
-        writer.writerows({**about, **asdict(record)} for record in run.records)
+        writer.writerows({**about, **asdict(record), "weights": run.weights} for record in run.records)
     return out.getvalue()
 
 

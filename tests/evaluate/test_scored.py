@@ -1,5 +1,6 @@
 """An evaluation folder forgets nothing: other checkpoints, other tasks, kills at any byte, and two processes."""
 
+import csv
 import json
 
 import pytest
@@ -117,3 +118,16 @@ def test_a_fingerprint_is_that_of_all_bits_names_and_places():
         assert weights_fingerprint(model) == before
         weight[3, 3] = -weight[3, 3]
     assert len({before, swapped, weights_fingerprint(model), weights_fingerprint(tiny_model().bfloat16())}) == 4
+
+
+def test_columns_of_one_name_are_told_apart_by_their_weights(files, tmp_path):
+    """A checkpoint that was trained again under its old name, or is scored in another type, is a column of its own."""
+    scored(files, tmp_path, "a")
+    scored(files, tmp_path, "a", eval_precision="bf16")
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    first, second = (run["weights"] for run in runs)
+    assert first != second
+    heading = (tmp_path / "results.md").read_text().splitlines()[0]
+    assert heading == f"| task | epoch_1 ({first[:9]}) | epoch_1 ({second[:9]}) |"
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert [row["weights"] for row in rows] == [first, second]

@@ -28,7 +28,7 @@ def test_a_place_that_is_no_folder_is_refused(flags, said):
         ExportConfig(checkpoint="e.pt", **flags)
 
 
-@pytest.mark.parametrize("to", ["hf", "gguf"])
+@pytest.mark.parametrize("to", [pytest.param("hf", marks=pytest.mark.slow), "gguf"])
 def test_a_full_disk_is_named_and_nothing_stays(tmp_path, to):
     """A limit on the size of files stands for the disk: both end in an error of the system amid the weights."""
     checkpoint = save_checkpoint(make_model("llama"), tmp_path / "e.pt")

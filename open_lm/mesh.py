@@ -6,6 +6,7 @@ Ranks are numbered with tp fastest, then ep, cp, fsdp and dp: ranks that talk mo
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, fields, replace
 
 from open_lm.errors import ConfigError
@@ -103,7 +104,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def _is_number(text: str) -> bool:
-    return text.strip().removeprefix("-").isdigit()
+    return re.fullmatch(r"\s*-?[0-9]+\s*", text) is not None
 
 
 def shape_for(sizes: dict[str, int], world_size: int, rest: str = "dp") -> MeshShape:

@@ -42,8 +42,8 @@ def batch_of(samples_BS: Tensor, config: DataConfig, document_end: int | None, *
 def with_marks(batch: Batch, samples_BS: Tensor) -> Batch:
     """`batch`, made of the ids of `samples_BS`, with targets, documents and counts as their marks say.
 
-    A document's first token is no target: nothing before it in the sample predicts it. `extras["n_real"]` counts the
-    inputs of each row that are no padding.
+    A document's first token is no target: nothing before it in the sample predicts it. `extras["real_share"]` is the
+    share of each row's inputs that are no padding.
     """
     marks_BS = torch.where(samples_BS < 0, PADDING, samples_BS >> ID_BITS)
     begins_BT = (marks_BS[:, :-1] & START) != 0
@@ -51,8 +51,8 @@ def with_marks(batch: Batch, samples_BS: Tensor) -> Batch:
     if documents_BT is None and bool(begins_BT[:, 1:].any()):
         documents_BT = begins_BT.cumsum(1, dtype=torch.int32)
     targets_BT = batch.targets_BT.masked_fill(marks_BS[:, 1:] != 0, IGNORED)
-    n_real_B = ((marks_BS[:, :-1] & PADDING) == 0).sum(1)
-    return replace(batch, targets_BT=targets_BT, documents_BT=documents_BT, extras={"n_real": n_real_B})
+    real_share_B = ((marks_BS[:, :-1] & PADDING) == 0).float().mean(1)
+    return replace(batch, targets_BT=targets_BT, documents_BT=documents_BT, extras={"real_share": real_share_B})
 
 
 def masked_batch(samples_BS: Tensor, *, left_of: int | None, individual: int | None, squash: bool) -> Batch:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from open_lm.kernels.loss_chunks import LossChunk
+from open_lm.kernels.loss_chunks import LossChunk, gradient_scale
 
 LARGEST_BLOCK = 1 << 14
 """Logits of a row that one program holds at once."""
@@ -40,7 +40,8 @@ class FusedChunk(LossChunk):
 
 def reduce_rows(logits_CV: Tensor, targets_C: Tensor, of_rows_2C: Tensor, z_loss: float, needs_grad: bool) -> None:
     """Write the cross-entropy and the squared log-normaliser of each row to `of_rows_2C`, zeros where the target is
-    negative; with `needs_grad` the gradient of their weighted sum takes the place of the logits."""
+    negative; with `needs_grad` the gradient of their weighted sum, times `gradient_scale` of its type, takes the place
+    of the logits."""
     n_rows, vocab_size = logits_CV.shape
     block = min(LARGEST_BLOCK, triton.next_power_of_2(vocab_size))
     kernel: Any = _reduce_row
@@ -52,6 +53,7 @@ def reduce_rows(logits_CV: Tensor, targets_C: Tensor, of_rows_2C: Tensor, z_loss
         logits_CV.stride(0),
         vocab_size,
         z_loss,
+        gradient_scale(logits_CV.dtype),
         needs_grad=needs_grad,
         block=block,
         num_warps=8 if block >= 4096 else 4,
@@ -60,7 +62,7 @@ def reduce_rows(logits_CV: Tensor, targets_C: Tensor, of_rows_2C: Tensor, z_loss
 
 @triton.jit
 def _reduce_row(  # type: ignore[no-untyped-def]
-    logits, targets, losses, squares, stride, vocab_size, z_loss, needs_grad: tl.constexpr, block: tl.constexpr
+    logits, targets, losses, squares, stride, vocab_size, z_loss, factor, needs_grad: tl.constexpr, block: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * stride
@@ -79,6 +81,7 @@ def _reduce_row(  # type: ignore[no-untyped-def]
     tl.store(losses + row, (log_z - picked) * counted)
     tl.store(squares + row, log_z * log_z * counted)
     if needs_grad:
+        counted *= factor
         scale = counted * (1.0 + 2.0 * z_loss * log_z) / total
         for start in range(0, vocab_size, block):
             columns = start + tl.arange(0, block)

@@ -18,20 +18,11 @@ def _memory(plan: SizePlan, config: RunConfig) -> str:
     model, parallel = plan.size.architecture, config.parallel
     if not isinstance(model, ModelConfig):
         return f"{text.size(plan.model_size.training_bytes)} for weights, gradients and optimizer; activations on top"
-    from open_lm.run.mesh_costs import rank_costs
+    from open_lm.run.mesh_costs import costs_of_run
 
     shape = mesh_shape(parallel, plan.batch.devices)
-    sharded = not shape.is_plain or parallel.fsdp
-    costs = rank_costs(
-        model,
-        shape,
-        sequences=plan.batch.tokens // plan.config.sequence_length // shape.n_data,
-        accum=plan.batch.accumulation,
-        precision=parallel.precision,
-        sharded=sharded,
-        low_gather=parallel.fsdp_amp or parallel.fsdp_pure_bf16,
-        recompute=parallel.grad_checkpointing and parallel.grad_checkpointing_mode in (None, "full"),
-    )
+    sequences = plan.batch.tokens // plan.config.sequence_length // shape.n_data
+    costs = costs_of_run(config, model, shape, sequences=sequences, accum=plan.batch.accumulation)
     where = f"sharded over {shape.n_shards * shape.tp} ranks" if shape.n_shards * shape.tp > 1 else "whole on each"
     return (
         f"about {text.size(costs.held)} a rank: {text.size(costs.state)} of weights, gradients and optimizer "

@@ -43,7 +43,7 @@ class FineTuning(Task):
             self.noise.rows = batch.extras.get("row")
         losses = self.next_token.loss_sums(model, batch)
         n_targets, n_positions = batch.n_targets, batch.targets_BT.numel()
-        real = batch.extras["n_real"].sum() / n_positions if "n_real" in batch.extras else n_targets.new_ones(())
+        real = batch.extras["real_share"].mean() if "real_share" in batch.extras else n_targets.new_ones(())
         shares = torch.stack([real * n_targets, n_targets * n_targets / n_positions])  # sums of means over targets
         return Losses(losses.total, torch.cat((losses.parts, shares.to(losses.parts.dtype))))
 

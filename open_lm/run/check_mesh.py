@@ -57,12 +57,16 @@ def _experts(architecture: ModelConfig) -> list[int]:
 
 
 def _refuse_shares(config: RunConfig, shape: MeshShape) -> None:
-    """Raise ConfigError where the task or the adapters need the whole model on each rank."""
+    """Raise ConfigError where the task, the optimizer or the adapters need the whole model on each rank."""
     asked = "--fsdp" if config.parallel.fsdp and not config.parallel.mesh else f"--mesh {shape}"
     if TASKS.load(config.task.task).form == "prompts":
         raise ConfigError(
             f"--task {config.task.task} writes answers on every rank by itself: leave out {asked}. Ranks share the "
             "prompts without it."
+        )
+    if config.optimizer.optimizer == "adafactor":
+        raise ConfigError(
+            f"--optimizer adafactor: torch's works on whole matrices; leave out {asked}, or take another."
         )
     if config.adapters.lora_base == "nf4":
         raise ConfigError(f"--lora-base nf4: each rank holds all of its bits; leave out {asked}.")

@@ -15,7 +15,7 @@ from open_lm.model.describe import ModelSize, model_size
 from open_lm.params import RunConfig
 from open_lm.run.build import architecture_of
 from open_lm.run.check_mesh import check_mesh
-from open_lm.run.mesh_costs import rank_costs
+from open_lm.run.mesh_costs import costs_of_run
 from open_lm.train.config import mesh_shape
 from open_lm.train.run_length import RunLength, build_schedule, global_batch_size, run_length_of
 from open_lm.train.schedule import Schedule
@@ -60,18 +60,9 @@ class Forecast:
         """Memory and traffic of one rank; for the transformers of --model only."""
         if not isinstance(self.architecture, ModelConfig):
             return ""
-        train, parallel = self.config.train, self.config.parallel
         sequences = self.run_length.tokens_per_step // self.architecture.seq_len // self.shape.n_data
-        costs = rank_costs(
-            self.architecture,
-            self.shape,
-            sequences=sequences,
-            accum=train.accum_freq,
-            precision=parallel.precision,
-            sharded=not self.shape.is_plain or parallel.fsdp,
-            low_gather=parallel.fsdp_amp or parallel.fsdp_pure_bf16,
-            recompute=parallel.grad_checkpointing and parallel.grad_checkpointing_mode in (None, "full"),
-        )
+        accum = self.config.train.accum_freq
+        costs = costs_of_run(self.config, self.architecture, self.shape, sequences=sequences, accum=accum)
         return f"{costs}\n"
 
     @property

@@ -23,16 +23,17 @@ class Kept(NamedTuple):
     block: int
     """Kept of a block for its backward pass."""
     blocks: int
-    """Kept of all blocks at the end of the forward pass; with recomputation their inputs alone."""
+    """Kept of all blocks at the end of the forward pass; of those that are recomputed the inputs alone."""
     around: int
     """Kept of embeddings, the last norm and angles, which stand around the blocks."""
 
 
-def kept_bytes(config: ModelConfig, shape: MeshShape, sequences: int, precision: str, *, recompute: bool) -> Kept:
+def kept_bytes(config: ModelConfig, shape: MeshShape, sequences: int, precision: str, *, recompute: float) -> Kept:
     """Activations of one micro-batch on a rank: those of a block, times the blocks.
 
     Measured on fake tensors over the rank's part of the sequence. Tensor parallelism divides all but the inputs of the
-    first matrices, which are gathered; context parallelism adds the keys and values of the other ranks.
+    first matrices, which are gathered; context parallelism adds the keys and values of the other ranks. `recompute`:
+    the share of the blocks that keep their inputs alone.
     """
     seq_len, value = config.seq_len // shape.cp, 4 if precision == "fp32" else 2
     hidden = sequences * seq_len * config.hidden_dim * value
@@ -51,7 +52,7 @@ def kept_bytes(config: ModelConfig, shape: MeshShape, sequences: int, precision:
         divided = (two - one - 2 * hidden) / shape.tp + 2 * hidden if shape.tp > 1 else two - one
         own = divided + keys
         block, around = max(block, own), (2 * one - two) / shape.tp
-        blocks += n * (inputs if recompute else own)
+        blocks += n * (recompute * inputs + (1 - recompute) * own)
     return Kept(round(block), round(blocks), max(0, round(around)))
 
 

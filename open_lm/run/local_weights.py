@@ -43,6 +43,11 @@ class LocalWeights:
         return self.inner + self.experts
 
     @property
+    def whole(self) -> float:
+        """Parameters that the rank computes with."""
+        return self.tables + self.blocks
+
+    @property
     def block(self) -> float:
         """Parameters of a block, in the mean."""
         return self.blocks / self.n_layers

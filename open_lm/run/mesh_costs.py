@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,9 +12,13 @@ from open_lm.kernels.loss_chunks import rows_per_chunk
 from open_lm.mesh import MeshShape
 from open_lm.model import create_model
 from open_lm.model.architecture import ModelConfig
+from open_lm.params import RunConfig
 from open_lm.run.kept_memory import kept_bytes
 from open_lm.run.local_weights import LocalWeights
 from open_lm.run.mesh_traffic import traffic
+from open_lm.train.averagers import parse_averagers
+from open_lm.train.config import OptimizerConfig
+from open_lm.train.optim import build_optimizers
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,7 @@ class RankCosts:
     """Bytes that one rank holds, and that it receives from others in one optimizer step."""
 
     state: int
-    """Weights, gradients and optimizer: its share."""
+    """Weights, their averages, gradients and optimizer: its share."""
     gathered: int
     """Whole weights of the blocks that FSDP has gathered: the current and the next, and the outer layers'."""
     activations: int
@@ -43,6 +48,55 @@ class RankCosts:
         )
 
 
+def costs_of_run(config: RunConfig, model: ModelConfig, shape: MeshShape, *, sequences: int, accum: int) -> RankCosts:
+    """The costs of a rank of a run of `config`, which computes `sequences` a step in `accum` micro-batches."""
+    parallel = config.parallel
+    return rank_costs(
+        model,
+        shape,
+        sequences=sequences,
+        accum=accum,
+        precision=parallel.precision,
+        sharded=not shape.is_plain or parallel.fsdp,
+        recompute=parallel.recomputed_share(model.n_layers),
+        low_gather=parallel.fsdp_amp or parallel.fsdp_pure_bf16,
+        whole_gradients=parallel.fsdp_whole_gradients,
+        moments=moments_of(config.optimizer),
+        averages=len(parse_averagers(config.optimizer.averagers)),
+    )
+
+
+class Moments(NamedTuple):
+    """Numbers that an optimizer keeps for each weight."""
+
+    of_blocks: float
+    of_tables: float
+    """Those of the token embedding and the output layer."""
+
+
+ADAMW = Moments(2, 2)
+
+
+def moments_of(config: OptimizerConfig) -> Moments:
+    """What the optimizer of `config` keeps, seen after its step on a small model."""
+    model = create_model(ModelConfig(hidden_dim=64, n_layers=1, n_heads=1, seq_len=8, vocab_size=64))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    kept: dict[Any, int] = {}
+    for optimizer in build_optimizers(model, config, 1e-3):
+        optimizer.step()
+        kept |= {p: sum(t.numel() for t in held.values() if t.ndim) for p, held in optimizer.state.items()}
+    layers: Any = model.layers
+    blocks = set(layers.parameters())
+    weights = [(p.numel(), kept[p], p in blocks) for p in model.parameters() if p.ndim > 1]
+    shares = [
+        sum(n for _, n, is_block in weights if is_block is of_blocks)
+        / sum(numel for numel, _, is_block in weights if is_block is of_blocks)
+        for of_blocks in (True, False)
+    ]
+    return Moments(*shares)
+
+
 def rank_costs(
     config: ModelConfig,
     shape: MeshShape,
@@ -51,12 +105,17 @@ def rank_costs(
     accum: int,
     precision: str,
     sharded: bool,
-    recompute: bool,
+    recompute: float,
     low_gather: bool = False,
+    whole_gradients: bool = False,
+    moments: Moments = ADAMW,
+    averages: int = 0,
 ) -> RankCosts:
     """The costs of a rank of `shape` that computes `sequences` a step in `accum` micro-batches.
 
-    `low_gather`: FSDP gathers weights in bf16 (--fsdp-amp, --fsdp-pure-bf16).
+    `recompute`: the share of the blocks whose activations are computed again. `low_gather`: FSDP gathers weights in
+    bf16 (--fsdp-amp, --fsdp-pure-bf16). `whole_gradients`: it keeps gradients whole between micro-batches. `averages`:
+    the number of running averages of the weights.
     """
     with torch.device("meta"):
         model = create_model(config)
@@ -67,10 +126,15 @@ def rank_costs(
     micro, value = max(1, sequences // accum), 4 if precision == "fp32" else 2
     tokens = micro * config.seq_len // shape.cp
     kept = kept_bytes(config, shape, micro, precision, recompute=recompute)
-    cast = 2 * (weights.block if recompute else weights.blocks) * is_cast
+    cast = 2 * (recompute * weights.block + (1 - recompute) * weights.blocks) * is_cast
     activations = kept.blocks + kept.around + cast
-    moments = _moments(
+    n_kept = moments.of_tables * weights.tables / weights.whole + moments.of_blocks * weights.blocks / weights.whole
+    resting = weights.share * ((1 + n_kept) * stored + 4 * averages) + weights.tables * gathered
+    n_gradients = weights.whole if whole_gradients and is_sharded and accum > 1 else weights.share
+    held = _moments(
         weights,
+        resting,
+        n_gradients * stored,
         activations,
         kept.block if recompute else kept.block / 4,
         tokens=tokens,
@@ -81,23 +145,25 @@ def rank_costs(
         gathered=gathered,
         keeps_gradients=accum > 1 or (shape.size > 1 and not sharded),
     )
-    peak = max(moments, key=lambda moment: moments[moment])
+    peak = max(held, key=lambda moment: held[moment])
     return RankCosts(
-        state=round(weights.share * 4 * stored),
+        state=round(weights.share * ((1 + n_kept) * stored + 4 * averages) + n_gradients * stored),
         gathered=round((weights.tables + 2 * weights.block) * gathered),
         activations=round(activations),
-        held=round(moments[peak]),
+        held=round(held[peak]),
         peak=peak,
         traffic=traffic(
             model, config, weights,
             tokens=tokens * accum, accum=accum, value=value, stored=stored, gathered=gathered or stored,
-            recompute=recompute,
+            recompute=recompute, whole_gradients=whole_gradients,
         ),
     )  # fmt: skip
 
 
 def _moments(
     weights: LocalWeights,
+    resting: float,
+    gradients: float,
     activations: float,
     block: float,
     *,
@@ -109,14 +175,12 @@ def _moments(
     gathered: int,
     keeps_gradients: bool,
 ) -> dict[str, float]:
-    """Memory held at each of the moments that can be a step's peak.
+    """Memory held at each of the moments that can be a step's peak; `resting` is what is held all the time.
 
     Between the last two gradients grow evenly as activations go. Gradients are there before the backward pass in all
     micro-batches but the first, and in DDP's buckets; FSDP reduces those of embedding and output when it ends.
     """
     n_table = vocab * dim
-    gradients = weights.share * stored
-    resting = weights.share * 3 * stored + weights.tables * gathered
     before = resting + activations + gradients * keeps_gradients
     logits = rows_per_chunk(tokens, dim, vocab) * vocab * (value + 4)
     output = n_table * (4 + (2 * value if value == 2 else 0))  # its gradient; the cast weight and a product of a chunk

@@ -26,7 +26,8 @@ def traffic(
     value: int,
     stored: int,
     gathered: int,
-    recompute: bool,
+    recompute: float,
+    whole_gradients: bool = False,
 ) -> dict[str, int]:
     """Bytes received in a step of `tokens` on a rank, in `accum` micro-batches; sums over few numbers are left out.
 
@@ -38,11 +39,11 @@ def traffic(
     rows = config.moe_top_k * (config.moe_capacity_factor or 1.0)  # of experts for a token, in the mean
     keys = 2 * tokens * config.kv_heads * config.head_dim / shape.tp
     found = {
-        "fsdp": accum * _sharding(weights, stored, gathered),
+        "fsdp": _sharding(weights, stored, gathered, accum, 1 if whole_gradients else accum),
         "dp": 2 * weights.share * stored * _others(shape.dp),
         "tp": width * _others(shape.tp) * _divided(model, value, stored, n_moe, recompute),
-        "cp": config.n_layers * (3 if recompute else 2) * keys * value * (shape.cp - 1),
-        "ep": (6 if recompute else 4) * n_moe * width * rows * value * _others(shape.ep),
+        "cp": config.n_layers * (2 + recompute) * keys * value * (shape.cp - 1),
+        "ep": (4 + 2 * recompute) * n_moe * width * rows * value * _others(shape.ep),
     }
     return {axis: round(n) for axis, n in found.items()}
 
@@ -52,15 +53,16 @@ def _others(n: int) -> float:
     return (n - 1) / n
 
 
-def _sharding(weights: LocalWeights, stored: int, gathered: int) -> float:
+def _sharding(weights: LocalWeights, stored: int, gathered: int, n_gathers: int, n_scatters: int) -> float:
     """Blocks are gathered for both passes, the outer layers once; gradients are scattered."""
     shape = weights.shape
     dense, experts = _others(shape.n_shards), _others(shape.fsdp * shape.cp)
     blocks = weights.inner * dense + weights.experts * experts
-    return (2 * blocks + weights.tables * dense) * gathered + (blocks + weights.tables * dense) * stored
+    tables = weights.tables * dense
+    return (2 * blocks + tables) * gathered * n_gathers + (blocks + tables) * stored * n_scatters
 
 
-def _divided(model: nn.Module, value: int, stored: int, n_moe: int, recompute: bool) -> int:
+def _divided(model: nn.Module, value: int, stored: int, n_moe: int, recompute: float) -> float:
     """Bytes that travel for each number of the hidden states, both passes together.
 
     Each matrix whose rows are divided, each mixture and the output layer gathers them; each whose columns are divided,

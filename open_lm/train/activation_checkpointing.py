@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    SAC_IGNORED_OPS,
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from open_lm.kernels import operators  # noqa: F401  (declares our attention)
 from open_lm.train.config import ParallelConfig
@@ -27,10 +32,15 @@ EXPENSIVE = {
 }
 """Operators whose results selective recomputation keeps: nearly all of the arithmetic, about half of the memory."""
 
+# FSDP marks its work for the profiler; of experts inside a block, not as often when it is computed again
+SAC_IGNORED_OPS.update(
+    {torch.ops.profiler._record_function_enter_new.default, torch.ops.profiler._record_function_exit._RecordFunction}
+)
+
 
 def recompute(blocks: Sequence[nn.Module], config: ParallelConfig) -> None:
     """Let those of `blocks` that --grad-checkpointing and its mode name recompute their activations."""
-    mode = config.grad_checkpointing_mode or ("full" if config.grad_checkpointing else None)
+    mode = config.recomputed
     if mode is None:
         return
     every = int(mode.removeprefix("every-")) if mode.startswith("every-") else 1

@@ -97,8 +97,15 @@ def shard(model: nn.Module, world: World, config: ParallelConfig) -> nn.Module:
 
 
 def shard_experts(model: nn.Module, world: World, settings: Mapping[str, Any]) -> None:
-    """Spread what a rank has of the experts over the ranks that have the same ones."""
+    """Spread what a rank has of the experts over the ranks that have the same ones.
+
+    Raises:
+        ConfigError: weights are neither fp32 nor bf16, and each rank has other experts.
+    """
     mesh = world.meshes.expert_weights
+    dtypes = {p.dtype for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
+    if mesh.size(-1) == 1 and dtypes - {torch.float32, torch.bfloat16}:
+        raise ConfigError(f"--mesh {world.shape}: experts of {dtypes}: torch (2.13) divides their gradients twice.")
     for module in [module for module in model.modules() if isinstance(module, Experts)]:
         experts = fully_shard(
             module, **{**settings, "mesh": mesh}, shard_placement_fn=partial(shard_dim, mesh.size(-1))

@@ -11,11 +11,11 @@ MODEL = {"hidden_dim": 48, "n_layers": 2, "n_heads": 6, "seq_len": 24, "vocab_si
 EXPERTS = {"moe_freq": 2, "moe_num_experts": 4}
 
 
-def forecast(tmp_path, mesh, ranks, **changes):
+def forecast(tmp_path, mesh, ranks, *flags, **changes):
     path = tmp_path / "model.json"
     path.write_text(json.dumps(MODEL | changes))
     main(["--dry-run", "--dataset-type", "synthetic", "--model", str(path), "--mesh", mesh, "--preset-world-size",
-          str(ranks), "--global-batch-size", "12", "--train-steps", "4", "--warmup", "1"])  # fmt: skip
+          str(ranks), "--global-batch-size", "12", "--train-steps", "4", "--warmup", "1", *flags])  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,7 @@ def forecast(tmp_path, mesh, ranks, **changes):
         ("cp=2,tp=4", 8, {"n_heads": 8, "seq_len": 20}, "4 pieces of a multiple of 4"),
         ("ep=2", 2, {}, "--mesh ep=2: the model has no experts"),
         ("ep=3", 3, EXPERTS, "--mesh ep=3: 4 experts do not divide among 3"),
+        ("tp=²", 2, {}, "tp '²' is no number of ranks"),
         ("dp=5", 5, {}, "--global-batch-size 12 does not divide among 5 ranks"),
     ],
 )
@@ -49,3 +50,19 @@ def test_what_divides_is_forecast(tmp_path, capsys, capacity):
 def test_an_axis_without_a_number_is_named():
     with pytest.raises(ConfigError, match="tp '' is no number of ranks"):
         main(["--dry-run", "--dataset-type", "synthetic", "--mesh", "tp", "--model", "open_lm_test_tiny"])
+
+
+def test_an_optimizer_that_does_not_divide_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"--optimizer adafactor.* leave out --mesh tp=2"):
+        forecast(tmp_path, "tp=2", 2, "--optimizer", "adafactor")
+
+
+def test_the_mode_of_recomputation_switches_it_on_in_the_forecast_too(tmp_path, capsys):
+    def memory(*flags):
+        forecast(tmp_path, "fsdp=2", 2, *flags, n_layers=4)
+        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("memory a rank"))
+
+    full, kept = memory("--grad-checkpointing"), memory()
+    assert memory("--grad-checkpointing-mode", "full") == full != kept
+    assert memory("--grad-checkpointing-mode", "every-2") not in (full, kept)
+    assert memory("--averagers", "ema_0.9_1") != kept != memory("--optimizer", "lion")

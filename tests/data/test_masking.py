@@ -113,7 +113,7 @@ def test_marks_say_what_is_trained_on_and_where_documents_begin():
     assert batch.targets_BT.tolist() == [[X, 7, X, 9, X, X], rows[1][1:]]
     documents = [[1, 1, 1, 2, 2, 2], [0] * 6]
     assert batch.documents_BT.tolist() == documents
-    assert batch.extras["n_real"].tolist() == [5, 6]
+    assert batch.extras["real_share"].tolist() == pytest.approx([5 / 6, 1])
 
 
 def test_one_document_a_sample_needs_no_document_mask():

@@ -44,7 +44,7 @@ def test_a_long_document_mask_needs_no_dense_mask():
     assert torch.cuda.max_memory_allocated() - before < 32_768**2 / 2  # the dense mask alone is twice that
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_fused_loss_equals_the_chunked_one(dtype):
     kind = loss._fused_chunk()
     assert kind is not None, "CUDA builds of torch bring Triton"

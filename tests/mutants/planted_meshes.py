@@ -32,6 +32,7 @@ IN_MESHES = [
         ("total = total * tl.exp(largest - new) +", "total = total +"),
         ("scale = counted * (1.0 +", "scale = (1.0 +"),
         ("log_z * log_z * counted)", "log_z * log_z)"),
+        ("        counted *= factor\n", ""),
     ),
     # float8
     *_of(

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,11 +12,16 @@ import torch.nn.functional as F
 from runs import folder_of, metrics, run, weights
 
 from open_lm.checkpoint.load_model import load_model
+from open_lm.data.batch import Batch
 from open_lm.data.manifest import write_manifest
-from open_lm.data.marks import PADDING, START, UNTRAINED, marked_dtype
+from open_lm.data.marks import ID_BITS, PADDING, START, UNTRAINED, marked_dtype
+from open_lm.data.masking import with_marks
 from open_lm.data.shards import write_shard
 from open_lm.errors import ConfigError
-from open_lm.post_training.sft import EmbeddingNoise
+from open_lm.model import create_model
+from open_lm.model.config import ModelConfig
+from open_lm.post_training.sft import EmbeddingNoise, FineTuning
+from open_lm.train.tasks import NextToken
 
 SEQ_LEN, VOCAB = 16, 16
 
@@ -123,3 +129,20 @@ def test_packed_conversations_are_refused_by_models_that_would_mix_them(tmp_path
     mamba.write_text(json.dumps({"d_model": 16, "n_layer": 1, "vocab_size": 400, "seq_len": 120}))
     with pytest.raises(ConfigError, match="--no-packing"):
         run(tmp_path, f"{folder}/manifest.jsonl", "--task", "sft", "--model", str(mamba), batch=1)
+
+
+class _FirstHalf:
+    def take(self, x_BS):
+        return x_BS[:, : x_BS.shape[1] // 2]
+
+
+def test_the_share_of_real_tokens_is_that_of_whole_rows_also_where_ranks_share_them_out():
+    rows = torch.tensor([[5, 6, 7, 8, 9, 1, 1, 1, 1]])
+    marks = torch.tensor([[START | UNTRAINED, 0, 0, 0, 0, *[PADDING] * 4]])
+    batch = with_marks(Batch.from_samples(rows), rows | marks << ID_BITS)
+    half = replace(batch.of_part(_FirstHalf()), documents_BT=None, part=None)
+    model = create_model(ModelConfig(hidden_dim=16, n_layers=1, n_heads=2, seq_len=8, vocab_size=16))
+    task = FineTuning(NextToken())
+    for one in (batch, half):
+        sums = dict(zip(task.names, task.loss_sums(model, one).parts.tolist(), strict=True))
+        assert sums["real_token_share"] / one.n_targets == pytest.approx(5 / 8)

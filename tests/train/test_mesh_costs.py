@@ -1,6 +1,7 @@
 """Memory of a rank: --dry-run's figure against what ranks hold."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from open_lm.data.batch import Batch
 from open_lm.mesh import MeshShape, parse_mesh, shape_for
 from open_lm.model.architecture import ModelConfig
 from open_lm.run.kept_memory import kept_bytes
-from open_lm.run.mesh_costs import rank_costs
-from open_lm.train.config import ParallelConfig, mesh_shape
+from open_lm.run.mesh_costs import costs_of_run, rank_costs
+from open_lm.train.averagers import parse_averagers
+from open_lm.train.averaging import WeightAverage
+from open_lm.train.config import OptimizerConfig, ParallelConfig, mesh_shape
 from open_lm.train.step import train_step
 from open_lm.train.timing import Timing
 
@@ -69,11 +72,11 @@ LARGER = {"hidden_dim": 256, "n_heads": 8, "n_kv_heads": 4, "n_layers": 8, "seq_
           "ffn_dim": 704}  # fmt: skip
 
 
-def a_step(state):
+def a_step(state, accum=1):
     size = (8 // state.world.shape.n_data, state.model.config.seq_len + 1)
     batch = Batch.from_samples(torch.randint(0, state.model.config.vocab_size, size))
     batch = batch if state.part is None else batch.of_part(state.part)
-    train_step(state, batch, accum=1, clip=1.0, timing=Timing(state.world.device))
+    train_step(state, batch, accum=accum, clip=1.0, timing=Timing(state.world.device))
 
 
 class Held(TorchDispatchMode):
@@ -104,21 +107,23 @@ class Held(TorchDispatchMode):
         self.peak = max(self.peak, self._last)
 
 
-def _peak(world, mesh, changes, flags, folder):
+def _peak(world, mesh, changes, flags, how, folder):
     """The most memory that torch held in the second step, when the optimizer's state is there."""
-    parallel = ParallelConfig(mesh=mesh, **flags)
+    parallel, accum = ParallelConfig(mesh=mesh, **flags), how.get("accum", 1)
     world = dataclasses.replace(world, mesh=mesh_shape(parallel, world.size))
-    state = make_state(world, parallel, changes, precision=parallel.precision)
-    a_step(state)
+    state = make_state(world, parallel, changes, how.get("optimizer", "adamw"), precision=parallel.precision)
+    state.averages = [WeightAverage(spec, state.model) for spec in parse_averagers(how.get("averagers"))]
+    a_step(state, accum)
     moments = [t for optimizer in state.optimizers for held in optimizer.state.values() for t in held.values()]
-    before = sum(own(tensor).nbytes for tensor in (*state.model.parameters(), *moments))
-    with Held([*state.model.parameters(), *moments]) as held:
-        a_step(state)
+    resting = [*state.model.parameters(), *moments, *(t for average in state.averages for t in average._averages)]
+    with Held(resting) as held:
+        a_step(state, accum)
     if world.rank == 0:
-        torch.save(before + held.peak, f"{folder}/peak.pt")
+        torch.save(sum(own(tensor).nbytes for tensor in resting) + held.peak, f"{folder}/peak.pt")
 
 
 SHALLOW = LARGER | {"n_layers": 2}
+NARROW = LARGER | {"n_layers": 4, "seq_len": 64}
 LISTED = {"hidden_dim": 128, "n_heads": 4, "n_layers": 2, "seq_len": 256, "vocab_size": 16384, "ffn_dim": 352}
 EXPERTS = {"n_kv_heads": 8, "moe_freq": 2, "moe_num_experts": 4, "moe_capacity_factor": 0.0}
 LIMITED = {"n_kv_heads": 8, "moe_freq": 2, "moe_num_experts": 4}
@@ -128,29 +133,32 @@ AGAIN = {"precision": "amp_bf16", "grad_checkpointing": True}
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mesh", "changes", "flags"),
+    ("mesh", "changes", "flags", "how"),
     [
-        ("cp=2", LARGER, FULL),
-        ("tp=2", SHALLOW, LOW),
-        ("tp=2", SHALLOW, AGAIN),
-        ("cp=2", SHALLOW, AGAIN),
-        ("fsdp=2", SHALLOW, LOW),
-        ("tp=2", LISTED, FULL),
-        ("cp=2", LISTED, FULL),
-        ("ep=2", SHALLOW | LIMITED, FULL),
+        ("cp=2", LARGER, FULL, {}),
+        ("tp=2", SHALLOW, LOW, {}),
+        ("tp=2", SHALLOW, AGAIN, {}),
+        ("cp=2", SHALLOW, AGAIN, {}),
+        ("fsdp=2", SHALLOW, LOW, {}),
+        ("tp=2", LISTED, FULL, {}),
+        ("cp=2", LISTED, FULL, {}),
+        ("ep=2", SHALLOW | LIMITED, FULL, {}),
+        ("fsdp=2", NARROW, FULL, {"accum": 4, "averagers": "ema_0.9_1,ema_0.99_1"}),
+        ("tp=2", NARROW, FULL, {"accum": 4, "averagers": "ema_0.9_1,ema_0.99_1"}),
+        ("fsdp=2", NARROW, FULL, {"accum": 4, "optimizer": "lion"}),
+        ("fsdp=2", NARROW, FULL | {"fsdp_whole_gradients": True}, {"accum": 2}),
+        ("cp=2", LARGER, LOW | {"grad_checkpointing_mode": "every-2"}, {}),
     ],
 )
-def test_the_peak_of_a_step_is_as_forecast(tmp_path, mesh, changes, flags):
-    run_ranks(_peak, 2, mesh, changes, flags, str(tmp_path))
-    assert forecast(mesh, changes, flags).held == pytest.approx(torch.load(tmp_path / "peak.pt"), rel=0.15)
+def test_the_peak_of_a_step_is_as_forecast(tmp_path, mesh, changes, flags, how):
+    run_ranks(_peak, 2, mesh, changes, flags, how, str(tmp_path))
+    assert forecast(mesh, changes, flags, **how).held == pytest.approx(torch.load(tmp_path / "peak.pt"), rel=0.15)
 
 
-def forecast(mesh, changes, flags):
-    shape, again = shape_for(parse_mesh(mesh), 2), flags.get("grad_checkpointing", False)
-    return rank_costs(
-        ModelConfig(**changes), shape, sequences=8 // shape.n_data, accum=1, precision=flags["precision"],
-        sharded=True, recompute=again, low_gather=flags.get("fsdp_amp", False),
-    )  # fmt: skip
+def forecast(mesh, changes, flags, *, accum=1, **optimizer):
+    parallel, shape = ParallelConfig(mesh=mesh, **flags), shape_for(parse_mesh(mesh), 2)
+    run = SimpleNamespace(parallel=parallel, optimizer=OptimizerConfig(**optimizer))
+    return costs_of_run(run, ModelConfig(**changes), shape, sequences=8 // shape.n_data, accum=accum)
 
 
 def test_traffic_is_what_the_axes_send():

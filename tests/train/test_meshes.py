@@ -213,6 +213,7 @@ def _alone_with(world, folder, name, optimizer, how):
         ({"mesh": "tp=2", "grad_checkpointing": True}, "shared keys, qk norm", "adamw"),
         ({"mesh": "cp=2", "grad_checkpointing_mode": "selective"}, "dense", "adamw"),
         ({"mesh": "ep=2", "grad_checkpointing": True}, "experts", "adamw"),
+        ({"mesh": "ep=2", "grad_checkpointing_mode": "selective"}, "experts", "adamw"),
         ({"mesh": "tp=2"}, "dense", "lion"),
         ({"mesh": "tp=2"}, "shared keys, qk norm", "muon"),
         ({"mesh": "tp=2", "torchcompile": True}, "shared keys, qk norm", "adamw"),

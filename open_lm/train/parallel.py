@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from open_lm.distributed import World
+from open_lm.errors import ConfigError
 from open_lm.model.moe import Experts
 from open_lm.train.activation_checkpointing import recompute
 from open_lm.train.config import ParallelConfig, mesh_shape

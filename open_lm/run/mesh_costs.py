@@ -16,6 +16,7 @@ from open_lm.params import RunConfig
 from open_lm.run.kept_memory import kept_bytes
 from open_lm.run.local_weights import LocalWeights
 from open_lm.run.mesh_traffic import traffic
+from open_lm.train.activation_checkpointing import recomputed_share
 from open_lm.train.averagers import parse_averagers
 from open_lm.train.config import OptimizerConfig
 from open_lm.train.optim import build_optimizers
@@ -58,7 +59,7 @@ def costs_of_run(config: RunConfig, model: ModelConfig, shape: MeshShape, *, seq
         accum=accum,
         precision=parallel.precision,
         sharded=not shape.is_plain or parallel.fsdp,
-        recompute=parallel.recomputed_share(model.n_layers),
+        recompute=recomputed_share(parallel, model.n_layers),
         low_gather=parallel.fsdp_amp or parallel.fsdp_pure_bf16,
         whole_gradients=parallel.fsdp_whole_gradients,
         moments=moments_of(config.optimizer),
@@ -72,6 +73,10 @@ class Moments(NamedTuple):
     of_blocks: float
     of_tables: float
     """Those of the token embedding and the output layer."""
+
+    def in_the_mean(self, weights: LocalWeights) -> float:
+        """Those for each of the `weights` of a rank."""
+        return (self.of_tables * weights.tables + self.of_blocks * weights.blocks) / weights.whole
 
 
 ADAMW = Moments(2, 2)
@@ -128,12 +133,11 @@ def rank_costs(
     kept = kept_bytes(config, shape, micro, precision, recompute=recompute)
     cast = 2 * (recompute * weights.block + (1 - recompute) * weights.blocks) * is_cast
     activations = kept.blocks + kept.around + cast
-    n_kept = moments.of_tables * weights.tables / weights.whole + moments.of_blocks * weights.blocks / weights.whole
-    resting = weights.share * ((1 + n_kept) * stored + 4 * averages) + weights.tables * gathered
+    state = weights.share * ((1 + moments.in_the_mean(weights)) * stored + 4 * averages)
     n_gradients = weights.whole if whole_gradients and is_sharded and accum > 1 else weights.share
     held = _moments(
         weights,
-        resting,
+        state + weights.tables * gathered,
         n_gradients * stored,
         activations,
         kept.block if recompute else kept.block / 4,
@@ -147,7 +151,7 @@ def rank_costs(
     )
     peak = max(held, key=lambda moment: held[moment])
     return RankCosts(
-        state=round(weights.share * ((1 + n_kept) * stored + 4 * averages) + n_gradients * stored),
+        state=round(state + n_gradients * stored),
         gathered=round((weights.tables + 2 * weights.block) * gathered),
         activations=round(activations),
         held=round(held[peak]),

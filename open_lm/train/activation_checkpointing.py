@@ -38,13 +38,29 @@ SAC_IGNORED_OPS.update(
 )
 
 
+def recomputed(config: ParallelConfig) -> str | None:
+    """The activations that the backward pass computes again: full, every-K, selective, or none."""
+    return config.grad_checkpointing_mode or ("full" if config.grad_checkpointing else None)
+
+
+def recomputed_share(config: ParallelConfig, n_blocks: int) -> float:
+    """The share of the blocks that keep their inputs alone; none where `selective` keeps what is expensive."""
+    mode = recomputed(config)
+    if mode in (None, "selective"):
+        return 0.0
+    return len(range(0, n_blocks, _every(str(mode)))) / n_blocks
+
+
+def _every(mode: str) -> int:
+    return int(mode.removeprefix("every-")) if mode.startswith("every-") else 1
+
+
 def recompute(blocks: Sequence[nn.Module], config: ParallelConfig) -> None:
     """Let those of `blocks` that --grad-checkpointing and its mode name recompute their activations."""
-    mode = config.recomputed
+    mode = recomputed(config)
     if mode is None:
         return
-    every = int(mode.removeprefix("every-")) if mode.startswith("every-") else 1
-    for block in blocks[::every]:
+    for block in blocks[:: _every(mode)]:
         recompute_in_backward(block, selective=mode == "selective")
 
 

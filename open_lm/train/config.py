@@ -333,18 +333,6 @@ class ParallelConfig:
             if getattr(self, name):
                 logging.warning("--%s has no meaning any more and is ignored.", name.replace("_", "-"))
 
-    @property
-    def recomputed(self) -> str | None:
-        """The activations that the backward pass computes again: full, every-K, selective, or none."""
-        return self.grad_checkpointing_mode or ("full" if self.grad_checkpointing else None)
-
-    def recomputed_share(self, n_blocks: int) -> float:
-        """The share of the blocks that keep their inputs alone; none where `selective` keeps what is expensive."""
-        if self.recomputed in (None, "selective"):
-            return 0.0
-        every = 1 if self.recomputed == "full" else int(str(self.recomputed).removeprefix("every-"))
-        return -(-n_blocks // every) / n_blocks
-
 
 def mesh_shape(config: ParallelConfig, world_size: int) -> MeshShape:
     """The mesh of --mesh, or of the flags that stand for one, on `world_size` ranks.

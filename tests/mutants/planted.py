@@ -93,7 +93,7 @@ PLANTED = [
     # parallel
     *_of(
         PARALLEL,
-        "tests/train/test_parallel.py tests/train/test_meshes.py -k 'limit or ranks_do_not_change or two_ranks_take or micro_batch'",
+        "tests/train/test_parallel.py tests/train/test_meshes.py -k 'limit or in_fp32 or ranks_do_not_change or two_ranks_take or micro_batch'",
         ("reduce_dtype=torch.float32", "reduce_dtype=torch.bfloat16"),
         ("clip_grads_with_norm_(group, limit, norm)", "clip_grads_with_norm_(group, 2 * limit, norm)"),
         ("torch.linalg.vector_norm(torch.stack(norms))", "torch.stack(norms).sum()"),

@@ -61,7 +61,7 @@ float8=()
 if "$python" -c 'import torchao' 2> /dev/null; then
     float8=(compiled,rowwise compiled,tensorwise)
 else
-    echo "float8: left out, torchao is not installed (pip install 'open_lm[float8]')" | tee -a "$page"
+    echo "float8: left out, torchao is not installed (pip install '.[float8]')" | tee -a "$page"
 fi
 step "Time, utilisation and memory, small model" 250 1 --model "$small" --how plain compiled
 step "Time, utilisation and memory, large model" 500 1 --model "$large" --how compiled compiled,recomputed "${float8[@]}"

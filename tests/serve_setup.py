@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from open_lm.model import create_model
 from open_lm.model.config import ModelConfig
 
-pytest.importorskip("uvicorn", reason="needs the extra: pip install open_lm[serve]")
+pytest.importorskip("uvicorn", reason="needs the extra: pip install '.[serve]'")
 httpx = pytest.importorskip("httpx")
 
 ROOT = Path(__file__).resolve().parents[1]

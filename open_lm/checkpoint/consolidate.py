@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     found = resolve(arguments.path, "all")
     if found.kind != "shards":
-        raise ConfigError(f"{arguments.path}: {found.path} is consolidated already.")
+        raise ConfigError(f"{arguments.path}: {found.path} is one file of weights already: use or copy it.")
     if arguments.out:
         write_weights(arguments.out, read_sharded(found))
         logging.info("wrote %s", arguments.out)

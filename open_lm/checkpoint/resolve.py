@@ -170,7 +170,7 @@ def newest_in(folder: str, check: Checked = "nothing", known: Verdicts = Mapping
 
 
 def all_checkpoints(names: Iterable[str], flag: str) -> list[str]:
-    """Every checkpoint that `names` mean, each once: names as given, the checkpoints of one in order of steps.
+    """Every checkpoint that `names` mean, each once: names as given, the checkpoints of one as the run made them.
 
     A run folder (or checkpoint folder) means all its complete checkpoints; one that OpenLM wrote every epoch_K.pt.
 
@@ -187,9 +187,9 @@ def _meant(name: str, flag: str) -> list[str]:
     if is_hub(name) or is_transformers_folder(name) or name.endswith(SUFFIXES) or is_sharded(name):
         return [name]
     folder = checkpoint_folder(name)
-    commits = sorted(committed(folder), key=lambda commit: commit.step)
+    commits = committed(folder)
     if commits:
-        return [storage.join(folder, commit.weights_name) for commit in commits]
+        return [storage.join(folder, commit.weights_name) for commit in reversed(commits)]
     return _found(sorted(storage.glob_in(folder, "epoch_*.pt"), key=_natural), name, flag)
 
 

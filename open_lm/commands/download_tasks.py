@@ -14,13 +14,12 @@ from typing import Any
 
 from open_lm import storage, text
 from open_lm.errors import ConfigError, DataError, StorageError
-from open_lm.evaluate.tasks.suite import SUITES, read_suite
+from open_lm.evaluate.tasks.suite import SUITES, foundry_name, read_suite
 from open_lm.flags import Parser, add_group, flag, read_group
 
 CLONE = Path(__file__).resolve().parents[2]
 SOURCE = "https://raw.githubusercontent.com/mosaicml/llm-foundry/v0.22.0/scripts/eval/local_data"
 LOCAL_DATA = CLONE / "eval" / "local_data" if (CLONE / "setup.py").exists() else Path("eval", "local_data")
-PREFIXES = ("eval/local_data/", "local_data/")
 BLOCK = 1 << 20
 
 
@@ -55,9 +54,22 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
 
 
 def _needed(eval_yaml: str) -> list[str]:
-    """The files of LLM Foundry's local_data that a YAML's tasks read."""
-    uris = [task.dataset_uri for task in read_suite(eval_yaml).tasks]
-    return [uri.removeprefix(prefix) for uri in uris for prefix in PREFIXES if uri.startswith(prefix)]
+    """The files of LLM Foundry's local_data that a YAML's tasks read; what is said of every other file.
+
+    Raises:
+        ConfigError: a file is none of these, and not there.
+    """
+    tasks = read_suite(eval_yaml).tasks
+    others = [task for task in tasks if foundry_name(task.dataset_uri) is None]
+    missing = [f"{task.label} ({task.dataset_uri})" for task in others if not storage.exists(task.data_path)]
+    if missing:
+        raise ConfigError(
+            f"--eval-yaml {eval_yaml}: no data for {', '.join(missing)}, and LLM Foundry's local_data/ has none. "
+            "Correct dataset_uri, or put the files there."
+        )
+    for path in dict.fromkeys(task.data_path for task in others):
+        print(f"{path}: already there, nothing to fetch", flush=True)
+    return [name for task in tasks if (name := foundry_name(task.dataset_uri))]
 
 
 def fetch(name: str, config: DownloadConfig) -> str:

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from open_lm import storage, text
-from open_lm.errors import ConfigError, DataError
+from open_lm.errors import ConfigError
 from open_lm.flags import Parser, add_group, flag, read_group
-from open_lm.report.compare import read_metric
+from open_lm.report.compare import metrics_file
+from open_lm.report.facts import distinct_names, validation_sets
+from open_lm.report.rows import Row, read_rows
 
-PANELS = {
-    "loss": ("train/loss", "valid/loss"),
-    "learning rate": ("train/lr", None),
-    "tokens per second": ("train/tokens_per_second", None),
-}
-"""Title: the metric drawn as a line, and one drawn as dots on it."""
+PANELS = {"loss": "train/loss", "learning rate": "train/lr", "tokens per second": "train/tokens_per_second"}
+"""Title: the metric drawn as a line."""
+MARKERS = "os^Dv*PX"
+"""Of validation sets, in the order in which the runs name them."""
 
 
 @dataclass(frozen=True)
@@ -54,55 +54,56 @@ def draw(runs: Sequence[str], config: PlotConfig) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(PANELS), figsize=(5 * len(PANELS), 4), layout="constrained")
-    for index, path in enumerate(runs):
-        tokens = read_metric(path, "train/tokens")
-        for panel, (line, dots) in zip(axes, PANELS.values(), strict=True):
-            smooth = config.smooth if line == "train/loss" else 1
-            points = placed(smoothed(read_metric(path, line), smooth), tokens, config.x)
-            (drawn,) = panel.plot(*points, color=f"C{index}", linewidth=1.2, label=label_of(path))
-            if dots:
-                panel.plot(*placed(metric_or_none(path, dots), tokens, config.x), "o", color=drawn.get_color(), ms=4)
+    markers: dict[str, str] = {}
+    for index, (path, label) in enumerate(zip(runs, labels_of(runs), strict=True)):
+        rows = read_rows(metrics_file(path))
+        for panel, metric in zip(axes, PANELS.values(), strict=True):
+            places, values = placed(rows, metric, config.x)
+            values = smoothed(values, config.smooth if metric == "train/loss" else 1)
+            is_dot = "." if len(places) == 1 else None
+            panel.plot(places, values, color=f"C{index}", linewidth=1.2, marker=is_dot, label=label)
+        draw_validation(axes[0], rows, path, config.x, f"C{index}", markers)
     for panel, title in zip(axes, PANELS, strict=True):
         panel.set(title=title, xlabel=config.x)
         panel.xaxis.set_major_formatter(lambda value, _: text.count(float(value)))
         panel.grid(alpha=0.3)
-    axes[0].set_title("loss (dots: validation)")
+    axes[0].set_title("loss (marks: validation)")
     if config.log_loss:
         axes[0].set_yscale("log")
         axes[0].yaxis.set_major_formatter("{x:.3g}")
         axes[0].yaxis.set_minor_formatter("{x:.3g}")
     axes[2].set_ylim(bottom=0)
     axes[2].yaxis.set_major_formatter(lambda value, _: text.count(float(value)))
+    for name, marker in markers.items():
+        axes[0].plot([], [], marker, color="0.4", ms=4, label=f"validation on {name}" if name else "validation")
     axes[0].legend(fontsize=8)
     with storage.open_atomic(config.output) as file:
         figure.savefig(file, dpi=120, format=Path(config.output).suffix[1:])
     pyplot.close(figure)
 
 
-def smoothed(values: dict[int, float], n: int) -> dict[int, float]:
+def draw_validation(panel: Any, rows: Sequence[Row], path: str, x: str, colour: str, markers: dict[str, str]) -> None:
+    """Draw each validation loss of a run; `markers` holds the mark of each set and gets those of new ones."""
+    metrics = list(dict.fromkeys(name for row in rows for name in row.values))
+    for metric, name in validation_sets(metrics, str(Path(metrics_file(path)).parent)).items():
+        marker = markers.setdefault(name, MARKERS[len(markers) % len(MARKERS)])
+        panel.plot(*placed(rows, metric, x), marker, color=colour, ms=4)
+
+
+def smoothed(values: Sequence[float], n: int) -> list[float]:
     """Each value as the mean of the `n` up to it."""
-    steps = sorted(values)
-    windows = {step: steps[max(0, k + 1 - n) : k + 1] for k, step in enumerate(steps)}
-    return {step: sum(values[s] for s in window) / len(window) for step, window in windows.items()}
+    windows = [values[max(0, k + 1 - n) : k + 1] for k in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
 
 
-def metric_or_none(path: str, metric: str) -> dict[int, float]:
-    """The values of `metric`; none where the run has none."""
-    try:
-        return read_metric(path, metric)
-    except DataError:
-        return {}
+def placed(rows: Sequence[Row], metric: str, x: str) -> tuple[list[float], list[float]]:
+    """All measured values of `metric`, in order of the tokens trained, against steps or tokens; what was logged twice
+    counts as last logged."""
+    points = {row.tokens: (row.step, row.values[metric]) for row in rows if metric in row.values}
+    places = [points[tokens][0] if x == "steps" else tokens for tokens in sorted(points)]
+    return places, [points[tokens][1] for tokens in sorted(points)]
 
 
-def placed(values: dict[int, float], tokens: dict[int, float], x: str) -> tuple[list[Any], list[float]]:
-    """`values` as points, all of them, against steps or tokens; between reports the last batch counts."""
-    steps = sorted(values)
-    per_step = tokens[max(tokens)] / max(tokens)
-    places = steps if x == "steps" else [tokens.get(step, step * per_step) for step in steps]
-    return places, [values[step] for step in steps]
-
-
-def label_of(path: str) -> str:
-    """The name of a run: that of its folder."""
-    found = Path(path)
-    return (found if found.is_dir() else found.parent).resolve().name
+def labels_of(runs: Sequence[str]) -> list[str]:
+    """The names of runs, those of their folders, as long as it takes to tell them apart."""
+    return distinct_names([str(Path(metrics_file(path)).parent) for path in runs])

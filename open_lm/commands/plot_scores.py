@@ -120,7 +120,7 @@ def _file(path: str) -> str:
     if storage.exists(inside):
         return inside
     if not storage.exists(path):
-        raise ConfigError(f"{path}: no such file. Give a results.json of eval/eval_openlm_ckpt.py, or its folder.")
+        raise ConfigError(f"{path}: no such file. Give a results.json of `openlm evaluate`, or its folder.")
     return path
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from open_lm.evaluate.records import read_results, short
 from open_lm.flags import Parser, add_group, flag, read_group
 from open_lm.report import figures, page
 from open_lm.report.answers import answer_tables, compared_answers
-from open_lm.report.facts import RunSummary, read_json, read_json_lines, read_run
+from open_lm.report.facts import RunSummary, distinct_names, read_json, read_run
+from open_lm.report.rows import read_json_lines
 from open_lm.report.stages import stage_table
 
 
@@ -73,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> str:
 
 def build(config: ReportConfig) -> str:
     """The page as HTML."""
-    runs = [read_run(folder) for folder in config.run]
+    names = distinct_names(config.run)
+    runs = [replace(read_run(folder), name=name) for folder, name in zip(config.run, names, strict=True)]
     first = runs[0]
     corpus = read_json(config.corpus, "--corpus") if config.corpus else None
     ledgers = [read_json(path, "--ledgers") for path in config.ledgers]
@@ -121,7 +123,7 @@ def lead(runs: Sequence[RunSummary]) -> str:
     shape = f" {model['n_layers']} layers, {model['hidden_dim']} wide, context {model['seq_len']}." if model else ""
     flags, n_tokens = runs[0].config.get("flags", {}), text.count(runs[0].last("train/tokens") or 0)
     if runs[0].task != "pretrain" or flags.get("pretrained"):
-        length = f"in {max(runs[0].metrics.get('train/loss', {0: 0})):,} steps" if runs[0].counts_steps else ""
+        length = f"in {runs[0].steps:,} steps" if runs[0].counts_steps else ""
         return f"A language model post-trained by {runs[0].task} {length or f'on {n_tokens} tokens'}.{shape}"
     return f"A language model trained from scratch on {n_tokens} tokens.{shape}"
 
@@ -146,7 +148,7 @@ def stages(facts: RunSummary, corpus: Any, ledgers: Sequence[Any]) -> list[tuple
         ]
         found.append(("text", f"{corpus['bytes'] / 1e6:.1f} MB", lines))
     found += [ledger_stage(name, ledger) for name, ledger in zip(_names(len(ledgers)), ledgers, strict=True)]
-    trained, steps = facts.last("train/tokens") or 0, max(facts.metrics.get("train/loss", {0: 0.0}))
+    trained, steps = facts.last("train/tokens") or 0, facts.steps
     per_step = f"{facts.tokens_per_step:,.0f} tokens a step"
     found.append(("trained", f"{text.count(trained)} tokens", [f"{steps:,} steps", per_step]))
     validated = facts.last("valid/tokens")

@@ -160,9 +160,10 @@ def _decoder(shards: Sequence[Any], flags: Inspect) -> Any:
     limit = flags.tokens or None
     if not flags.decode:
         return lambda tokens: " ".join(map(str, tokens[:limit].tolist()))
-    from open_lm.data.tokenizer import load_tokenizer
+    from open_lm.data.tokenizer import load_tokenizer, tokenizer_near
 
-    name = flags.tokenizer or next((shard.tokenizer for shard in shards if shard.tokenizer), None)
+    named = (tokenizer_near(shard.tokenizer, shard.url) for shard in shards if shard.tokenizer)
+    name = flags.tokenizer or next(named, None)
     if name is None:
         raise ConfigError("--decode: the manifest names no tokenizer. Give --tokenizer.")
     tokenizer = load_tokenizer(name)

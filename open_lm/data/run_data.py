@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from open_lm import storage
@@ -23,7 +23,7 @@ def run_settings(run: str, step: int, global_batch: int | None = None) -> tuple[
     params = _params(run)
     known: dict[str, Any] = {f.name: params[f.name] for f in fields(DataConfig) if f.name in params}
     known = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
-    config = DataConfig(**known)
+    config = _found(DataConfig(**known), run)
     states = sorted(_states(run), key=lambda state: state["steps"])
     later = [state for state in states if state["steps"] > step] or states[-1:]
     if later and global_batch is None:
@@ -44,6 +44,27 @@ def run_settings(run: str, step: int, global_batch: int | None = None) -> tuple[
         )
     batch_positions = make_batch_positions(config, global_batch=global_batch, rank=0, world_size=1)
     return config, params["seed"], global_batch, batch_positions
+
+
+def _found(config: DataConfig, run: str) -> DataConfig:
+    """The flags with their paths as they are found from here: those of a run are relative to where it was started.
+
+    Raises:
+        ConfigError: a manifest is not there.
+    """
+    manifests = tuple(storage.found_near(url, run) for url in config.dataset_manifest)
+    for named, url in zip(config.dataset_manifest, manifests, strict=True):
+        if not storage.is_remote(url) and not storage.exists(url):
+            raise ConfigError(
+                f"--run {storage.shown(run)}: its --dataset-manifest {named} is not there, nor in a folder above the "
+                "run. Start this in the folder that the run was started in."
+            )
+    return replace(config, dataset_manifest=manifests, train_data=tuple(_near(url, run) for url in config.train_data))
+
+
+def _near(urls: str, run: str) -> str:
+    """--train-data, several with :: between, as it is found from here."""
+    return "::".join(storage.found_near(url, run) for url in urls.split("::"))
 
 
 def _params(run: str) -> dict[str, Any]:

@@ -59,6 +59,17 @@ class Opening:
         return open_cache(self.config.data_cache, self.config.data_cache_gb, world_size=self.world_size)
 
 
+def _require_files(manifests: Sequence[str]) -> None:
+    """Raise ConfigError where a local manifest is a folder or is not there."""
+    for url in manifests:
+        path = storage.local_path(url)
+        if not storage.is_remote(url) and not path.is_file():
+            inside = path / FILENAME
+            found = "is a folder" if path.is_dir() else "no such file"
+            advice = f"Give {inside}." if inside.is_file() else "Make it with `openlm manifest`, or correct the path."
+            raise ConfigError(f"--dataset-manifest {storage.shown(url)}: {found}. {advice}")
+
+
 def open_sources(
     config: DataConfig, *, vocab_size: int = 0, sample_tokens: int = 0, world_size: int = 1, form: str | None = None
 ) -> list[Source]:
@@ -74,6 +85,7 @@ def open_sources(
         raise ConfigError("--train-data or --dataset-manifest: neither was given. Name the training shards.")
     opening = Opening(config, vocab_size, sample_tokens, world_size)
     if config.dataset_manifest:
+        _require_files(config.dataset_manifest)
         sources = [Source(storage.shown(url), tuple(read_manifest(url))) for url in config.dataset_manifest]
     elif config.train_data_upsampling_factors:
         sources = _parts_with_factors(opening)

@@ -124,15 +124,8 @@ def load_tokenizer(name_or_path: str, *, at_hand: bool = False) -> Tokenizer:
 
 
 def tokenizer_near(named: str, checkpoint: str) -> str:
-    """The location of the tokenizer that a checkpoint names.
-
-    A run stores the name as it was given. A relative path is looked for in the working folder, then in every folder
-    above the checkpoint: one of them is usually the folder that the run was started in.
-    """
-    if Path(named).expanduser().exists() or storage.is_remote(checkpoint):
-        return named
-    above = Path(storage.local_path(checkpoint)).absolute().parents
-    return next((str(folder / named) for folder in above if (folder / named).exists()), named)
+    """The location of the tokenizer that a checkpoint or a manifest names, which stores the name as it was given."""
+    return storage.found_near(named, checkpoint)
 
 
 def _from_file(path: Path, name: str) -> Tokenizer:

@@ -90,7 +90,9 @@ def read_results(path: str) -> Results:
         ]
         return Results(content["engine"], content["settings"], runs, content["seconds"])
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a results.json of eval_openlm_ckpt.py ({error!r}). Move it away.") from error
+        raise DataError(
+            f"{path}: not a results.json of `openlm evaluate` ({error!r}). Give another, or move it away."
+        ) from error
 
 
 def identity_of(*parts: Any) -> str:

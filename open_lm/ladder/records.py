@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from open_lm import storage
 from open_lm.checkpoint.commit import committed
 from open_lm.ladder.plan import SizePlan
 from open_lm.ladder.run_configurator import RunCheckpointInfo
+from open_lm.report.rows import read_rows
 
 CHECKPOINTS = "checkpoints"
 LOG = "metrics.jsonl"
@@ -59,6 +60,15 @@ def metrics_by_step(folder: str) -> dict[int, dict[str, float]]:
     return rows
 
 
+def metrics_by_tokens(folder: str) -> dict[float, dict[str, Any]]:
+    """The rows of metrics.jsonl with their steps, merged by tokens trained: of a run whose batch may have changed."""
+    path = storage.join(folder, LOG)
+    rows: dict[float, dict[str, Any]] = {}
+    for row in read_rows(path) if storage.exists(path) else []:
+        rows.setdefault(row.tokens, {}).update({**row.values, "step": row.step})
+    return rows
+
+
 def _json_lines(text: str) -> Iterator[dict[str, Any]]:
     """Objects with a step, one a line; a last line that a kill cut off is left out."""
     for line in text.splitlines():
@@ -70,10 +80,11 @@ def _json_lines(text: str) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def smoothed_loss(rows: dict[int, dict[str, float]], step: int, n_steps: int) -> float | None:
-    """Mean training loss over about `n_steps` steps up to `step`; each row holds the mean since the row before it."""
+def smoothed_loss(rows: Mapping[Any, Mapping[str, float]], step: float, n_steps: float) -> float | None:
+    """Mean training loss over about `n_steps` steps up to `step` (or tokens, where `rows` go by tokens); each row holds
+    the mean since the row before it."""
     logged = sorted(at for at, row in rows.items() if at <= step and row.get("train/loss") is not None)
-    total, weight = 0.0, 0
+    total, weight = 0.0, 0.0
     for before, at in reversed(list(zip([0, *logged], logged, strict=False))):
         if weight and at <= step - n_steps:
             break

@@ -6,7 +6,7 @@ from typing import Any
 
 from open_lm.errors import ConfigError
 
-PIP = "pip install 'open_lm[ladder]'   (or: pip install scipy pandas)"
+PIP = "pip install scipy pandas"
 
 
 def scipy_optimize() -> Any:

@@ -26,12 +26,12 @@ FORMATS = (".csv", ".json", ".pkl")
 
 
 def frame_of(rows: Sequence[dict[str, Any]]) -> Any:
-    """The rows as a data frame, the columns of the ladder first, sorted by size and step."""
+    """The rows as a data frame, the columns of the ladder first, sorted by size and tokens."""
     frame = pandas().DataFrame(list(rows))
     if not len(frame):
         return pandas().DataFrame(columns=list(FIRST))
     columns = [name for name in FIRST if name in frame] + sorted(name for name in frame if name not in FIRST)
-    return frame[columns].sort_values(["num_params", "name", "step"], kind="stable").reset_index(drop=True)
+    return frame[columns].sort_values(["num_params", "name", "tokens"], kind="stable").reset_index(drop=True)
 
 
 def is_metrics(frame: Any) -> bool:
@@ -44,7 +44,7 @@ def finished(frame: Any, all_checkpoints: bool = False) -> Any:
 
     Of other run folders it is their last step. No power law says what a model knows before its first step.
     """
-    last = frame.groupby(["name", "num_params"])["step"].transform("max") == frame["step"]
+    last = frame.groupby(["name", "num_params"])["tokens"].transform("max") == frame["tokens"]
     ends = frame["description"].str.endswith(POST_DECAY) | ((frame["description"] == RUN_FOLDER) & last)
     trained = frame["tokens"] > 0
     kept = frame[trained & (ends | all_checkpoints)]
@@ -73,20 +73,19 @@ def discovered(roots: Sequence[str], prefix: str, counting: str, known: Collecti
 
 def run_rows(folder: str, counting: str) -> list[dict[str, Any]]:
     """A row for each step of an ordinary run folder that was validated or scored, else for its last step."""
-    by_step = records.metrics_by_step(folder)
+    logged = records.metrics_by_tokens(folder)
     architecture = _architecture(folder)
-    if architecture is None or not by_step:
+    if architecture is None or not logged:
         return []
     n_params, size = count_params(architecture, counting), model_size(architecture)
-    measured = [step for step, row in by_step.items() if any(k.startswith(("valid/", "icl/")) for k in row)]
-    rate = _tokens_per_step(by_step)
+    measured = [place for place, row in logged.items() if any(k.startswith(("valid/", "icl/")) for k in row)]
     rows = []
-    for step in sorted(measured or [max(by_step)]):
-        tokens, trained = round(step * rate), records.smoothed_loss(by_step, step, round(SMOOTHED_SHARE * step))
+    for place in sorted(measured or [max(logged)]):
+        tokens, trained = round(place), records.smoothed_loss(logged, place, SMOOTHED_SHARE * place)
         rows.append(
             {
                 "name": os.path.basename(folder),
-                "step": step,
+                "step": logged[place]["step"],
                 "description": RUN_FOLDER,
                 "tokens": tokens,
                 "size": os.path.basename(folder),
@@ -94,9 +93,9 @@ def run_rows(folder: str, counting: str) -> list[dict[str, Any]]:
                 "counting": counting,
                 "flops": 6 * n_params * tokens,
                 "train_flops": size.flops_per_token * tokens,
-                "loss": by_step[step].get("valid/loss", trained),
+                "loss": logged[place].get("valid/loss", trained),
                 "train/loss_smoothed": trained,
-                **by_step[step],
+                **logged[place],
             }
         )
     return rows
@@ -110,11 +109,6 @@ def _architecture(folder: str) -> ModelConfig | None:
         except (KeyError, OpenLMError):
             continue
     return None
-
-
-def _tokens_per_step(by_step: dict[int, dict[str, float]]) -> float:
-    known = [(step, row["train/tokens"]) for step, row in by_step.items() if step and row.get("train/tokens")]
-    return max(known)[1] / max(known)[0] if known else 0.0
 
 
 def write_table(frame: Any, path: str) -> None:

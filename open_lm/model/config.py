@@ -174,6 +174,8 @@ def config_of(config_or_args: ModelConfig | ModelFlags | Namespace) -> ModelConf
 def _config_path(name: str) -> Path:
     if name.endswith(".json"):
         path = Path(name).expanduser()
+        if not path.is_file() and path.parent.name == "model_configs" and path.stem in model_names():
+            return CONFIGS / path.name  # OpenLM's path: a link in a clone, nothing in an installed package
         if not path.is_file():
             raise ConfigError(f"--model {name}: no such file. Give the path of a JSON file or a registered name.")
         return path

@@ -37,7 +37,7 @@ def connect(
     try:
         import ray
     except ImportError as error:
-        raise ConfigError("tokenize_shuffle.py needs Ray, which is not installed: pip install ray==2.60.0") from error
+        raise ConfigError("openlm prepare-ray needs Ray, which is not installed: pip install ray") from error
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = address or os.environ.get("RAY_ADDRESS")
     here: dict[str, Any] = {"num_cpus": n_cores, "dashboard_host": dashboard_host, "object_store_memory": 100 << 20}

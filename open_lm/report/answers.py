@@ -9,7 +9,8 @@ from typing import Any
 from open_lm import storage
 from open_lm.errors import DataError
 from open_lm.report import page
-from open_lm.report.facts import RunSummary, read_json, read_json_lines
+from open_lm.report.facts import RunSummary, distinct_names, read_json
+from open_lm.report.rows import read_json_lines
 
 N_SHOWN = 8
 """Answers of one iteration."""
@@ -37,7 +38,7 @@ def _table(iteration: int, rows: Sequence[dict[str, Any]]) -> str:
     )
     head = '<tr><th>prompt</th><th>answer</th><th class="number">reward</th></tr>'
     title = f"iteration {iteration}: mean reward {mean:.3f} of {len(rows):,} answers"
-    return f'<div><p class="note">{escape(title)}</p><table>{head}{lines}</table></div>'
+    return f"<div>{page.note(title)}{page.scrolled(head + lines)}</div>"
 
 
 def compared_answers(folders: Sequence[str]) -> str:
@@ -48,7 +49,7 @@ def compared_answers(folders: Sequence[str]) -> str:
     """
     if not folders:
         return ""
-    names = [folder.rstrip("/").rpartition("/")[2] for folder in folders]
+    names = distinct_names(folders)
     found = [read_json(storage.join(folder, "rewards.json"), "--answers") for folder in folders]
     for folder, summary in zip(folders, found, strict=True):
         if "answers" not in summary:
@@ -78,7 +79,7 @@ def _side_by_side(names: Sequence[str], folders: Sequence[str]) -> str:
         cells = [_asked(answers[0][prompt]), *(of_model[prompt]["answer_written"] for of_model in answers)]
         lines.append("<tr>" + "".join(f"<td>{escape(cell[-200:])}</td>" for cell in cells) + "</tr>")
     head = "".join(f"<th>{escape(name)}</th>" for name in ("prompt", *names))
-    return f'<table style="margin-top: 12px"><tr>{head}</tr>{"".join(lines)}</table>' if lines else ""
+    return page.scrolled(f"<tr>{head}</tr>{''.join(lines)}") if lines else ""
 
 
 def _asked(row: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from open_lm.errors import DataError
+from open_lm.report.rows import read_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,23 +56,26 @@ def _difference(first: Tensor, second: Tensor, rtol: float, atol: float) -> str 
     return f"{int(differs.sum()):,} of {differs.numel():,} values differ, by up to {size:.3g}"
 
 
+def metrics_file(run: str | Path) -> str:
+    """The metrics.jsonl of a run folder, or the file itself.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    path = Path(run) / "metrics.jsonl" if Path(run).is_dir() else Path(run)
+    if not path.exists():
+        raise DataError(f"{path} does not exist. Name a run folder, or a metrics.jsonl.")
+    return str(path)
+
+
 def read_metric(run: str | Path, metric: str) -> dict[int, float]:
     """`{step: value}` of one metric of a run folder, or of a metrics.jsonl.
 
     Raises:
         DataError: there is no such file, or nothing in it has the metric.
     """
-    path = Path(run) / "metrics.jsonl" if Path(run).is_dir() else Path(run)
-    if not path.exists():
-        raise DataError(f"{path} does not exist. Name a run folder, or a metrics.jsonl.")
-    values: dict[int, float] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            raise DataError(f"{path}:{number}: this is no JSON. Is it a metrics.jsonl?") from None
-        if row.get(metric) is not None:
-            values[row["step"]] = row[metric]
+    path = metrics_file(run)
+    values = {row.step: row.values[metric] for row in read_rows(path) if metric in row.values}
     if not values:
         raise DataError(f"{path} has no {metric}.")
     return values

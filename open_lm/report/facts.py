@@ -2,56 +2,62 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from open_lm import storage
 from open_lm.errors import DataError
+from open_lm.report.rows import TOKENS, read_rows
 
 Curve = list[tuple[float, float]]
+FIRST_SET = "valid/loss"
+"""The metric of the first validation set; that of a further one has its name inside."""
 REINFORCED = ("grpo", "rloo", "ppo")
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """The figures of one run: `metrics` maps a metric to its value by step; `config` is its newest checkpoint's."""
+    """The figures of one run: `metrics` maps a metric to its value by tokens trained (steps where it counts those);
+    `config` is its newest checkpoint's; `checkpoints` are their places, and `steps` the last step, as counted last."""
 
     name: str
     folder: str
-    metrics: Mapping[str, Mapping[int, float]]
+    metrics: Mapping[str, Mapping[float, float]]
     config: Mapping[str, Any] = field(default_factory=dict)
-    checkpoint_steps: tuple[int, ...] = ()
+    checkpoints: tuple[float, ...] = ()
+    steps: int = 0
+    validation: Mapping[str, str] = field(default_factory=dict)
+    """Metric -> the validation set it was measured on, "" where its name is not known."""
 
     @property
     def counts_steps(self) -> bool:
         """Whether its charts run over steps: answers of reinforcement learning have no fixed number of tokens."""
-        return self.task in REINFORCED
+        return task_of(self.config) in REINFORCED
 
-    @cached_property
+    @property
     def tokens_per_step(self) -> float:
-        """Tokens in one batch, from the last step that was logged; 1 where charts run over steps."""
-        if self.counts_steps:
-            return 1.0
-        tokens = self.metrics.get("train/tokens", {})
-        return tokens[max(tokens)] / max(tokens) if tokens else 1.0
+        """Tokens in one batch, that of the last step logged."""
+        return (self.last(TOKENS) or 0.0) / max(self.steps, 1)
 
     def over_tokens(self, metric: str) -> Curve:
         """The metric as (tokens trained, value), in order."""
-        return [(step * self.tokens_per_step, value) for step, value in sorted(self.metrics.get(metric, {}).items())]
+        return sorted(self.metrics.get(metric, {}).items())
 
     def last(self, metric: str) -> float | None:
         """The metric's last finite value; None when there is none."""
-        values = {step: value for step, value in self.metrics.get(metric, {}).items() if math.isfinite(value)}
+        values = {place: value for place, value in self.metrics.get(metric, {}).items() if math.isfinite(value)}
         return values[max(values)] if values else None
 
     @property
     def task(self) -> str:
         """--task of its newest checkpoint."""
-        return self.config.get("flags", {}).get("task") or "pretrain"
+        return task_of(self.config)
 
     @property
     def vocab_size(self) -> int | None:
@@ -63,8 +69,13 @@ class RunSummary:
         return math.log(self.vocab_size) if self.vocab_size else None
 
 
+def task_of(config: Mapping[str, Any]) -> str:
+    """--task of a checkpoint's config."""
+    return config.get("flags", {}).get("task") or "pretrain"
+
+
 def read_run(folder: str) -> RunSummary:
-    """The facts in a run folder; a step logged twice, by a run and its resumption, counts as last logged.
+    """The facts in a run folder; what was logged twice, by a run and its resumption, counts as last logged.
 
     Raises:
         DataError: metrics.jsonl is missing or damaged.
@@ -72,37 +83,58 @@ def read_run(folder: str) -> RunSummary:
     path = storage.join(folder, "metrics.jsonl")
     if not storage.exists(path):
         raise DataError(f"--run {folder}: no metrics.jsonl there. Name the folder of a run: <logs>/<name>.")
-    metrics: dict[str, dict[int, float]] = {}
-    for row in read_json_lines(path, needed=("step",)):
-        for name, value in row.items():
-            if name != "step" and isinstance(value, int | float):
-                metrics.setdefault(name, {})[row["step"]] = value
-    commits = _commits(folder)
+    rows, commits = read_rows(path), _commits(folder)
     config = commits[-1]["facts"].get("config", {}) if commits else {}
-    name = folder.rstrip("/").rpartition("/")[2]
-    return RunSummary(name, folder, metrics, config, tuple(commit["step"] for commit in commits))
+    over_steps = task_of(config) in REINFORCED
+    metrics: dict[str, dict[float, float]] = {}
+    for row in rows:
+        for name, value in row.values.items():
+            metrics.setdefault(name, {})[row.step if over_steps else row.tokens] = value
+    steps = max(rows, key=lambda row: row.tokens).step if rows else 0
+    per_step = 1.0 if over_steps or not steps else max(row.tokens for row in rows) / steps
+    places = [None if over_steps else commit["facts"].get("tokens") for commit in commits]
+    checkpoints = [place or commit["step"] * per_step for place, commit in zip(places, commits, strict=True)]
+    sets = validation_sets(metrics, folder)
+    return RunSummary(distinct_names([folder])[0], folder, metrics, config, tuple(checkpoints), steps, sets)
+
+
+def validation_sets(metrics: Iterable[str], folder: str) -> dict[str, str]:
+    """The metrics that are losses on validation sets, with the names of these; that of the first stands in the run's
+    results.jsonl."""
+    further = [name for name in metrics if re.fullmatch("valid/.+/loss", name)]
+    names = {name: name.removeprefix("valid/").removesuffix("/loss") for name in further}
+    return {FIRST_SET: _first_set(folder), **names} if FIRST_SET in metrics else names
+
+
+def _first_set(folder: str) -> str:
+    path = storage.join(folder, "checkpoints/results.jsonl")
+    lines = storage.read_text(path).splitlines() if storage.exists(path) else []
+    with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):
+        return str(json.loads(lines[0])[0]["name"])
+    return ""
+
+
+def distinct_names(folders: Sequence[str]) -> list[str]:
+    """The names of runs: of its folder, with as many of the folders above as tell it from the others."""
+    paths = [_parts(folder) for folder in folders]
+    tails = [["/".join(path[-n:]) for n in range(1, len(path) + 1)] for path in paths]
+    return [
+        next((tail for tail in own if sum(tail in others for others in tails) == 1), own[0] if own else folder)
+        for own, folder in zip(tails, folders, strict=True)
+    ]
+
+
+def _parts(folder: str) -> list[str]:
+    """The names on the way to a folder, local or remote."""
+    path = folder if storage.is_remote(folder) else os.path.abspath(storage.local_path(folder))
+    return [part for part in path.split("/") if part]
 
 
 def _commits(folder: str) -> list[dict]:
-    """The commit files of the run's checkpoints, oldest first."""
+    """The commit files of the run's checkpoints, oldest first: by branch, then by step."""
     paths = storage.glob_in(folder, "checkpoints/epoch_*.commit.json")
-    return sorted((json.loads(storage.read_text(path)) for path in paths), key=lambda commit: commit["step"])
-
-
-def read_json_lines(path: str, needed: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The objects of a jsonl file.
-
-    Raises:
-        DataError: a line is no JSON object with the keys `needed`.
-    """
-    rows = []
-    for number, line in enumerate(storage.read_text(path).splitlines(), 1):
-        try:
-            row = json.loads(line)
-            rows.append({**row, **{key: row[key] for key in needed}})
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}:{number}: no JSON object as expected ({error!r}). Remove the line.") from error
-    return rows
+    commits = (json.loads(storage.read_text(path)) for path in paths)
+    return sorted(commits, key=lambda commit: (commit["facts"].get("branch", 0), commit["step"]))
 
 
 def read_json(path: str, flag_name: str) -> Any:

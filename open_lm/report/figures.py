@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from open_lm import text
 from open_lm.report import page
 from open_lm.report.charts import Rule, Series, line_chart
-from open_lm.report.facts import RunSummary, smoothed
+from open_lm.report.facts import FIRST_SET, RunSummary, smoothed
 
 WIDTH, HEIGHT = 560, 260
 """Of small figures."""
@@ -20,7 +20,7 @@ PREDICTING = ("pretrain", "sft")
 
 def headline(run: RunSummary) -> list[tuple[str, str]]:
     """The figures of one run to see first: (value, what it is)."""
-    loss, uniform = run.last("valid/loss"), run.uniform_loss if run.task in PREDICTING else None
+    loss, uniform = run.last(FIRST_SET), run.uniform_loss if run.task in PREDICTING else None
     cards = [
         (write(value), what)
         for metric, what, write in (
@@ -30,42 +30,64 @@ def headline(run: RunSummary) -> list[tuple[str, str]]:
         if (value := run.last(metric)) is not None
     ]
     if loss is not None:
-        cards.append((f"{loss:.3f}", "validation loss, nats a token"))
-        cards.append((f"{math.exp(loss):.1f}", "validation perplexity"))
+        cards.append((f"{loss:.3f}", f"{_measured(run, FIRST_SET)}, nats a token"))
+        cards.append((perplexity(loss, ".1f"), "validation perplexity"))
     if loss is not None and uniform:
         cards.append((f"{loss / uniform:.0%}", f"of ln({run.vocab_size}) = {uniform:.2f}, the loss of a guess"))
+    further = [metric for metric in run.validation if metric != FIRST_SET]
+    cards += [(_shown(run.last(metric), ".3f"), _measured(run, metric)) for metric in further]
     if run.counts_steps:
-        return [*cards, (f"{max(run.metrics.get('train/loss', {0: 0.0})):,}", "optimizer steps")]
+        return [*cards, (f"{run.steps:,}", "optimizer steps")]
     cards.append((text.count(run.last("train/tokens") or 0), "tokens trained on"))
     cards.append((text.count(run.last("train/tokens_per_second") or 0), "tokens a second at the end"))
     return cards
 
 
+def perplexity(loss: float, form: str) -> str:
+    """exp(loss); ∞ where a float cannot hold it."""
+    return format(math.exp(loss), form) if loss < 700 else "∞"
+
+
+def _measured(run: RunSummary, metric: str) -> str:
+    """A validation loss with the set it is of, where its name is known."""
+    name = run.validation.get(metric)
+    return f"validation loss on {short_name(name)}" if name else "validation loss"
+
+
+def short_name(name: str) -> str:
+    """The name of a validation set; of one that was named by its path the end of it."""
+    return name if len(name) <= 32 else "…/" + "/".join(name.rstrip("/").split("/")[-2:])
+
+
 def comparison(runs: Sequence[RunSummary]) -> str:
-    """A row per run: model, tokens, last losses, speed."""
+    """A row per run: model, tokens, last losses, speed. A validation set has a column of its own."""
+    sets = list(dict.fromkeys(name for run in runs for name in run.validation.values()))
     head = (
         "run",
         "layers × width",
         "tokens",
         "training loss",
-        "validation loss",
-        "perplexity",
+        *(f"validation loss on {short_name(name)}" if name else "validation loss" for name in sets),
+        "perplexity" if len(sets) < 2 else "perplexity on the first set",
         "tokens a second",
         "MFU",
     )
-    return page.table(head, [_row(run) for run in runs])
+    firsts = {run.validation[FIRST_SET] for run in runs if FIRST_SET in run.validation}
+    warning = "These runs were validated on different sets: compare losses within a column only."
+    return page.table(head, [_row(run, sets) for run in runs]) + (page.note(warning) if len(firsts) > 1 else "")
 
 
-def _row(run: RunSummary) -> tuple[str, ...]:
-    model, loss = run.config.get("model", {}), run.last("valid/loss")
+def _row(run: RunSummary, sets: Sequence[str]) -> tuple[str, ...]:
+    model, loss = run.config.get("model", {}), run.last(FIRST_SET)
     shape = f"{model['n_layers']} × {model['hidden_dim']}" if "n_layers" in model and "hidden_dim" in model else "–"
+    measured = {name: run.last(metric) for metric, name in run.validation.items()}
     return (
         run.name,
         shape,
         text.count(run.last("train/tokens") or 0),
         _shown(run.last("train/loss"), ".4f"),
-        _shown(loss, ".4f"),
-        _shown(math.exp(loss) if loss is not None else None, ".2f"),
+        *(_shown(measured.get(name), ".4f") for name in sets),
+        "–" if loss is None else perplexity(loss, ".2f"),
         text.count(run.last("train/tokens_per_second") or 0),
         _shown(run.last("train/mfu"), ".1%"),
     )
@@ -88,21 +110,7 @@ def _shown(value: float | None, form: str) -> str:
 
 def loss_figure(runs: Sequence[RunSummary]) -> str:
     """Training and validation loss over tokens; every validation is a dot."""
-    series: list[Series] = []
-    for k, run in enumerate(runs):
-        raw, validated = run.over_tokens("train/loss"), run.over_tokens("valid/loss")
-        lines = smoothed(raw, max(len(raw) // 20, 1))
-        if len(runs) == 1:
-            series += [
-                Series("training", raw, "faint", hovered=False),
-                Series("training, smoothed", lines, "train"),
-                Series("validation", validated, "held-out", dots=True),
-            ]
-        else:
-            series += [
-                Series(run.name, lines, f"run{k}"),
-                Series(f"{run.name}, validation", validated, f"run{k} dotted", dots=True),
-            ]
+    series = [one for k, run in enumerate(runs) for one in _losses(run, k, is_alone=len(runs) == 1)]
     chart = line_chart(
         series, label=f"Loss over {_x_name(runs)}", x_name=_x_name(runs), write_x=text.count,
         write_y=lambda y: f"{y:.3f}", rules=_rules(runs),
@@ -113,12 +121,32 @@ def loss_figure(runs: Sequence[RunSummary]) -> str:
     return page.figure(title + (" (dots: validation)" if len(runs) > 1 else ""), keys, chart)
 
 
+def _losses(run: RunSummary, k: int, *, is_alone: bool) -> list[Series]:
+    """The lines of one run: its training loss and its loss on each validation set."""
+    raw = run.over_tokens("train/loss")
+    lines = smoothed(raw, max(len(raw) // 20, 1))
+    sets = [
+        (f"validation{f' on {short_name(name)}' if name else ''}", metric) for metric, name in run.validation.items()
+    ]
+    if is_alone:
+        styles = ("held-out", "third", "run3", "run4", "run5")
+        validated = [(name, metric, styles[n % len(styles)]) for n, (name, metric) in enumerate(sets)]
+        drawn = [
+            Series("training", raw, "faint", hovered=False),
+            Series("training, smoothed", lines, "train"),
+        ]
+    else:
+        validated = [(f"{run.name}, {name}", metric, f"run{k} dotted") for name, metric in sets]
+        drawn = [Series(run.name, lines, f"run{k}")]
+    return drawn + [Series(name, run.over_tokens(metric), style, dots=True) for name, metric, style in validated]
+
+
 def _rules(runs: Sequence[RunSummary]) -> list[Rule]:
     predicting = [run for run in runs if run.task in PREDICTING]
     levels = {run.vocab_size: run.uniform_loss for run in predicting if run.uniform_loss is not None}
     rules = [Rule(f"ln({vocab_size}) = {loss:.2f}", y=loss) for vocab_size, loss in levels.items()]
     if len(runs) == 1:
-        rules += [Rule("checkpoint", x=step * runs[0].tokens_per_step) for step in runs[0].checkpoint_steps[:-1]]
+        rules += [Rule("checkpoint", x=place) for place in runs[0].checkpoints[:-1]]
     return rules
 
 

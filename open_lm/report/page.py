@@ -60,6 +60,7 @@ svg .dot { stroke: var(--card); stroke-width: 1.5; } svg .dot.held-out { fill: v
 .flow h3 { margin: 0 0 4px; font-size: 13px; color: var(--soft); font-weight: 600; }
 .flow b { font-size: 19px; display: block; font-variant-numeric: tabular-nums; }
 .flow span { font-size: 13.5px; color: var(--soft); display: block; }
+.wide { overflow-x: auto; margin-bottom: 12px; }
 table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: 15px; overflow: hidden; }
 th, td { padding: 8px 14px; text-align: left; border-bottom: 1px solid var(--line); }
 tr:last-child td { border-bottom: 0; } th { color: var(--soft); font-weight: 600; font-size: 13.5px; }
@@ -96,10 +97,14 @@ def page(title: str, lead: str, sections: Iterable[str], footer: str, *, refresh
     )
 
 
-def section(heading: str, note: str, content: str) -> str:
+def section(heading: str, words: str, content: str) -> str:
     """A heading, a sentence under it, and `content`; nothing when there is no content."""
-    explained = f'<p class="note">{escape(note)}</p>' if note else ""
-    return f"<section><h2>{escape(heading)}</h2>{explained}{content}</section>" if content else ""
+    return f"<section><h2>{escape(heading)}</h2>{note(words)}{content}</section>" if content else ""
+
+
+def note(words: str) -> str:
+    """A sentence in small type."""
+    return f'<p class="note">{escape(words)}</p>' if words else ""
 
 
 def cards(facts: Sequence[tuple[str, str]]) -> str:
@@ -135,7 +140,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, words: Sequence
     kinds = ["" if k in words else ' class="number"' for k in range(len(head))]
     names = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, head, strict=True))
     lines = ("".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True)) for row in rows)
-    return f"<table><tr>{names}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+    return scrolled(f"<tr>{names}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}")
+
+
+def scrolled(rows: str) -> str:
+    """A table of `rows` that scrolls sideways where the page is narrower."""
+    return f'<div class="wide"><table>{rows}</table></div>'
 
 
 def scores(rows: Sequence[tuple[str, float, float | None, float | None, int]]) -> str:
@@ -148,7 +158,7 @@ def scores(rows: Sequence[tuple[str, float, float | None, float | None, int]]) -
         numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
         lines.append(f"<tr><td>{escape(task)}</td><td>{bar}</td>{numbers}</tr>")
     head = '<tr><th>task</th><th>0 … 1</th><th class="number">score</th><th class="number">questions</th></tr>'
-    return f"<table>{head}{''.join(lines)}</table>" if lines else ""
+    return scrolled(f"{head}{''.join(lines)}") if lines else ""
 
 
 def samples(texts: Sequence[tuple[str, str]]) -> str:

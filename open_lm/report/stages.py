@@ -27,9 +27,9 @@ def stage_table(runs: Sequence[RunSummary]) -> str:
 
 def _rows(run: RunSummary) -> list[tuple[str, ...]]:
     measured = [metric for metric in MEASURES if run.metrics.get(metric)] or ["train/loss"]
-    steps = f"{max((step for values in run.metrics.values() for step in values), default=0):,}"
     return [
-        (run.name, run.task, steps, MEASURES.get(metric, "training loss"), *_ends(run, metric)) for metric in measured
+        (run.name, run.task, f"{run.steps:,}", MEASURES.get(metric, "training loss"), *_ends(run, metric))
+        for metric in measured
     ]
 
 

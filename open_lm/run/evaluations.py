@@ -70,7 +70,7 @@ class Evaluations:
             lambda: evaluate(state.model, self._val_sets, self._world, state.precision, self._bootstrap)
         )
         self.results, self._validated_at = tuple(results), state.step
-        self.recorder.write_validation(state.step, results)
+        self.recorder.write_validation(state, results)
         if self._world.is_master:
             append_json_line(self._results_path, self.rows(state))
         for result in results:
@@ -84,7 +84,7 @@ class Evaluations:
         if self._tasks is None or self._scored_at == state.step:
             return
         self.scores, self._scored_at = self.recorder.untimed(self._tasks.score), state.step
-        self.recorder.write_scores(state.step, self.scores)
+        self.recorder.write_scores(state, self.scores)
 
     def rows(self, state: TrainState) -> list[dict[str, Any]]:
         """The last validation losses as results.jsonl and checkpoints keep them."""

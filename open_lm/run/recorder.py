@@ -17,10 +17,11 @@ from open_lm.distributed import World
 from open_lm.errors import TrainingDiverged
 from open_lm.evaluate.validation import ValidationResult
 from open_lm.progress import Progress, progress
+from open_lm.report.rows import TOKENS, read_rows
 from open_lm.run.watchdog import LEEWAY, Watchdog
 from open_lm.tracking.devices import peak_flops
 from open_lm.tracking.meter import Meter, peak_memory_gib
-from open_lm.tracking.sink import Sink, TableSink
+from open_lm.tracking.sink import Resumed, RewindingSink, Sink, TableSink
 from open_lm.train.state import TrainState
 from open_lm.train.step import StepReport
 from open_lm.train.timing import Timing
@@ -77,13 +78,13 @@ class Recorder:
             "train/grad_norm": grad_norm,
             **({"train/loss_scale": scale} if scale is not None else {}),
             "train/lr": lr,
-            "train/tokens": state.tokens,
+            TOKENS: state.tokens,
             **self._meter.rates(seconds),
             "train/batch_time": seconds,
             **times,
             "train/peak_memory_gib": peak_memory_gib(self._world.device),
         }
-        self.log(state.step, metrics)
+        self.log(state, metrics)
         self._say(state.step, metrics)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)) or (scale is not None and scale < MIN_LOSS_SCALE):
             raise TrainingDiverged(
@@ -100,7 +101,7 @@ class Recorder:
             metrics["train/peak_memory_gib"], text.duration((self._total_steps - step) * metrics["train/batch_time"]),
         )  # fmt: skip
 
-    def write_validation(self, step: int, results: Sequence[ValidationResult]) -> None:
+    def write_validation(self, state: TrainState, results: Sequence[ValidationResult]) -> None:
         """Write the validation losses: `valid/loss` of the first set, `valid/NAME/loss` of each further one."""
         metrics: dict[str, float] = {}
         for index, result in enumerate(results):
@@ -115,25 +116,33 @@ class Recorder:
                 "" if bits is None else f" | {bits:.4f} bits per byte", text.count(result.sequences),
                 text.count(result.tokens),
             )  # fmt: skip
-        self.log(step, metrics)
+        self.log(state, metrics)
 
-    def write_scores(self, step: int, scores: Mapping[str, float]) -> None:
+    def write_scores(self, state: TrainState, scores: Mapping[str, float]) -> None:
         """Write the scores on tasks, each as `icl/TASK/METRIC`."""
         logging.info("tasks | %s", " | ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-        self.log(step, {f"icl/{name}": value for name, value in scores.items()})
+        self.log(state, {f"icl/{name}": value for name, value in scores.items()})
 
-    def rewind(self, step: int) -> None:
-        """Forget what was written of later steps."""
+    def rewind(self, state: TrainState, metrics_path: str) -> None:
+        """Forget what was written of later tokens, which this run measures again; `metrics_path` holds all of it."""
+        if not self._sinks or not os.path.exists(metrics_path):
+            return
+        rows = [
+            row for row in read_rows(metrics_path, state.tokens_per_step) if row.step and row.tokens <= state.tokens
+        ]
+        last = max(rows, key=lambda row: row.tokens, default=None)
+        before = round(state.tokens * last.step / last.tokens) if last and last.tokens else state.step
         for sink in self._sinks:
-            sink.rewind(step)
+            if isinstance(sink, RewindingSink):
+                sink.rewind(Resumed(state.step, state.tokens, before))
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Give `metrics` to every sink, each at once; a sink that cannot write does not end the run."""
+    def log(self, state: TrainState, metrics: Mapping[str, float]) -> None:
+        """Give `metrics` and the tokens trained on to every sink; one that cannot write does not end the run."""
         for sink in self._sinks:
             try:
-                sink.log(step, metrics)
+                sink.log(state.step, {**metrics, TOKENS: state.tokens})
             except OSError as error:
-                logging.warning("%s could not write step %d: %s", type(sink).__name__, step, error)
+                logging.warning("%s could not write step %d: %s", type(sink).__name__, state.step, error)
 
     def log_table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Give rows of text and figures to the sinks that show tables."""

@@ -71,8 +71,7 @@ class Run:
 
     def _before_training(self, state: TrainState) -> None:
         """Work before the first step: evaluations and a checkpoint of step 0; a resumed run drops later figures."""
-        if state.step > 0:
-            self.recorder.rewind(state.step)
+        self.recorder.rewind(state, os.path.join(self.folder, "metrics.jsonl"))
         self._save_clock.restart()
         if state.step == 0:
             self.evaluations.before_training(state)
@@ -116,7 +115,7 @@ class Run:
         every = self.config.optimizer.log_avg_model_training_loss
         if every and state.step % every == 0:
             losses = self.recorder.untimed(lambda: average_losses(state, batch, accum=self.config.train.accum_freq))
-            self.recorder.log(state.step, {f"train/{name}_loss": loss for name, loss in losses.items()})
+            self.recorder.log(state, {f"train/{name}_loss": loss for name, loss in losses.items()})
 
     def validate_if_due(self, state: TrainState) -> None:
         """Measure validation loss and scores at ends of intervals, or every --val-every-steps, --icl-every-steps."""

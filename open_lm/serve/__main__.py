@@ -57,7 +57,7 @@ def require_packages() -> None:
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f'openlm serve needs {error.name}: pip install "open_lm[serve]".') from error
+        raise ConfigError(f"openlm serve needs {error.name}: pip install fastapi uvicorn") from error
 
 
 def _listening(config: ServeConfig) -> socket.socket:

@@ -71,6 +71,20 @@ def parent(url: str) -> str:
     return url.rstrip("/").rpartition("/")[0] if is_remote(url) else str(local_path(url).parent)
 
 
+def found_near(named: str, place: str) -> str:
+    """A path that a run or manifest stored, relative to the working folder of that time: looked for here, then in all
+    folders above `place`, one of which is usually that folder. As it is where it is in none.
+
+    Of a pattern (`{000..007}.tar`, `*.npy`) the folder counts.
+    """
+    fixed = named[: min((named.index(c) for c in "*?[{" if c in named), default=len(named))]
+    known = fixed if fixed == named else f"{os.path.dirname(fixed)}/"
+    if is_remote(named) or is_remote(place) or local_path(known or ".").exists():
+        return named
+    above = local_path(place).absolute().parents
+    return next((str(folder / named) for folder in above if (folder / known).exists()), named)
+
+
 def open_read(url: str) -> IO[bytes]:
     """Open `url` for reading bytes. A remote file is read in ranges; a failed one is asked for again where it broke.
 

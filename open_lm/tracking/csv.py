@@ -9,11 +9,15 @@ import os
 from collections.abc import Mapping
 
 from open_lm import storage
-from open_lm.tracking.sink import RunFacts
+from open_lm.report.rows import TOKENS, Counted, tokens_at
+from open_lm.tracking.sink import Resumed, RunFacts
 
 
 class CsvSink:
-    """`metrics.csv`: a column for each metric, empty where a step has none of it. A resumed run goes on."""
+    """`metrics.csv`: a column for each metric, empty where a step has none of it. A resumed run goes on.
+
+    A row is of one step and its tokens: after a change of the batch the number of a step comes again.
+    """
 
     def __init__(self, run: RunFacts):
         self._path = os.path.join(run.folder, "metrics.csv")
@@ -21,15 +25,18 @@ class CsvSink:
         self._columns = list(dict.fromkeys(["step", *(name for row in self._rows.values() for name in row)]))
         self._write_all()
 
-    def rewind(self, step: int) -> None:
-        """Drop the rows of steps after `step`."""
+    def rewind(self, to: Resumed) -> None:
+        """Drop the rows of what was measured later."""
         self._file.close()
-        self._rows = {number: row for number, row in self._rows.items() if number <= step}
+        places = tokens_at(list(self._rows), to.batch_before)
+        kept = zip(self._rows.items(), places, strict=True)
+        self._rows = {key: row for (key, row), tokens in kept if not to.forgets(tokens)}
         self._write_all()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        known = step in self._rows
-        row = self._rows.setdefault(step, {"step": str(step)})
+        key = (step, metrics.get(TOKENS))
+        known = key in self._rows
+        row = self._rows.setdefault(key, {"step": str(step)})
         row |= {name: repr(value) if math.isfinite(value) else "" for name, value in metrics.items()}
         new = [name for name in row if name not in self._columns]
         self._columns += new
@@ -54,10 +61,11 @@ def _lines(columns: list[str], rows: list[dict[str, str]]) -> str:
     return text.getvalue()
 
 
-def _read(path: str) -> dict[int, dict[str, str]]:
-    """The rows of an earlier start, by step; a last line that was cut off is left out."""
+def _read(path: str) -> dict[Counted, dict[str, str]]:
+    """The rows of an earlier start, by step and tokens; a last line that was cut off is left out."""
     if not os.path.exists(path):
         return {}
     with open(path, newline="") as file:
-        whole = (row for row in csv.DictReader(file) if None not in row.values() and (row.get("step") or "").isdigit())
-        return {int(row["step"]): {name: value for name, value in row.items() if value} for row in whole}
+        whole = [row for row in csv.DictReader(file) if None not in row.values() and (row.get("step") or "").isdigit()]
+    rows = [{name: value for name, value in row.items() if value} for row in whole]
+    return {(int(row["step"]), float(row[TOKENS]) if TOKENS in row else None): row for row in rows}

@@ -19,6 +19,30 @@ class RunFacts:
     tracking: TrackingConfig
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """The point a run goes on from: its step, the tokens trained by then, and the step as what was written before
+    counts it, which is another after a change of the batch."""
+
+    step: int
+    tokens: int
+    step_before: int
+
+    @property
+    def counts_otherwise(self) -> bool:
+        """Whether a step has another number of tokens from here on."""
+        return self.step != self.step_before
+
+    @property
+    def batch_before(self) -> float:
+        """Tokens of a step before that point."""
+        return self.tokens / self.step_before if self.step_before else 1.0
+
+    def forgets(self, tokens: float) -> bool:
+        """Whether what was measured after so many tokens comes later, so that the run measures it again."""
+        return tokens > self.tokens + 0.5  # a place that was worked out may be a fraction
+
+
 class Sink(Protocol):
     """One way to write metrics down; made with the facts of the run."""
 
@@ -28,12 +52,17 @@ class Sink(Protocol):
         """Write the metrics of `step`, all at once."""
         ...
 
-    def rewind(self, step: int) -> None:
-        """Forget what comes after `step`, where that can be done: the run goes on from there."""
-        ...
-
     def close(self) -> None:
         """Write whatever is still held back."""
+        ...
+
+
+@runtime_checkable
+class RewindingSink(Protocol):
+    """A sink that can forget what a run measures again when it goes on from an earlier checkpoint."""
+
+    def rewind(self, to: Resumed) -> None:
+        """Forget what was measured after that point, and nothing else."""
         ...
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from open_lm.errors import ConfigError
-from open_lm.tracking.sink import RunFacts
+from open_lm.tracking.sink import Resumed, RunFacts
 
 
 class TensorboardSink:
@@ -19,12 +19,24 @@ class TensorboardSink:
         except ImportError as error:
             raise ConfigError("--report-to tensorboard: the package is missing. pip install tensorboard") from error
         self._folder, self._make = os.path.join(run.folder, "tensorboard"), SummaryWriter
-        self._writer = SummaryWriter(self._folder)
+        self._part = 1
+        while os.path.isdir(os.path.join(self._folder, f"part_{self._part + 1}")):
+            self._part += 1
+        self._writer = self._make(self._path)
 
-    def rewind(self, step: int) -> None:
-        """TensorBoard hides what was written for later steps."""
+    @property
+    def _path(self) -> str:
+        """The folder of the part at work: a change of the batch begins another, since TensorBoard draws over steps."""
+        return self._folder if self._part == 1 else os.path.join(self._folder, f"part_{self._part}")
+
+    def rewind(self, to: Resumed) -> None:
+        """TensorBoard hides what was measured later."""
         self._writer.close()
-        self._writer = self._make(self._folder, purge_step=step + 1)
+        self._writer = self._make(self._path, purge_step=to.step_before + 1)
+        if to.counts_otherwise:
+            self._writer.close()
+            self._part += 1
+            self._writer = self._make(self._path)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():

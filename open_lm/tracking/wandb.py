@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from open_lm.errors import ConfigError
-from open_lm.tracking.sink import RunFacts
+from open_lm.tracking.sink import Resumed, RunFacts
 
 
 class WandbSink:
@@ -39,10 +39,16 @@ class WandbSink:
         )
         id_file.write_text(self._run.id)
         self._table = wandb.Table
+        self._shift_file = Path(run.folder, "wandb_shift.txt")
+        self._shift = int(self._shift_file.read_text()) if self._shift_file.exists() else 0
         self._step, self._pending = 0, dict[str, Any]()
 
-    def rewind(self, step: int) -> None:
-        """Nothing to do: Weights & Biases skips steps that it has already."""
+    def rewind(self, to: Resumed) -> None:
+        """Weights & Biases skips steps that it has already: where a larger batch counts them from lower numbers again,
+        they go on there from where they were."""
+        if to.counts_otherwise:
+            self._shift += max(0, to.step_before - to.step)
+            self._shift_file.write_text(str(self._shift))
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         if step != self._step:
@@ -56,7 +62,7 @@ class WandbSink:
 
     def _send(self) -> None:
         if self._pending:
-            self._run.log(self._pending, step=self._step)
+            self._run.log(self._pending, step=self._step + self._shift)
         self._pending = {}
 
     def close(self) -> None:

@@ -53,7 +53,7 @@ def _torchao(recipe: str) -> Any:
     try:
         import torchao.float8
     except ImportError as error:
-        raise ConfigError(f"--float8 {recipe} needs torchao: pip install 'open_lm[float8]'. ({error})") from error
+        raise ConfigError(f"--float8 {recipe} needs torchao ({error}): pip install 'torchao>=0.17,<0.20'") from error
     return torchao.float8
 
 

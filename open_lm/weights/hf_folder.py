@@ -37,6 +37,10 @@ def from_transformers(folder: Path) -> tuple[ModelConfig | None, dict[str, Tenso
     Raises:
         CheckpointError: the folder is damaged, or the model has something that our architectures do not; named.
     """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder}: no config.json in it. Give a folder that holds a model as transformers writes it."
+        )
     values = _read_json(folder / "config.json")
     stored: dict[str, Tensor] = {}
     for file in weight_files(folder):

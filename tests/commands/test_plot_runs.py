@@ -7,6 +7,7 @@ import pytest
 from runs import ROOT, folder_of, run, write_data
 
 from open_lm.commands.plot import placed
+from open_lm.report.rows import Row, tokens_at
 
 
 def plot(*arguments, cwd):
@@ -38,10 +39,16 @@ def test_two_runs_in_one_picture(tmp_path):
 
 
 def test_every_validation_is_drawn_also_at_steps_without_a_train_row():
-    tokens = {10: 1000, 20: 2000, 30: 3000}
-    validated = {5: 3.0, 10: 2.5, 15: 2.4, 30: 2.0, 32: 1.9}
-    assert placed(validated, tokens, "tokens") == ([500, 1000, 1500, 3000, 3200], [3.0, 2.5, 2.4, 2.0, 1.9])
-    assert placed(validated, tokens, "steps") == ([5, 10, 15, 30, 32], [3.0, 2.5, 2.4, 2.0, 1.9])
+    counted = [(5, None), (10, 1000), (10, None), (15, None), (20, 2000), (30, 3000), (32, None)]
+    rows = [Row(step, at, {"m": step / 8}) for (step, _), at in zip(counted, tokens_at(counted), strict=True)]
+    values = [5 / 8, 10 / 8, 15 / 8, 20 / 8, 30 / 8, 32 / 8]
+    assert placed(rows, "m", "tokens") == ([500, 1000, 1500, 2000, 3000, 3200], values)
+    assert placed(rows, "m", "steps") == ([5, 10, 15, 20, 30, 32], values)
+
+
+def test_old_rows_without_tokens_stand_between_their_neighbours_when_the_batch_changed():
+    """Twenty steps of 2 tokens, counted as 80 of half a token from there on."""
+    assert tokens_at([(10, 20), (20, 40), (20, None), (84, None), (88, 44)]) == [20, 40, 40, 42, 44]
 
 
 def test_what_is_no_run_is_said_by_name(tmp_path):

@@ -11,6 +11,7 @@ from open_lm.commands import report
 from open_lm.errors import ConfigError, DataError
 from open_lm.evaluate.records import CheckpointRecords, Record, Results
 from open_lm.report.charts import Rule, Series, line_chart, ticks
+from open_lm.report.compare import read_metric
 from open_lm.report.facts import read_run, smoothed
 
 
@@ -59,7 +60,7 @@ def test_facts_are_read_in_order_and_a_step_logged_twice_counts_as_last_logged(r
     facts = read_run(str(run))
     assert facts.over_tokens("train/loss") == [(100, 4.0), (200, 3.0), (400, 2.0)]
     assert facts.over_tokens("valid/loss") == [(200, 3.25), (400, 2.125)]
-    assert (facts.name, facts.vocab_size, facts.checkpoint_steps) == ("tiny", 64, (2, 4))
+    assert (facts.name, facts.vocab_size, facts.checkpoints, facts.steps) == ("tiny", 64, (200, 400), 4)
     assert facts.uniform_loss == pytest.approx(4.1588831)
 
 
@@ -196,7 +197,7 @@ def test_what_is_missing_or_damaged_is_named(run, tmp_path, flags, error, said):
 
 def test_a_damaged_line_of_metrics_is_named(run):
     with open(run / "metrics.jsonl", "a") as file:
-        file.write('{"step": 5, "train/lo')
+        file.write('{"step": 5, "train/lo\n{"step": 6}\n')
     with pytest.raises(DataError, match=r"metrics.jsonl:7"):
         read_run(str(run))
 
@@ -252,3 +253,18 @@ def test_a_value_under_the_mouse_that_was_measured_elsewhere_says_where():
     lines = [Series("loss", [(x, 9 - x) for x in range(6)], "train"), Series("valid", [(5, 4.5)], "run1", dots=True)]
     chart = line_chart(lines, label="", x_name="tokens", write_x="{:.0f}".format, write_y="{:.1f}".format)
     assert "valid 4.5 (at 5 tokens)<" in chart and "valid 4.5<" in chart and "loss 9.0<" in chart
+
+
+def test_a_last_line_that_is_being_written_waits_for_its_end(run, tmp_path):
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "train/lo')
+    assert read_run(str(run)).steps == 4
+    assert read_metric(run, "train/loss") == {1: 4.0, 2: 3.0, 4: 2.0}
+
+
+def test_a_loss_beyond_every_perplexity_has_a_page(run, tmp_path):
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "valid/loss": 900.0, "train/tokens": 500}\n')
+    for runs in ([run], [run, run]):
+        report.main(["--run", *map(str, runs), "--output", str(tmp_path / "page.html")])
+        assert "∞" in Page((tmp_path / "page.html").read_text()).text

@@ -9,7 +9,7 @@ import yaml
 from open_lm.errors import ConfigError
 from open_lm.tracking.config import SINKS, TrackingConfig
 from open_lm.tracking.csv import CsvSink
-from open_lm.tracking.sink import RunFacts, TableSink, open_sinks
+from open_lm.tracking.sink import Resumed, RunFacts, TableSink, open_sinks
 
 
 def facts(folder, report_to):
@@ -35,7 +35,7 @@ def test_metrics_csv_has_a_row_a_step_and_a_column_a_metric_however_they_came(tm
     with open(tmp_path / "metrics.csv", "a") as file:
         file.write("4,0.")  # a kill in the middle of a line
     sink = CsvSink(facts(tmp_path, ""))
-    sink.rewind(2)
+    sink.rewind(Resumed(2, 200, 2))
     sink.log(3, {"train/loss": 1.5})
     sink.close()
     with open(tmp_path / "metrics.csv", newline="") as file:
@@ -45,6 +45,25 @@ def test_metrics_csv_has_a_row_a_step_and_a_column_a_metric_however_they_came(tm
         {"step": "2", "train/loss": "0.30000000000000004", "valid/loss": "3.0"},
         {"step": "3", "train/loss": "1.5", "valid/loss": ""},
     ]
+
+
+def test_a_resumed_run_drops_what_it_measures_again_by_tokens_and_nothing_else(tmp_path):
+    """Steps 1 to 6 of 100 tokens, the last validation of an older program without its tokens; resumed after 400 tokens
+    as step 2, since a step now has 200."""
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": k, "train/loss": 1.0 / k, "train/tokens": 100 * k} for k in range(1, 7)]
+    rows.insert(4, {"step": 4, "valid/loss": 0.5})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 7, "trai')
+    sinks = open_sinks(facts(tmp_path, ""))
+    for sink in sinks:
+        sink.log(5, {"train/loss": 9.0, "train/tokens": 500})
+        sink.rewind(Resumed(2, 400, 4))
+        sink.log(3, {"train/loss": 0.125, "train/tokens": 600})
+        sink.close()
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    assert kept == [*rows[:5], {"step": 3, "train/loss": 0.125, "train/tokens": 600}]
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        assert [row["train/tokens"] for row in csv.DictReader(file)] == ["600"]
 
 
 def test_tensorboard_events_read_back(tmp_path):

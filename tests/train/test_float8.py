@@ -23,7 +23,7 @@ from open_lm.train.init_model import build_wrapped
 from open_lm.train.parallel import blocks
 from open_lm.train.tasks import NextToken
 
-pytest.importorskip("torchao", reason="torchao is not installed: pip install 'open_lm[float8]'")
+pytest.importorskip("torchao", reason="torchao is not installed: pip install '.[float8]'")
 CPU = torch.device("cpu")
 MODEL = {"hidden_dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "seq_len": 16, "vocab_size": 32, "ffn_dim": 96}
 

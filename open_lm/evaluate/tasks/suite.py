@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -22,6 +23,7 @@ READ = ("icl_tasks", "eval_gauntlet", "max_seq_len", "device_eval_batch_size", "
 UNSUPPORTED = ("code_evaluation",)
 """LLM Foundry's types that are skipped by name: they run what the model has written."""
 
+FOUNDRY_DATA = ("eval/local_data/", "local_data/")
 READ_AS_WELL = ("icl_subset_num_batches",)
 INSTEAD = {
     "fsdp_config": "every rank holds the whole model and asks its share of the questions; --fsdp shards it",
@@ -121,10 +123,14 @@ def require_data(suite: Suite) -> None:
     missing = {task.label: task.dataset_uri for task in suite.tasks if not storage.exists(task.data_path)}
     if missing:
         listed = ", ".join(f"{label} ({uri})" for label, uri in missing.items())
-        raise ConfigError(
-            f"{suite.origin}: no data for {listed}. "
-            f"Run `openlm download tasks --eval-yaml {suite.path}`, or correct dataset_uri."
-        )
+        fetch = f"Run `openlm download tasks --eval-yaml {suite.path}`, or correct dataset_uri."
+        advice = fetch if any(map(foundry_name, missing.values())) else "Correct dataset_uri, or put the files there."
+        raise ConfigError(f"{suite.origin}: no data for {listed}. {advice}")
+
+
+def foundry_name(uri: str) -> str | None:
+    """The name of a task's file in LLM Foundry's local_data, which can be downloaded; None for any other file."""
+    return next((uri.removeprefix(prefix) for prefix in FOUNDRY_DATA if uri.startswith(prefix)), None)
 
 
 def suite_path(name: str) -> str:
@@ -136,11 +142,12 @@ def suite_path(name: str) -> str:
 
 
 def data_path(uri: str, yaml_path: str) -> str:
-    """The path of a task's file: as written, from the working folder, the YAML's folder or the repository."""
+    """The path of a task's file: as written, from the working folder, the YAML's folder, the repository or the suites
+    of the package, so that a copy of one of these YAMLs finds its samples."""
     if storage.is_remote(uri) or os.path.isabs(os.path.expanduser(uri)):
         return uri
     here = Path.cwd()
-    for folder in (here, Path(yaml_path).resolve().parent, REPOSITORY, here / "eval", REPOSITORY / "eval"):
+    for folder in (here, Path(yaml_path).resolve().parent, REPOSITORY, here / "eval", REPOSITORY / "eval", SUITES):
         if (folder / uri).exists():
             return str(folder / uri)
     return uri
@@ -149,6 +156,10 @@ def data_path(uri: str, yaml_path: str) -> str:
 def _read_yaml(path: str, origin: str) -> dict[str, Any]:
     import yaml
 
+    if not os.path.exists(path):
+        ours = [path.stem for path in sorted(SUITES.glob("*.yaml"))]
+        near = difflib.get_close_matches(path, ours, n=1) or [", ".join(ours)]
+        raise ConfigError(f"{origin} {path}: no such file. Give a YAML with icl_tasks, or a suite: {near[0]}.")
     try:
         loaded = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

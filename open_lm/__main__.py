@@ -23,7 +23,7 @@ COMMANDS = {
         ),
         "prepare-ray": ("open_lm.commands.prepare_ray", "Text to shards on a Ray cluster."),
         "tokenizer": ("open_lm.commands.tokenizer", "Train a tokenizer."),
-        "download": ("open_lm.commands.download", "Benchmark files, data sets of the Hub, Wikipedia."),
+        "download": ("open_lm.commands.download", "Models and data sets of the Hub, benchmark files, Wikipedia."),
         "corpus": ("open_lm.commands.corpus", "Collect text that this machine has already."),
         "inspect": ("open_lm.data.inspect", "Show and verify shards; the samples of a training step."),
         "manifest": ("open_lm.utils.make_wds_manifest", "Write the manifest of a folder of shards."),

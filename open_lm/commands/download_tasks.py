@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
 
 
 def _needed(eval_yaml: str) -> list[str]:
-    """The files of LLM Foundry's local_data that a YAML's tasks read; what is said of every other file.
+    """The files of LLM Foundry's local_data that a YAML's tasks read; a line is printed for every other file.
 
     Raises:
         ConfigError: a file is none of these, and not there.

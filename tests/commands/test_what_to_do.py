@@ -18,16 +18,16 @@ from open_lm.weights.hf_folder import from_transformers
 
 def test_a_folder_for_a_manifest_is_answered_with_the_manifest_in_it(tmp_path):
     manifest = write_data(tmp_path / "data", (4,))
-    with pytest.raises(ConfigError, match=f"--dataset-manifest {tmp_path}/data: is a folder. Give {manifest}."):
+    with pytest.raises(ConfigError, match=rf"--dataset-manifest {tmp_path}/data: is a folder. Give {manifest}."):
         open_sources(DataConfig(dataset_manifest=(str(tmp_path / "data"),)))
-    with pytest.raises(ConfigError, match="--dataset-manifest none.jsonl: no such file. Make it with"):
+    with pytest.raises(ConfigError, match=r"--dataset-manifest none.jsonl: no such file. Make it with"):
         open_sources(DataConfig(dataset_manifest=("none.jsonl",)))
 
 
 def test_a_mistyped_suite_is_answered_with_the_nearest_or_all(tmp_path):
-    with pytest.raises(ConfigError, match="--eval-yaml quikstart: no such file.* or a suite: quickstart"):
+    with pytest.raises(ConfigError, match=r"--eval-yaml quikstart: no such file.* or a suite: quickstart"):
         read_suite("quikstart")
-    with pytest.raises(ConfigError, match="no such file.*dclm_core, .*light"):
+    with pytest.raises(ConfigError, match=r"no such file.*dclm_core, .*light"):
         read_suite(str(tmp_path / "x.yaml"))
 
 
@@ -49,15 +49,15 @@ def test_a_copied_task_file_finds_the_samples_of_the_package(tmp_path, monkeypat
 def test_openlms_paths_of_model_files_name_models_where_the_link_is_not_there():
     named = resolve_architecture(ModelFlags(model="open_lm_test_tiny"))
     assert resolve_architecture(ModelFlags(model="../nowhere/model_configs/open_lm_test_tiny.json")) == named
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(ConfigError, match=r"no such file"):
         resolve_architecture(ModelFlags(model="../nowhere/model_configs/none.json"))
 
 
 def test_files_of_another_kind_are_named_with_what_is_needed(tmp_path):
-    with pytest.raises(CheckpointError, match=f"{tmp_path}: no config.json in it. Give a folder"):
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}: no config.json in it. Give a folder"):
         from_transformers(tmp_path)
-    with pytest.raises(DataError, match="not a results.json of `openlm evaluate`.*Give another"):
+    with pytest.raises(DataError, match=r"not a results.json of `openlm evaluate`.*Give another"):
         read_results(str(ROOT / "open_lm/model/configs/open_lm_test_tiny.json"))
     (tmp_path / "w.pt").write_bytes(b"")
-    with pytest.raises(ConfigError, match="is one file of weights already: use or copy it"):
+    with pytest.raises(ConfigError, match=r"is one file of weights already: use or copy it"):
         consolidate.main([str(tmp_path / "w.pt"), "--out", str(tmp_path / "x.pt")])

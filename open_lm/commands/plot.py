@@ -12,7 +12,7 @@ from open_lm.errors import ConfigError
 from open_lm.flags import Parser, add_group, flag, read_group
 from open_lm.report.compare import metrics_file
 from open_lm.report.facts import distinct_names, validation_sets
-from open_lm.report.rows import Row, read_rows
+from open_lm.report.rows import LoggedRow, read_rows
 
 PANELS = {"loss": "train/loss", "learning rate": "train/lr", "tokens per second": "train/tokens_per_second"}
 """Title: the metric drawn as a line."""
@@ -82,7 +82,9 @@ def draw(runs: Sequence[str], config: PlotConfig) -> None:
     pyplot.close(figure)
 
 
-def draw_validation(panel: Any, rows: Sequence[Row], path: str, x: str, colour: str, markers: dict[str, str]) -> None:
+def draw_validation(
+    panel: Any, rows: Sequence[LoggedRow], path: str, x: str, colour: str, markers: dict[str, str]
+) -> None:
     """Draw each validation loss of a run; `markers` holds the mark of each set and gets those of new ones."""
     metrics = list(dict.fromkeys(name for row in rows for name in row.values))
     for metric, name in validation_sets(metrics, str(Path(metrics_file(path)).parent)).items():
@@ -96,7 +98,7 @@ def smoothed(values: Sequence[float], n: int) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def placed(rows: Sequence[Row], metric: str, x: str) -> tuple[list[float], list[float]]:
+def placed(rows: Sequence[LoggedRow], metric: str, x: str) -> tuple[list[float], list[float]]:
     """All measured values of `metric`, in order of the tokens trained, against steps or tokens; what was logged twice
     counts as last logged."""
     points = {row.tokens: (row.step, row.values[metric]) for row in rows if metric in row.values}

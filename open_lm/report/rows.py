@@ -17,7 +17,7 @@ Counted = tuple[int, float | None]
 
 
 @dataclass(frozen=True)
-class Row:
+class LoggedRow:
     """The figures logged at once: the step as the run counted it then, and the tokens trained on until then."""
 
     step: int
@@ -25,7 +25,7 @@ class Row:
     values: Mapping[str, float]
 
 
-def read_rows(path: str, batch: float = 1.0) -> list[Row]:
+def read_rows(path: str, batch: float = 1.0) -> list[LoggedRow]:
     """The rows of a metrics.jsonl; what is no number, such as a loss of NaN, is not among the values. `batch` as for
     `tokens_at`.
 
@@ -35,7 +35,7 @@ def read_rows(path: str, batch: float = 1.0) -> list[Row]:
     rows = read_json_lines(path, needed=("step",))
     places = tokens_at([(row["step"], row.get(TOKENS)) for row in rows], batch)
     return [
-        Row(row["step"], place, {k: v for k, v in row.items() if k != "step" and isinstance(v, int | float)})
+        LoggedRow(row["step"], place, {k: v for k, v in row.items() if k != "step" and isinstance(v, int | float)})
         for row, place in zip(rows, places, strict=True)
     ]
 

@@ -7,7 +7,7 @@ import pytest
 from runs import ROOT, folder_of, run, write_data
 
 from open_lm.commands.plot import placed
-from open_lm.report.rows import Row, tokens_at
+from open_lm.report.rows import LoggedRow, tokens_at
 
 
 def plot(*arguments, cwd):
@@ -40,7 +40,7 @@ def test_two_runs_in_one_picture(tmp_path):
 
 def test_every_validation_is_drawn_also_at_steps_without_a_train_row():
     counted = [(5, None), (10, 1000), (10, None), (15, None), (20, 2000), (30, 3000), (32, None)]
-    rows = [Row(step, at, {"m": step / 8}) for (step, _), at in zip(counted, tokens_at(counted), strict=True)]
+    rows = [LoggedRow(step, at, {"m": step / 8}) for (step, _), at in zip(counted, tokens_at(counted), strict=True)]
     values = [5 / 8, 10 / 8, 15 / 8, 20 / 8, 30 / 8, 32 / 8]
     assert placed(rows, "m", "tokens") == ([500, 1000, 1500, 2000, 3000, 3200], values)
     assert placed(rows, "m", "steps") == ([5, 10, 15, 20, 30, 32], values)

@@ -132,6 +132,20 @@ def test_another_machines_checkpoint_of_the_same_label_is_read_where_it_is(tmp_p
     assert {path.name: path.read_bytes() for path in here.glob("*.pt")} == before
 
 
+def test_a_machine_that_still_holds_what_another_has_left_goes_on_with_the_new_branch(tmp_path):
+    here, there, other = (tmp_path / name / "checkpoints" for name in ("run", "copy", "other"))
+    saved(here, "123")
+    RemoteSync(str(tmp_path / "run"), str(tmp_path / "copy"), 300).sync()
+    checkpoints = make_checkpoints(other, async_save=False, resume=str(there / "epoch_1.pt"))
+    checkpoints.copy = str(there)
+    state = make_state()
+    restore(checkpoints, state, NoData())
+    take_steps(state, 1)
+    assert checkpoints.save(state, NoData(), label="1-step2", stats=STATS)
+    RemoteSync(str(tmp_path / "other"), str(tmp_path / "copy"), 300).sync()
+    assert resumed(here, there) == 2 and state_of(here)[0] == [2, 3, 2, 1]  # of the new branch first
+
+
 # By name
 
 

@@ -183,7 +183,7 @@ PLANTED = [
         ("(n_there > n_here if", "(theirs_are_ahead if"),
         ('if os.path.isabs(name) or ".." in Path(name).parts:', "if False:"),
     ),
-    *_of(f"{CHECKPOINT}/latest.py", OWNERSHIP, ("(-one.commit.branch, -one.commit.step)", "(-one.commit.step, -one.commit.branch)")),
+    *_of(f"{CHECKPOINT}/latest.py", "tests/checkpoint/test_latest.py", ("(-one.commit.branch, -one.commit.step)", "(-one.commit.step, -one.commit.branch)")),
     *_of(
         f"{CHECKPOINT}/retention.py",
         "tests/checkpoint/test_deletion.py",

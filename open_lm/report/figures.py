@@ -110,25 +110,35 @@ def _shown(value: float | None, form: str) -> str:
 
 def loss_figure(runs: Sequence[RunSummary]) -> str:
     """Training and validation loss over tokens; every validation is a dot."""
-    series = [one for k, run in enumerate(runs) for one in _losses(run, k, is_alone=len(runs) == 1)]
+    sets = list(dict.fromkeys(name for run in runs for name in run.validation.values()))
+    series = [one for k, run in enumerate(runs) for one in _losses(run, k, None if len(runs) == 1 else sets[:1])]
     chart = line_chart(
         series, label=f"Loss over {_x_name(runs)}", x_name=_x_name(runs), write_x=text.count,
         write_y=lambda y: f"{y:.3f}", rules=_rules(runs),
     )  # fmt: skip
-    keys = [(one.style, one.name) for one in series if one.points and not one.style.endswith("dotted")]
+    keys = [(one.style, one.name) for one in series if one.points and "dotted" not in one.style]
     others = dict.fromkeys(run.task for run in runs if run.task not in PREDICTING)
     title = f"Loss of {', '.join(others)}" if others else "Loss, nats a token"
-    return page.figure(title + (" (dots: validation)" if len(runs) > 1 else ""), keys, chart)
+    return page.figure(title + (_marks(sets) if len(runs) > 1 else ""), keys, chart)
 
 
-def _losses(run: RunSummary, k: int, *, is_alone: bool) -> list[Series]:
-    """The lines of one run: its training loss and its loss on each validation set."""
+def _marks(sets: Sequence[str]) -> str:
+    """The marks of validation sets, as a title names them."""
+    if len(sets) < 2:
+        return " (dots: validation)"
+    first, *further = (short_name(name) or "a set without a name" for name in sets)
+    return f" (dots: validation on {first}; rings: on {', '.join(further)})"
+
+
+def _losses(run: RunSummary, k: int, dotted: Sequence[str] | None) -> list[Series]:
+    """The lines of one run: its training loss and its loss on each validation set. Of several runs a set that is not
+    `dotted` has rings."""
     raw = run.over_tokens("train/loss")
     lines = smoothed(raw, max(len(raw) // 20, 1))
     sets = [
         (f"validation{f' on {short_name(name)}' if name else ''}", metric) for metric, name in run.validation.items()
     ]
-    if is_alone:
+    if dotted is None:
         styles = ("held-out", "third", "run3", "run4", "run5")
         validated = [(name, metric, styles[n % len(styles)]) for n, (name, metric) in enumerate(sets)]
         drawn = [
@@ -136,7 +146,8 @@ def _losses(run: RunSummary, k: int, *, is_alone: bool) -> list[Series]:
             Series("training, smoothed", lines, "train"),
         ]
     else:
-        validated = [(f"{run.name}, {name}", metric, f"run{k} dotted") for name, metric in sets]
+        rings = {metric: "" if name in dotted else " ring" for metric, name in run.validation.items()}
+        validated = [(f"{run.name}, {name}", metric, f"run{k} dotted{rings[metric]}") for name, metric in sets]
         drawn = [Series(run.name, lines, f"run{k}")]
     return drawn + [Series(name, run.over_tokens(metric), style, dots=True) for name, metric, style in validated]
 

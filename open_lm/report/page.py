@@ -51,6 +51,7 @@ svg .tip rect { fill: var(--card); stroke: var(--line); } svg .tip text { fill: 
 RUN_COLOURS
 svg .line.held-out { stroke: var(--held-out); } svg .line.third { stroke: var(--third); }
 svg .dot { stroke: var(--card); stroke-width: 1.5; } svg .dot.held-out { fill: var(--held-out); }
+svg .dot.third { fill: var(--third); }
 .pair svg text { font-size: 15px; }
 .texts { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; align-items: start; } .texts pre { margin: 0; }
 .flow { display: flex; gap: 24px; flex-wrap: wrap; }
@@ -78,7 +79,8 @@ footer { margin-top: 48px; color: var(--soft); font-size: 13.5px; }
     "\n".join(
         f".key.run{k}::before {{ background: var(--run{k}); }} svg .line.run{k} {{ stroke: var(--run{k}); }} "
         f"svg .line.run{k}.dotted {{ stroke-width: 1; stroke-dasharray: 2 3; }} "
-        f"svg .dot.run{k} {{ fill: var(--run{k}); }}"
+        f"svg .dot.run{k} {{ fill: var(--run{k}); }} "
+        f"svg .dot.run{k}.ring {{ fill: var(--card); stroke: var(--run{k}); stroke-width: 2; }}"
         for k in range(N_COLOURS)
     ),
 )

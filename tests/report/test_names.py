@@ -51,6 +51,9 @@ def test_losses_on_different_sets_never_stand_in_one_column(tmp_path):
     columns = ("validation loss on held", "validation loss on seen")
     assert [[row[name] for name in columns] for row in shown] == [["3.5000", "4.5000"], ["–", "3.5000"]]
     assert "validated on different sets" in content
+    assert "(dots: validation on held; rings: on seen)" in content
+    dots = re.findall(r'<circle class="dot (run\d) dotted( ring)?"', content)
+    assert dots == [("run0", "")] * 2 + [("run0", " ring")] * 2 + [("run1", " ring")] * 2
     assert "different sets" not in page_of(tmp_path, first, first)
 
 

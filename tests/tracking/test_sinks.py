@@ -113,6 +113,24 @@ def test_wandb_is_called_once_a_step_with_all_of_it(tmp_path, monkeypatch):
     assert calls == [(1, {"train/loss": 2.0, "valid/loss": 3.0}), (2, {"train/loss": 1.0})]
 
 
+def test_on_wandb_the_steps_of_a_larger_batch_go_on_from_those_before(tmp_path, monkeypatch):
+    """There a step that is not above the last one would be thrown away: steps 19 and 20, then 6 and 7 of four times as
+    many tokens, through a restart."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    calls = []
+    monkeypatch.setattr(wandb.sdk.wandb_run.Run, "log", lambda run, data, step: calls.append(step))
+    for resumed, steps in ((None, (19, 20)), (Resumed(5, 4000, 20), (6,)), (Resumed(6, 4800, 6), (7,))):
+        *_, sink = open_sinks(facts(tmp_path, "wandb"))
+        if resumed:
+            sink.rewind(resumed)
+        for step in steps:
+            sink.log(step, {"train/loss": 1.0})
+        sink.close()
+    assert calls == [19, 20, 21, 22]
+
+
 def test_tables_reach_the_sinks_that_show_them(tmp_path, monkeypatch):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     wandb = pytest.importorskip("wandb")

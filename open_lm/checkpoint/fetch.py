@@ -79,7 +79,8 @@ def bring_back_logs(url: str, folder: str) -> None:
     if not theirs and not ours:
         return
     theirs_are_ahead = bool(theirs) and (not ours or _place(theirs[0]) > _place(ours[0]))
-    commits.in_parallel([partial(_bring_back, url, folder, name, theirs_are_ahead) for name in sorted(listed(url))])
+    sizes = _sizes(url, {safe(name) for name in listed(url)})
+    commits.in_parallel([partial(_bring_back, url, folder, name, n, theirs_are_ahead) for name, n in sizes.items()])
 
 
 def _place(commit: Commit) -> tuple[int, int]:
@@ -98,13 +99,21 @@ def listed(url: str) -> set[str]:
         return set()
 
 
-def _bring_back(url: str, folder: str, name: str, theirs_are_ahead: bool) -> None:
-    here, there = os.path.join(folder, safe(name)), storage.join(url, name)
-    n_there = storage.size_bytes(there) if storage.exists(there) else 0
+def _sizes(url: str, names: set[str]) -> dict[str, int]:
+    """The sizes of those of `names` that are at `url`, of a remote one in one request."""
+    there = storage.remote.listing(url) if storage.is_remote(url) else None
+    if there is not None:
+        return {name: there[name].size_bytes for name in names if name in there}
+    paths = {name: storage.join(url, name) for name in names}
+    return {name: storage.size_bytes(path) for name, path in paths.items() if storage.exists(path)}
+
+
+def _bring_back(url: str, folder: str, name: str, n_there: int, theirs_are_ahead: bool) -> None:
+    here, there = os.path.join(folder, name), storage.join(url, name)
     n_here = os.path.getsize(here) if os.path.exists(here) else 0
-    if n_there and (
-        not n_here or (n_there > n_here if _agree(here, there, min(n_here, n_there)) else theirs_are_ahead)
-    ):
+    if n_here == n_there:
+        return
+    if not n_here or (n_there > n_here if _agree(here, there, min(n_here, n_there)) else theirs_are_ahead):
         commits.copy(there, here)
 
 

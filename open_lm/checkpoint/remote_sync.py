@@ -117,10 +117,10 @@ class RemoteSync:
         except Exception as error:  # the thread lives as long as the run
             logging.warning("--remote-sync: %s It is tried again.", error, exc_info=not _is_expected(error))
             return True
-        for error in problems:
-            if str(error) not in known:
-                logging.warning("--remote-sync: %s It is tried again.", error)
-        return any(not isinstance(error, CheckpointError | FileNotFoundError) for error in problems)
+        for problem in problems:
+            if str(problem) not in known:
+                logging.warning("--remote-sync: %s It is tried again.", problem)
+        return any(not isinstance(problem, CheckpointError | FileNotFoundError) for problem in problems)
 
     def sync(self) -> None:
         """One pass: copy the checkpoints that stay for ever, the newest, the others and the logs; then delete there

@@ -83,7 +83,7 @@ ADAMW = Moments(2, 2)
 
 
 def moments_of(config: OptimizerConfig) -> Moments:
-    """What the optimizer of `config` keeps, seen after its step on a small model."""
+    """State that the optimizer of `config` keeps, seen after its step on a small model."""
     model = create_model(ModelConfig(hidden_dim=64, n_layers=1, n_heads=1, seq_len=8, vocab_size=64))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

@@ -15,12 +15,13 @@ from checkpoint.states import STATS, NoData, make_checkpoints, make_state, take_
 
 from open_lm import storage
 from open_lm.checkpoint import commit as commits
-from open_lm.checkpoint import processes, sharded, writing
+from open_lm.checkpoint import processes, sharded
 from open_lm.checkpoint.checksum import checksum_of, record_of
 from open_lm.checkpoint.commit import committed
 from open_lm.checkpoint.remote_sync import RemoteSync
 from open_lm.checkpoint.restore import restore
 from open_lm.checkpoint.retention import UNFINISHED, Retention
+from open_lm.errors import OpenLMError
 
 FORMATS = ("consolidated", "sharded")
 
@@ -210,12 +211,12 @@ def test_rank_0_checks_that_it_sees_the_shards_of_the_others(tmp_path, monkeypat
 
 def test_a_run_that_lost_its_folder_commits_nothing(tmp_path):
     def lost():
-        raise writing.OpenLMError("another run has taken over this folder")
+        raise OpenLMError("another run has taken over this folder")
 
     checkpoints = make_checkpoints(tmp_path, async_save=False)
     assert checkpoints.save(make_state(), NoData(), label="1", stats=STATS)
     target = replace(checkpoints._target, require_owner=lost)
-    with pytest.raises(writing.OpenLMError, match="taken over"):
+    with pytest.raises(OpenLMError, match="taken over"):
         target.commit(replace(_snapshot(checkpoints), label="2", step=2), {})
     assert [commit.label for commit in committed(str(tmp_path))] == ["1"]
 

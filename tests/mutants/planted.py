@@ -154,13 +154,26 @@ PLANTED = [
         f"{CHECKPOINT}/snapshot.py",
         "tests/commands/test_save_flags.py tests/checkpoint/test_async.py tests/checkpoint/test_sharded.py",
         ('                moments["step"].zero_()', "                pass"),
-        ("return staging.copy(name, whole) if staging is not None else whole.detach().cpu()", "return whole.detach().cpu()"),
+        ("partial(staging.copy, name) if staging is not None else _on_cpu", "_on_cpu"),
     ),
     *_of(
         f"{CHECKPOINT}/manager.py",
         "tests/checkpoint/test_async.py tests/faults/test_full_disks.py",
         ("MAX_FAILED_SAVES = 3", "MAX_FAILED_SAVES = 300"),
         ("self._failed_saves + 1 if self.problem else 0", "self._failed_saves + bool(self.problem)"),
+    ),
+    *_of("open_lm/train/step.py", "tests/checkpoint/test_async.py -k before_the_copy", ("        state.copied.wait()", "        pass")),
+    *_of(
+        f"{CHECKPOINT}/writing.py",
+        "tests/checkpoint/test_single_ranks.py",
+        ("if world.is_master and not made:", "if world.is_master:"),
+    ),
+    *_of(
+        "open_lm/run/opened.py",
+        "tests/faults/test_signals.py -k 'third or last_copies or long_save'",
+        ("if error.on_all_ranks:", "if False:"),
+        ("stack.callback(run.stop_requests.note)", "stack.callback(run.stop_requests.forget)"),
+        ("        self.watchdog.beat(LEEWAY)\n", ""),
     ),
     *_of(
         f"{CHECKPOINT}/sharded.py",

@@ -100,7 +100,7 @@ def ours(state, checkpoints, k):
     state.step = k + 1
     checkpoints.save(state, NoData(), label=str(k), stats={"evaluation_metrics": []})
     blocked, _ = timed.read()
-    checkpoints._wait_for_copy()
+    state.copied.wait()
     copied, _ = timed.read()
     assert checkpoints.wait()
     total, cpu = timed.read()

@@ -125,7 +125,7 @@ class Recorder:
 
     def rewind(self, state: TrainState, metrics_path: str) -> None:
         """Forget what was written of later tokens, which this run measures again; `metrics_path` holds all of it."""
-        if not self._sinks or not os.path.exists(metrics_path):
+        if not self._sinks or not os.path.isfile(metrics_path):
             return
         rows = [
             row for row in read_rows(metrics_path, state.tokens_per_step) if row.step and row.tokens <= state.tokens

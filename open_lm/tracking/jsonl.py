@@ -17,7 +17,7 @@ class JsonlSink:
 
     def __init__(self, run: RunFacts):
         self._path = os.path.join(run.folder, "metrics.jsonl")
-        if os.path.exists(self._path):
+        if os.path.isfile(self._path):  # no pipe or device, which may have no end
             self._keep(whole_lines(self._path))
         self._file = open(self._path, "a", buffering=1)  # noqa: SIM115
 

@@ -256,7 +256,7 @@ def test_another_global_batch_continues_with_the_next_unused_sequence(data_set):
         ({"train_data": ("nowhere/*.tar",)}, StorageError, "no file matches"),
         ({"train_data": ("pipe:aws s3 cp s3://x -",)}, ConfigError, "shell"),
         ({"train_data": (".",)}, StorageError, "is a folder"),
-        ({"dataset_manifest": ("nowhere/manifest.jsonl",)}, StorageError, "nowhere/manifest"),
+        ({"dataset_manifest": ("nowhere/manifest.jsonl",)}, ConfigError, "nowhere/manifest"),
         ({}, ConfigError, "--train-data or --dataset-manifest"),
     ],
 )

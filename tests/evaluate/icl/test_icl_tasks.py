@@ -115,11 +115,14 @@ def test_a_wrong_yaml_is_an_error(tmp_path, text, said):
         read_suite(str(tmp_path / "y.yaml"))
 
 
-def test_missing_data_is_named_with_the_command_that_fetches_it(tmp_path):
+@pytest.mark.parametrize(
+    ("uri", "advice"), [("eval/local_data/b.jsonl", "openlm download tasks"), ("no/b.jsonl", "Correct dataset_uri")]
+)
+def test_missing_data_is_named_with_what_to_do(tmp_path, uri, advice):
     (tmp_path / "y.yaml").write_text(
-        "icl_tasks: [{label: a, dataset_uri: no/b.jsonl, icl_task_type: schema, num_fewshot: 0}]"
+        f"icl_tasks: [{{label: a, dataset_uri: {uri}, icl_task_type: schema, num_fewshot: 0}}]"
     )
-    with pytest.raises(ConfigError, match=r"a \(no/b.jsonl\).*openlm download tasks"):
+    with pytest.raises(ConfigError, match=rf"a \({uri}\).*{advice}"):
         require_data(read_suite(str(tmp_path / "y.yaml")))
 
 

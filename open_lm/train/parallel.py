@@ -106,7 +106,10 @@ def shard_experts(model: nn.Module, world: World, settings: Mapping[str, Any]) -
     mesh = world.meshes.expert_weights
     dtypes = {p.dtype for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
     if mesh.size(-1) == 1 and dtypes - {torch.float32, torch.bfloat16}:
-        raise ConfigError(f"--mesh {world.shape}: experts of {dtypes}: torch (2.13) divides their gradients twice.")
+        names = ", ".join(sorted(map(str, dtypes)))
+        raise ConfigError(
+            f"--mesh {world.shape}: torch (2.13) divides gradients of experts in {names} twice. Use fp32 or bf16."
+        )
     for module in [module for module in model.modules() if isinstance(module, Experts)]:
         experts = fully_shard(
             module, **{**settings, "mesh": mesh}, shard_placement_fn=partial(shard_dim, mesh.size(-1))

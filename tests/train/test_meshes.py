@@ -246,6 +246,18 @@ def test_experts_with_a_capacity_are_those_of_fsdp(tmp_path):
     run_ranks(_with_capacity, 2, "ep=2")
 
 
+def _in_fp64(world):
+    parallel = ParallelConfig(mesh="ep=2")
+    world = dataclasses.replace(world, mesh=mesh_shape(parallel, world.size))
+    with pytest.raises(ConfigError, match=r"torch\.float64 twice\. Use fp32 or bf16"):
+        make_state(world, parallel, MODELS["experts"], dtype=torch.float64)
+
+
+@pytest.mark.slow
+def test_experts_in_fp64_are_refused_where_torch_divides_their_gradients_twice():
+    run_ranks(_in_fp64, 2)
+
+
 def _in_bf16(world, mesh):
     parallel = ParallelConfig(mesh=mesh)
     world = dataclasses.replace(world, mesh=mesh_shape(parallel, world.size))
